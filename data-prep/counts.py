@@ -1,0 +1,25 @@
+"""What a step counted, on one line for people and as JSON for the manifest."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+
+from textio import write_bytes
+
+
+def new_parser(doc: str | None) -> argparse.ArgumentParser:
+    """A parser with the script's docstring as its help, and --counts."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--counts", type=Path, help="also write the printed counts to this JSON file")
+    return parser
+
+
+def report(counts: Counter[str], path: Path | None) -> None:
+    """One line on stdout: 'clean_pairs: read 10, kept 8, empty side 2'; JSON if asked for."""
+    print(f"{Path(sys.argv[0]).stem}: " + ", ".join(f"{name} {n}" for name, n in counts.items()), flush=True)
+    if path is not None:
+        write_bytes(path, (json.dumps(dict(counts), indent=1) + "\n").encode())

@@ -1,0 +1,60 @@
+"""Write a manifest (JSON) beside prepared data: sources, licences, versions, counts, hashes of the files."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from textio import DataError, run, write_bytes
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--about", required=True, help="one sentence: what this data is")
+    parser.add_argument("--sources", type=Path, required=True, help="JSON list, e.g. sample/sources.json")
+    parser.add_argument("--task", required=True, help="take the sources whose 'task' is this")
+    parser.add_argument("--settings", nargs="*", default=[], metavar="NAME=VALUE")
+    parser.add_argument("--packages", nargs="*", default=[], help="record the installed versions of these")
+    parser.add_argument("--counts", type=Path, nargs="*", default=[], help="JSON files the steps wrote")
+    parser.add_argument("--files", type=Path, nargs="+", required=True, help="files in the manifest's folder")
+    args = parser.parse_args()
+    write(args)
+
+
+def sha256(path: Path) -> str:
+    hasher = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            hasher.update(block)
+    return hasher.hexdigest()
+
+
+def package_version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        raise DataError(f"package {name} is not installed; run: bash scripts/setup.sh") from None
+
+
+def write(args: argparse.Namespace) -> None:
+    folder = args.output.parent
+    sources = [s for s in json.loads(args.sources.read_text("utf-8")) if s["task"] == args.task]
+    if not sources:
+        raise DataError(f"{args.sources}: no source has the task {args.task!r}")
+    manifest = {
+        "about": args.about,
+        "settings": dict(setting.split("=", 1) for setting in args.settings),
+        "packages": {name: package_version(name) for name in args.packages},
+        "sources": sources,
+        "counts": {path.stem: json.loads(path.read_text("utf-8")) for path in args.counts},
+        "sha256": {str(p.relative_to(folder)): sha256(p) for p in sorted(args.files)},
+    }
+    write_bytes(args.output, (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+if __name__ == "__main__":
+    run(main)

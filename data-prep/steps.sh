@@ -1,0 +1,78 @@
+# shellcheck shell=bash
+# Resumable steps, to be sourced by the prepare scripts.
+#
+#   step NAME INPUT... -- OUTPUT... -- COMMAND...
+#
+# runs COMMAND unless it ran before with the same words, the same inputs, and its outputs are still as it
+# left them. What a step saw is kept as plain text in $STEPS_DIR/NAME: command line, and path, size and
+# time of each input, of the Python files it runs, and of each output. It is written after the command
+# succeeds, so a step that was killed is done again; a step whose inputs were made anew is done again too.
+# The scripts in this folder write under a temporary name and rename, so an output is whole or not there.
+# Set STEPS_DIR and STEP_PREFIX first; STEPS_SKIPPED counts the steps that were up to date.
+
+fingerprint() { # path, size and modification time of each file; fails if one is missing
+  if stat --version >/dev/null 2>&1; then # GNU, or BSD
+    stat -L -c '%n %s %y' -- "$@"
+  else
+    stat -L -f '%N %z %Fm' -- "$@"
+  fi
+}
+
+step() {
+  local name=$1; shift
+  local inputs=() outputs=() word stamp seen started
+  while [ "$1" != -- ]; do inputs+=("$1"); shift; done; shift
+  while [ "$1" != -- ]; do outputs+=("$1"); shift; done; shift
+  for word in "$@"; do
+    case $word in *.py) inputs+=("$word" "$(dirname "$word")"/{textio,digests,counts}.py) ;; esac
+  done
+  stamp=$STEPS_DIR/$name
+  mkdir -p "$STEPS_DIR"
+  if ! seen=$(printf '%q ' "$@"; echo; fingerprint "${inputs[@]}" 2>&1); then
+    echo "$STEP_PREFIX $name: an input is missing: ${seen##*$'\n'}" >&2
+    return 1
+  fi
+  if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$seen"$'\n'"$(fingerprint "${outputs[@]}" 2>/dev/null)" ]; then
+    STEPS_SKIPPED=$((${STEPS_SKIPPED:-0} + 1))
+    return 0
+  fi
+  rm -f "$stamp"
+  started=$SECONDS
+  echo "$STEP_PREFIX $name"
+  if ! "$@"; then
+    echo "$STEP_PREFIX $name failed; mend the cause and run this again, finished steps are kept" >&2
+    return 1
+  fi
+  seen+=$'\n'$(fingerprint "${outputs[@]}") || { echo "$STEP_PREFIX $name left no ${outputs[*]}" >&2; return 1; }
+  printf '%s\n' "$seen" >"$stamp.partial" && mv "$stamp.partial" "$stamp"
+  [ $((SECONDS - started)) -lt 2 ] || echo "$STEP_PREFIX $name took $((SECONDS - started)) s"
+}
+
+# The repository's virtual environment if it is there (or $VENV), otherwise PATH.
+find_tools() { # PACKAGE...: Python packages that must be importable
+  local package
+  VENV=${VENV:-$ROOT/.venv}
+  if [ -x "$VENV/bin/python" ]; then
+    PATH=$VENV/bin:$PATH
+    PYTHON=$VENV/bin/python   # also if $PYTHON is set: for scripts/setup.sh it names what the venv is made from
+  fi
+  PYTHON=${PYTHON:-$(command -v python3)} || true
+  [ -n "$PYTHON" ] || { echo "python3 not found; run: bash scripts/setup.sh" >&2; return 1; }
+  for package in "$@"; do
+    "$PYTHON" -c "import importlib.util as u, sys; sys.exit(u.find_spec('$package') is None)" ||
+      { echo "Python package $package not found by $PYTHON; run: bash scripts/setup.sh" >&2; return 1; }
+  done
+  command -v fairseq-preprocess >/dev/null ||
+    { echo "fairseq-preprocess not found; run: bash scripts/setup.sh" >&2; return 1; }
+}
+
+binarize() { # DESTDIR ARGUMENTS...: fairseq-preprocess into a new folder that appears when it is whole
+  local folder=$1; shift
+  rm -rf "$folder.partial"
+  if ! fairseq-preprocess "$@" --destdir "$folder.partial" --workers "${WORKERS:-1}" >"$folder.log" 2>&1; then
+    echo "fairseq-preprocess failed: $(tail -n 1 "$folder.log") (all of it: $folder.log)" >&2
+    return 1
+  fi
+  rm -rf "$folder"
+  mv "$folder.partial" "$folder"
+}

@@ -1,0 +1,114 @@
+"""Train a sentencepiece model on one file or more (joint if they are in two languages).
+
+Deterministic: one thread, a fixed seed, and no paths inside the model, so the same text gives the same
+bytes. No text normalisation inside (ours is done, see textio.normalize), so decoding gives the text back.
+The model has no <s>, <pad> or </s>: fairseq adds its own.
+
+Also writes PREFIX.dict.txt, the fairseq dictionary of every piece, for `fairseq-preprocess --srcdict`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import sentencepiece
+from counts import new_parser, report
+from textio import DataError, read_lines, run, write_bytes
+
+
+def main() -> None:
+    parser = new_parser(__doc__)
+    parser.add_argument("--input", type=Path, nargs="+", required=True)
+    parser.add_argument("--model-prefix", type=Path, required=True, help="PREFIX.model, PREFIX.dict.txt")
+    parser.add_argument(
+        "--vocab-size", type=int, default=4000, help="pieces, <unk> included (default: %(default)s)"
+    )
+    parser.add_argument("--model-type", choices=["bpe", "unigram"], default="bpe")
+    parser.add_argument(
+        "--character-coverage",
+        type=float,
+        default=1.0,
+        help="share of characters with a piece; 0.9995 for Chinese (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--byte-fallback",
+        action="store_true",
+        help="spell unknown characters as bytes (256 pieces). For language models, so that "
+        "every character counts in the perplexity; not for translation, where fairseq's "
+        "detokeniser would print bytes as <0xE2>",
+    )
+    parser.add_argument(
+        "--max-sentences",
+        type=int,
+        default=10_000_000,
+        help="train on a random sample of so many lines (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--padding-factor",
+        type=int,
+        default=8,
+        help="fill the dictionary to a multiple, as fairseq does (default: %(default)s)",
+    )
+    parser.add_argument("--seed", type=int, default=1)
+    args = parser.parse_args()
+    if not 0 < args.character_coverage <= 1:
+        raise DataError(f"--character-coverage must be in (0, 1], got {args.character_coverage}")
+    train(args)
+
+
+def train(args: argparse.Namespace) -> None:
+    counts = Counter(lines=0)
+
+    def lines() -> Iterator[str]:
+        for path in args.input:
+            for line in read_lines(path):
+                if line:
+                    counts["lines"] += 1
+                    yield line
+
+    model = io.BytesIO()
+    sentencepiece.set_random_generator_seed(args.seed)
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=lines(),
+            model_writer=model,
+            vocab_size=args.vocab_size,
+            model_type=args.model_type,
+            character_coverage=args.character_coverage,
+            byte_fallback=args.byte_fallback,
+            normalization_rule_name="identity",
+            input_sentence_size=args.max_sentences,
+            shuffle_input_sentence=True,
+            num_threads=1,
+            unk_id=0,
+            bos_id=-1,
+            eos_id=-1,
+            pad_id=-1,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        # sentencepiece's message ends with its rule, e.g. "Vocabulary size too high (4000). ... <= 912."
+        raise DataError(f"--vocab-size {args.vocab_size}: {str(error).split('] ')[-1].strip()}") from None
+    pieces = dictionary(model.getvalue(), args.padding_factor)
+    counts["pieces"] = args.vocab_size
+    counts["dictionary"] = len(pieces)
+    write_bytes(Path(f"{args.model_prefix}.model"), model.getvalue())
+    write_bytes(Path(f"{args.model_prefix}.dict.txt"), "".join(f"{piece} 1\n" for piece in pieces).encode())
+    report(counts, args.counts)
+
+
+def dictionary(model: bytes, padding_factor: int) -> list[str]:
+    """Every piece but <unk>, which fairseq has; fairseq's four special symbols count in the multiple."""
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+    ids = range(processor.get_piece_size())
+    pieces = [processor.id_to_piece(i) for i in ids if not processor.is_unknown(i)]
+    missing = -(len(pieces) + 4) % padding_factor
+    return pieces + [f"madeupword{i:04d}" for i in range(missing)]
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,80 @@
+"""Perplexity of an interpolated Kneser-Ney bigram model: the baseline that a language model must beat.
+
+    python scripts/tools/bigram.py --train train.bpe --test test.bpe --dict dict.txt --out bigram.json
+
+Trained and tested on the same pieces as the language model, with `</s>` at the end of every line, so the
+number stands beside what fairseq-eval-lm prints. Chen and Goodman 1999, section 2.7 (one discount).
+"""
+
+import argparse
+import json
+import math
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+END = "</s>"
+
+
+def pieces(path: Path) -> Iterator[str]:
+    with path.open(encoding="utf-8") as lines:
+        for line in lines:
+            yield from line.split()
+            yield END
+
+
+class Bigram:
+    def __init__(self, stream: Iterator[str], vocab_size: int) -> None:
+        self.pairs: Counter[tuple[str, str]] = Counter()
+        previous = END
+        for piece in stream:
+            self.pairs[previous, piece] += 1
+            previous = piece
+        self.vocab_size = vocab_size
+        self.context_count: Counter[str] = Counter()
+        self.followers: Counter[str] = Counter()
+        self.predecessors: Counter[str] = Counter()
+        for (first, second), count in self.pairs.items():
+            self.context_count[first] += count
+            self.followers[first] += 1
+            self.predecessors[second] += 1
+        once, twice = (sum(count == n for count in self.pairs.values()) for n in (1, 2))
+        self.discount = once / (once + 2 * twice) if once else 0.5
+
+    def unigram(self, piece: str) -> float:
+        """Share of distinct contexts, smoothed with the uniform distribution over the dictionary."""
+        held_back = self.discount * len(self.predecessors) / self.vocab_size
+        return (max(self.predecessors[piece] - self.discount, 0) + held_back) / len(self.pairs)
+
+    def probability(self, piece: str, previous: str) -> float:
+        seen = self.context_count[previous]
+        if not seen:
+            return self.unigram(piece)
+        own = max(self.pairs[previous, piece] - self.discount, 0)
+        return (own + self.discount * self.followers[previous] * self.unigram(piece)) / seen
+
+    def perplexity(self, stream: Iterator[str]) -> tuple[float, int]:
+        log_sum, count, previous = 0.0, 0, END
+        for piece in stream:
+            log_sum -= math.log(self.probability(piece, previous))
+            count, previous = count + 1, piece
+        return math.exp(log_sum / count), count
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--train", type=Path, required=True, help="pieces, one line a paragraph")
+    parser.add_argument("--test", type=Path, required=True)
+    parser.add_argument("--dict", type=Path, required=True, help="fairseq dictionary, for its size")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
+    args = parser.parse_args()
+    special = 4  # fairseq adds <s>, <pad>, </s>, <unk>
+    vocab_size = special + len(args.dict.read_text(encoding="utf-8").splitlines())
+    perplexity, tokens = Bigram(pieces(args.train), vocab_size).perplexity(pieces(args.test))
+    partial = args.out.with_suffix(".partial")
+    partial.write_text(json.dumps({"perplexity": perplexity, "tokens": tokens}) + "\n")
+    partial.rename(args.out)
+
+
+if __name__ == "__main__":
+    main()

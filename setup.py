@@ -1,0 +1,64 @@
+"""Metadata and dependencies, and the start-up line that mends fairseq (see xmoe_fairseq_compat.py)."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
+
+# `import` must come first in a .pth line. The rest keeps Python quiet where the package has been removed.
+START_UP_LINE = """import sys; exec("try:\\n import xmoe_fairseq_compat\\nexcept ImportError:\\n pass")\n"""
+
+
+class BuildPyAndStartUpLine(build_py):
+    """Also writes the .pth file that lies beside the packages in site-packages."""
+
+    def run(self):
+        super().run()
+        # An editable install drops what lies in build_lib, but keeps what is installed already.
+        folder = self.get_finalized_command("install").install_lib if self.editable_mode else self.build_lib
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        Path(folder, "xmoe_fairseq_compat.pth").write_text(START_UP_LINE)
+
+
+setup(
+    name="xmoe_fairseq",
+    version="0.1.0",
+    description="Fine-grained, adaptive Mixture-of-Experts Transformers (XMoE) for fairseq",
+    author="The xmoe_fairseq authors",
+    license="MIT",
+    python_requires=">=3.10",
+    packages=find_packages(include=["xmoe_fairseq", "xmoe_fairseq.*"]),
+    py_modules=["xmoe_fairseq_compat"],
+    entry_points={"console_scripts": ["xmoe-checkpoint = xmoe_fairseq.parallel.tool:main"]},
+    package_dir={"": "."},  # said, so that an editable install is one sys.path entry, not an import hook
+    cmdclass={"build_py": BuildPyAndStartUpLine},
+    # Not fairseq: pip refuses its metadata (omegaconf<2.1), so it is installed by itself with --no-deps.
+    install_requires=[
+        "babel",
+        "bitarray<3",
+        "fairscale>=0.4.13",
+        "hydra-core>=1.3",
+        "matplotlib",
+        "numpy",
+        "omegaconf>=2.3",
+        "regex",
+        "rich",
+        "sacrebleu>=2.3",
+        "scipy",
+        "sentencepiece>=0.2",
+        "torch>=2.6",
+        "tqdm",
+    ],
+    extras_require={
+        "dev": [
+            "hypothesis",
+            "mypy",
+            "pytest",
+            "pytest-xdist",
+            "ruff",
+            "setuptools>=70.1",
+            "tensorboardX",
+            "types-tqdm",
+        ],
+    },
+)

@@ -1,0 +1,230 @@
+"""One test per mend, which fails where the mend is taken away, but for mends that only commands show."""
+
+import argparse
+import dataclasses
+import io
+import os
+import pickle
+import runpy
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from fairseq import checkpoint_utils, options
+from fairseq.data import LanguagePairDataset, TokenBlockDataset, data_utils
+from fairseq.dataclass import FairseqDataclass
+from fairseq.distributed import utils as distributed_utils
+from fairseq.models import distributed_fairseq_model
+from fairseq.models.transformer import TransformerConfig
+from fairseq.modules.dynamic_crf_layer import DynamicCRF
+from fairseq.modules.transformer_layer import TransformerEncoderLayerBase
+
+import xmoe_fairseq_compat as compat
+
+COMPAT = Path(compat.__file__)
+
+
+@pytest.fixture
+def group() -> Iterator[dist.ProcessGroup]:
+    """A gloo group of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+def encoder_layer() -> TransformerEncoderLayerBase:
+    cfg = TransformerConfig()
+    cfg.encoder.embed_dim, cfg.encoder.ffn_embed_dim, cfg.encoder.attention_heads = 8, 8, 2
+    return TransformerEncoderLayerBase(cfg)
+
+
+def test_start_up_imports_no_library() -> None:
+    seen = "import sys; print([m for m in ('fairseq', 'numpy', 'torch', 'xmoe_fairseq') if m in sys.modules])"
+    assert subprocess.check_output([sys.executable, "-c", seen], text=True).strip() == "[]"
+
+
+def test_active_once_however_often_it_is_loaded() -> None:
+    assert compat.is_active()
+    runpy.run_path(str(COMPAT))
+    assert sum(getattr(finder, "mends_fairseq", False) for finder in sys.meta_path) == 1
+
+
+def test_not_active_where_fairseq_came_first() -> None:
+    late = f"""
+import runpy, sys, types
+sys.modules["fairseq"] = types.ModuleType("fairseq")
+print(runpy.run_path({str(COMPAT)!r})["is_active"]())
+"""
+    # -S: without the start-up line
+    assert subprocess.check_output([sys.executable, "-S", "-c", late], text=True).strip() == "False"
+
+
+@pytest.mark.parametrize("version", ["0.11.1", "0.13.0", "1.0.0"])
+def test_another_fairseq_is_left_alone(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert compat._Finder.find_spec("fairseq") is not None
+    monkeypatch.setattr(metadata, "version", lambda package: version)
+    assert compat._Finder.find_spec("fairseq") is None
+
+
+def test_versions_that_have_no_defect_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran = []
+    monkeypatch.setattr(compat, "_after", {"m": [(lambda: False, ran.append), (lambda: True, ran.append)]})
+    module = SimpleNamespace()
+    compat._mended("m", lambda module: None)(module)
+    assert ran == [module]
+
+
+def test_configs_as_defaults() -> None:
+    @dataclasses.dataclass
+    class Inner(FairseqDataclass):
+        width: int = 1
+
+    @dataclasses.dataclass
+    class Outer(FairseqDataclass):
+        inner: Inner = Inner()
+
+    assert Outer.__dataclass_fields__["inner"].default == Inner()
+    assert dataclasses.dataclass.__module__ == "dataclasses", "the standard library must be as it was"
+
+
+def test_plain_types_in_a_checkpoint() -> None:
+    state = {
+        "args": argparse.Namespace(lr=1),
+        "loss": np.float64(2),
+        "ids": np.arange(3),
+        "flag": np.bool_(1),
+    }
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=True)
+    assert loaded["args"] == state["args"] and loaded["loss"] == 2 and loaded["ids"].tolist() == [0, 1, 2]
+
+
+def test_numpy_1_and_2_names_in_a_checkpoint() -> None:
+    file = io.BytesIO()
+    torch.save({"loss": np.float32(2)}, file, _use_new_zipfile_serialization=False)
+    for core in (b"numpy.core.multiarray", b"numpy._core.multiarray"):
+        named = file.getvalue().replace(b"numpy._core.multiarray", b"numpy.core.multiarray")
+        named = named.replace(b"numpy.core.multiarray", core)
+        assert torch.load(io.BytesIO(named), weights_only=True)["loss"] == 2
+
+
+class Stranger:
+    pass
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ({"model": {}, "extra": Stranger()}, "it holds .*Stranger, which is not on the list of types"),
+        ({"model": {}, "extra": os.system}, "it holds posix.system, which is not on the list of types"),
+        ({"weight": torch.ones(1)}, "it has no entry 'model'"),
+        (b"", "it is damaged or no checkpoint"),
+        (b"version https://git-lfs.github.com/spec/v1", "it is damaged or no checkpoint"),
+        (pickle.dumps({"model": Stranger()}, protocol=2), "it holds .*Stranger"),
+    ],
+)
+def test_refused_checkpoints(content: object, problem: str, tmp_path: Path) -> None:
+    file = tmp_path / "checkpoint.pt"
+    if isinstance(content, bytes):
+        file.write_bytes(content)
+    else:
+        torch.save(content, file)
+    with pytest.raises(compat.CheckpointError, match=f"cannot load checkpoint {file}: {problem}") as error:
+        checkpoint_utils.load_checkpoint_to_cpu(str(file))
+    assert isinstance(error.value, RuntimeError) and error.value.code == str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_truncated_checkpoint(tmp_path: Path) -> None:
+    file = tmp_path / "checkpoint.pt"
+    torch.save({"model": {"weight": torch.ones(1000)}}, file)
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(RuntimeError, match="it is damaged or no checkpoint"):
+        checkpoint_utils.load_checkpoint_to_cpu(str(file))
+
+
+def test_missing_checkpoint_stays_a_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        checkpoint_utils.load_checkpoint_to_cpu(str(tmp_path / "none.pt"))
+
+
+def test_encoder_layer_evaluates() -> None:
+    layer = encoder_layer().eval()
+    padding = torch.tensor([[False, False, True]])
+    with torch.no_grad():
+        assert not layer.can_use_fastpath
+        assert layer(torch.ones(3, 1, 8), padding).isfinite().all()
+
+
+def test_ddp_on_cpu_does_not_wait_for_unused_weights(group: dist.ProcessGroup) -> None:
+    layer = encoder_layer()
+    trainable = [name for name, parameter in layer.named_parameters() if parameter.requires_grad]
+    ddp = distributed_fairseq_model.DistributedDataParallel(layer, device_ids=[0], process_group=group)
+    for _ in range(2):
+        ddp(torch.ones(3, 1, 8), None).sum().backward()
+    assert [name for name, parameter in layer.named_parameters() if parameter.requires_grad] == trainable
+
+
+def test_gather_on_cpu(group: dist.ProcessGroup) -> None:
+    assert distributed_utils.all_gather_list({"loss": 1.5}, group) == [{"loss": 1.5}]
+
+
+def test_old_numpy_names() -> None:
+    assert data_utils.get_buckets(np.array([1, 2, 3, 9]), 2).tolist() == [2, 9]
+    mask = data_utils.compute_mask_indices((2, 20), None, 0.3, 4, no_overlap=True, min_masks=1)
+    assert mask.shape == (2, 20)
+    lines = [torch.tensor([4, 2]), torch.tensor([5, 6, 2])]
+    blocks = TokenBlockDataset(lines, [2, 3], None, pad=1, eos=2, break_mode="eos")
+    assert blocks[1].tolist() == [5, 6, 2]
+    words = SimpleNamespace(pad=lambda: 1, eos=lambda: 2, unk=lambda: 3)
+    sizes = np.array([2, 3])
+    pairs = LanguagePairDataset(lines, sizes, words, lines, sizes, words, num_buckets=1)
+    assert pairs.bucketed_num_tokens.tolist() == [3, 3]
+    crf = DynamicCRF(num_embedding=5, low_rank=2, beam_size=3)
+    targets = torch.tensor([[1, 2]])
+    assert crf(torch.zeros(1, 2, 5), targets, torch.ones(1, 2, dtype=torch.bool)).isfinite().all()
+
+
+def test_bf16_does_not_ask_for_a_tpu() -> None:
+    arguments = ["data", "--bf16", "--cpu", "--batch-size", "1", "--arch", "transformer_tiny"]
+    parsed = options.parse_args_and_arch(options.get_training_parser(), arguments)
+    assert parsed.bf16 and not parsed.tpu
+
+
+def test_strings_of_a_configuration_are_literals_not_code(tmp_path: Path) -> None:
+    """_evaluate_literals_only"""
+    from fairseq import utils
+    from fairseq.models import fconv, transformer_lm
+
+    assert utils.eval_str_list("20000,60000", type=int) == [20000, 60000]
+    assert utils.eval_str_dict("{'a': 1}") == {"a": 1}
+    assert utils.eval_bool("True") is True
+    assert fconv.eval("[(512, 3)] * 2 + [(8, 1)]") == [(512, 3), (512, 3), (8, 1)]
+    assert transformer_lm.eval("[(1, 64), (2, 128)]") == [(1, 64), (2, 128)]
+    made = tmp_path / "made"
+    for evaluate in (utils.eval_str_list, fconv.eval, transformer_lm.eval):
+        with pytest.raises(ValueError):
+            evaluate(f"__import__('os').mkdir({str(made)!r}) or [1]")
+    assert not made.exists()
+
+
+def test_development_versions_of_torch_can_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """_read_development_versions"""
+    import types
+
+    import xmoe_fairseq_compat
+
+    monkeypatch.setattr(torch, "__version__", "2.14.0a0+git1234")
+    module = types.ModuleType("stand-in")
+    xmoe_fairseq_compat._read_development_versions(module)
+    assert module.torch.__version__ == "2.14.0"
+    assert module.torch.cat is torch.cat

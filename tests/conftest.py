@@ -1,0 +1,21 @@
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))  # tests share reference.py, toy.py and commands.py
+
+from commands import write_corpus
+
+
+@pytest.fixture(autouse=True)
+def _reproducible() -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(1)
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Binarised folders for translation and for language modelling."""
+    return write_corpus(tmp_path_factory.mktemp("corpus"))

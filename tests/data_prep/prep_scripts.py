@@ -1,0 +1,38 @@
+"""The scripts are run as a user runs them: in their own process, on small files."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+PREP = Path(__file__).parents[2] / "data-prep"
+
+
+class Scripts:
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def write(self, name: str, *lines: str) -> Path:
+        path = self.folder / name
+        path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+        return path
+
+    def run(self, name: str, *args: object) -> str:
+        """The counts line that the script printed."""
+        done = self.start(name, *args)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def fails(self, name: str, *args: object) -> str:
+        """The one line that the script gave for its failure."""
+        before = sorted(self.folder.iterdir())
+        done = self.start(name, *args)
+        assert done.returncode not in (0, -9)
+        assert sorted(self.folder.iterdir()) == before, "something half-written was left"
+        assert done.stderr.count("\n") == 1, done.stderr
+        return done.stderr
+
+    def start(self, name: str, *args: object) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, str(PREP / name), *map(str, args)]
+        return subprocess.run(command, capture_output=True, text=True, check=False, cwd=self.folder)

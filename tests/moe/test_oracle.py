@@ -1,0 +1,148 @@
+"""MoELayer equals the token-by-token oracle: values and gradients, on random and on awkward shapes."""
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from reference import reference_layer
+from torch.testing import assert_close
+
+from xmoe_fairseq.moe import MoELayer, Router, ThresholdRouter, TopKRouter
+
+
+def layer_of(
+    router: Router,
+    expert_dim: int,
+    capacity_factor: float = 0.0,
+    logit_scale: float = 1.0,
+    min_capacity: int = 4,
+) -> MoELayer:
+    num_experts, model_dim = router.weight.shape
+    with torch.no_grad():
+        router.weight.mul_(logit_scale)
+    return MoELayer(
+        model_dim,
+        expert_dim,
+        num_experts,
+        router,
+        capacity_factor,
+        capacity_factor,
+        min_capacity,
+        activation="gelu",
+    )
+
+
+def check_against_oracle(layer: MoELayer, x: torch.Tensor, tolerance: float = 1e-5) -> None:
+    expected = reference_layer(layer, x)
+    y, routing = layer(x)
+    assert_close(y, expected.y_TD.to(y.dtype), rtol=tolerance, atol=tolerance)
+    assert_close(routing.combine_weights(), expected.weights_TE, rtol=tolerance, atol=tolerance)
+    assert_close(
+        routing.load_balance_loss,
+        expected.load_balance_loss.to(routing.load_balance_loss),
+        rtol=1e-5,
+        atol=1e-6,
+    )
+    assert routing.rows_wanted == expected.wanted
+    inputs = [x, *layer.parameters()]
+    direction = torch.randn_like(y)
+    ours = torch.autograd.grad((y * direction).sum() + routing.load_balance_loss, inputs)
+    theirs = torch.autograd.grad(
+        (expected.y_TD * direction).sum() + expected.load_balance_loss, inputs, allow_unused=True
+    )
+    for mine, oracle in zip(ours, theirs, strict=True):
+        oracle = torch.zeros_like(mine) if oracle is None else oracle
+        assert_close(mine, oracle.to(mine.dtype), rtol=10 * tolerance, atol=10 * tolerance)
+
+
+routers = st.one_of(
+    st.builds(
+        lambda t, limit: lambda d, e: ThresholdRouter(d, e, t, limit),
+        st.sampled_from([0.0, 0.3, 0.7, 0.9, 0.99, 1.0]),
+        st.integers(0, 6),
+    ),
+    st.builds(lambda k: lambda d, e: TopKRouter(d, e, min(k, e)), st.integers(1, 5)),
+)
+
+
+@given(
+    make_router=routers,
+    num_tokens=st.integers(0, 24),
+    num_experts=st.integers(1, 9),
+    model_dim=st.integers(1, 8),
+    expert_dim=st.integers(1, 8),
+    capacity_factor=st.sampled_from([0.0, 0.5, 1.0, 1.3, 4.0]),
+    min_capacity=st.integers(1, 6),
+    logit_scale=st.sampled_from([0.1, 1.0, 10.0]),
+    training=st.booleans(),
+    seed=st.integers(0, 2**16),
+)
+@settings(max_examples=150, deadline=None)
+def test_random_layers(
+    make_router, num_tokens, num_experts, model_dim, expert_dim, capacity_factor, min_capacity, logit_scale,
+    training, seed,
+) -> None:  # fmt: skip
+    torch.manual_seed(seed)
+    layer = layer_of(
+        make_router(model_dim, num_experts), expert_dim, capacity_factor, logit_scale, min_capacity
+    )
+    x = torch.randn(num_tokens, model_dim, requires_grad=True)
+    assume(reference_layer(layer.train(training), x).margin > 1e-5)  # rounding may flip a closer decision
+    check_against_oracle(layer, x)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.bfloat16, 4e-2)])
+def test_other_precisions(dtype: torch.dtype, tolerance: float) -> None:
+    layer = layer_of(ThresholdRouter(8, 6, 0.7), 5, logit_scale=3.0).to(dtype)
+    check_against_oracle(layer, torch.randn(20, 8, dtype=dtype, requires_grad=True), tolerance)
+
+
+@pytest.mark.parametrize("scale", [1e4, 1e18])
+def test_extreme_logits(scale: float) -> None:
+    layer = layer_of(ThresholdRouter(8, 6, 0.9), 5)
+    x = torch.randn(12, 8) * scale
+    expected = reference_layer(layer, x)
+    y, routing = layer(x)
+    assert_close(y, expected.y_TD, rtol=1e-4, atol=scale * 1e-5)
+    assert routing.experts_per_token == 1.0  # one expert has all the mass
+
+
+def test_non_contiguous_input() -> None:
+    layer = layer_of(ThresholdRouter(8, 6, 0.7), 5)
+    x = torch.randn(8, 3, 7).transpose(0, 2)  # (7, 3, 8)
+    y, _ = layer(x)
+    assert_close(y, reference_layer(layer, x.reshape(-1, 8)).y_TD.view(7, 3, 8), rtol=1e-5, atol=1e-6)
+
+
+@given(
+    lengths=st.lists(st.integers(0, 5), min_size=1, max_size=4),
+    left=st.booleans(),
+    seed=st.integers(0, 2**16),
+)
+@settings(max_examples=40, deadline=None)
+def test_padding_takes_no_part(lengths: list[int], left: bool, seed: int) -> None:
+    torch.manual_seed(seed)
+    layer = layer_of(ThresholdRouter(6, 5, 0.6), 4, capacity_factor=1.0, min_capacity=1)
+    position = torch.arange(6).expand(len(lengths), 6)
+    length = torch.tensor(lengths).unsqueeze(1)
+    mask = position < 6 - length if left else position >= length
+    x = torch.randn(len(lengths), 6, 6)
+    x[mask] = float("nan")  # whatever padding holds
+    y, routing = layer(x, mask)
+    alone, routing_alone = layer(x[~mask])
+    assert_close(y[~mask], alone)
+    assert (y[mask] == 0).all()
+    assert_close(routing.load_balance_loss, routing_alone.load_balance_loss)
+    assert routing.num_tokens == sum(lengths)
+
+
+def test_gradients_to_double_precision() -> None:
+    layer = layer_of(ThresholdRouter(4, 5, 0.6), 3, logit_scale=2.0).double()
+    x = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
+    parameters = list(layer.parameters())
+
+    def run(x: torch.Tensor, *_: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        y, routing = layer(x)
+        return y, routing.load_balance_loss, routing.z_loss
+
+    assert torch.autograd.gradcheck(run, (x, *parameters), eps=1e-7, atol=1e-5)

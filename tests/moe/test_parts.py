@@ -1,0 +1,191 @@
+"""Capacity, dispatch, experts, losses and statistics on layouts worked out by hand."""
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+from xmoe_fairseq.moe import (
+    Experts,
+    MoELayer,
+    Routing,
+    RoutingStats,
+    ThresholdRouter,
+    TopKRouter,
+    record_routing,
+)
+from xmoe_fairseq.moe.capacity import expert_capacity, keep_within_capacity
+from xmoe_fairseq.moe.dispatch import LocalDispatcher
+from xmoe_fairseq.moe.losses import load_balance_loss, z_loss
+from xmoe_fairseq.moe.stats import load_cv
+
+
+def routing_of(rows: list[tuple[int, int, int, float]], num_tokens: int, num_experts: int) -> Routing:
+    """rows: (token, expert, rank, weight)."""
+    token, expert, rank, weight = zip(*rows, strict=True) if rows else ((), (), (), ())
+    return Routing(
+        token_R=torch.tensor(token, dtype=torch.long),
+        expert_R=torch.tensor(expert, dtype=torch.long),
+        rank_R=torch.tensor(rank, dtype=torch.long),
+        weight_R=torch.tensor(weight),
+        probs_TE=torch.full((num_tokens, num_experts), 1 / num_experts),
+        rows_wanted=len(rows),
+        load_balance_loss=torch.tensor(1.0),
+        z_loss=torch.tensor(0.0),
+    )
+
+
+@pytest.mark.parametrize(
+    "tokens, experts, factor, minimum, expected",
+    [
+        (96, 8, 1.0, 4, 12),
+        (8, 8, 1.0, 4, 4),
+        (10, 4, 1.0, 1, 3),
+        (10, 4, 1.3, 1, 4),
+        (0, 4, 2.0, 4, 4),
+        (3, 7, 0.5, 1, 1),
+    ],
+)
+def test_capacity(tokens: int, experts: int, factor: float, minimum: int, expected: int) -> None:
+    assert expert_capacity(tokens, experts, factor, minimum) == expected
+
+
+def test_capacity_keeps_first_choices_before_second_ones_then_by_probability() -> None:
+    rows = [
+        (0, 1, 0, 0.5), (0, 0, 1, 0.45),  # expert 0 is token 0's second choice, however probable
+        (1, 0, 0, 0.3), (1, 1, 1, 0.2),
+        (2, 0, 0, 0.4),
+        (3, 1, 0, 0.5),
+    ]  # fmt: skip
+    kept = keep_within_capacity(routing_of(rows, 4, 3), capacity=2)
+    assert list(zip(kept.token_R.tolist(), kept.expert_R.tolist(), strict=True)) == [
+        (0, 1),
+        (1, 0),
+        (2, 0),
+        (3, 1),
+    ]
+    one = keep_within_capacity(routing_of(rows, 4, 3), capacity=1)
+    assert list(zip(one.token_R.tolist(), one.expert_R.tolist(), strict=True)) == [
+        (0, 1),
+        (2, 0),
+    ]  # tie: earlier token
+    assert one.rows_wanted == 6
+    assert one.experts_per_token == 0.5
+
+
+def test_dispatch_lays_rows_out_by_expert_and_combine_brings_them_back() -> None:
+    x = torch.arange(4.0).unsqueeze(1) + 1  # tokens 1, 2, 3, 4
+    rows = [(0, 2, 0, 1.0), (0, 0, 1, 0.5), (1, 2, 0, 1.0), (3, 0, 0, 2.0)]  # token 2 and expert 1 have none
+    rows_RD, plan = LocalDispatcher().dispatch(x, routing_of(rows, 4, 3))
+    assert rows_RD.flatten().tolist() == [1, 4, 1, 2]
+    assert plan.rows_per_expert == [2, 0, 2]
+    y = LocalDispatcher().combine(rows_RD * torch.tensor([[1.0], [1.0], [3.0], [3.0]]), plan)
+    assert y.flatten().tolist() == [1 * 0.5 + 3 * 1, 3 * 2, 0, 4 * 2]
+
+
+def test_dispatch_without_rows() -> None:
+    rows_RD, plan = LocalDispatcher().dispatch(torch.ones(3, 2), routing_of([], 3, 2))
+    assert rows_RD.shape == (0, 2)
+    assert plan.rows_per_expert == [0, 0]
+    assert LocalDispatcher().combine(rows_RD, plan).tolist() == [[0, 0]] * 3
+
+
+class Tagged(nn.Module):
+    """Expert e multiplies by e + 1, so a misrouted row shows; counts the rows that it computed."""
+
+    def forward(self, rows_RD: torch.Tensor, rows_per_expert: list[int]) -> torch.Tensor:
+        self.rows = rows_RD.size(0)
+        tags = torch.arange(len(rows_per_expert)).repeat_interleave(torch.tensor(rows_per_expert)) + 1
+        return rows_RD * tags.unsqueeze(1)
+
+
+@pytest.mark.parametrize("capacity_factor", [0.0, 1.0])
+def test_every_row_reaches_its_expert_and_only_chosen_rows_are_computed(capacity_factor: float) -> None:
+    layer = MoELayer(6, 4, 5, ThresholdRouter(6, 5, 0.6), capacity_factor, min_capacity=1)
+    layer.experts = Tagged()
+    x = torch.randn(40, 6)
+    y, routing = layer(x)
+    factor_T = (routing.combine_weights() * (torch.arange(5) + 1)).sum(dim=1, keepdim=True)
+    assert_close(y, x * factor_T)
+    assert layer.experts.rows == int((routing.combine_weights() > 0).sum())
+
+
+def test_experts_start_different_and_depend_on_the_seed_alone() -> None:
+    torch.manual_seed(3)
+    first = Experts(4, 8, 6)
+    torch.manual_seed(3)
+    second = Experts(6, 8, 6)
+    assert_close(first.fc1_weight, second.fc1_weight[:4], rtol=0, atol=0)
+    for e in range(1, 4):
+        assert not torch.equal(first.fc1_weight[0], first.fc1_weight[e])
+    bound = 8**-0.5
+    assert 0.9 * bound < first.fc1_weight.abs().max() <= bound
+
+
+@pytest.mark.parametrize("rows_per_expert", [[0, 0, 0], [2, 0, 0], [0, 1, 3]])
+def test_every_parameter_has_a_gradient_whatever_the_load(rows_per_expert: list[int]) -> None:
+    experts = Experts(3, 4, 5)
+    experts(torch.randn(sum(rows_per_expert), 4), rows_per_expert).sum().backward()
+    for parameter in experts.parameters():
+        assert parameter.grad is not None
+        for e, rows in enumerate(rows_per_expert):
+            assert bool(parameter.grad[e].any()) == (rows > 0)
+
+
+def test_activation_dropout_is_for_training_only() -> None:
+    experts = Experts(1, 4, 64, activation_dropout=0.5)
+    x = torch.randn(3, 4)
+    assert not torch.equal(experts(x, [3]), experts(x, [3]))
+    experts.eval()
+    assert torch.equal(experts(x, [3]), experts(x, [3]))
+
+
+def test_load_balance_loss_by_hand() -> None:
+    uniform = torch.full((8, 4), 0.25)
+    assert load_balance_loss(uniform, torch.arange(8) % 4).item() == pytest.approx(1.0)
+    one_hot = torch.eye(4)[[2] * 5]
+    assert load_balance_loss(one_hot, torch.tensor([2] * 5)).item() == pytest.approx(4.0)
+    probs = torch.tensor([[0.7, 0.3], [0.6, 0.4], [0.2, 0.8]])  # mean 0.5, 0.5
+    assert load_balance_loss(probs, torch.tensor([0, 0, 1])).item() == pytest.approx(
+        2 * (0.5 * 2 / 3 + 0.5 / 3)
+    )
+    assert load_balance_loss(torch.empty(0, 4), torch.empty(0, dtype=torch.long)).item() == 0
+
+
+def test_z_loss_by_hand() -> None:
+    logits = torch.tensor([[0.0, 0.0], [1.0, 1.0]])
+    expected = (0.6931472**2 + 1.6931472**2) / 2
+    assert z_loss(logits).item() == pytest.approx(expected, rel=1e-6)
+    assert z_loss(torch.empty(0, 4)).item() == 0
+
+
+def test_load_cv_by_hand() -> None:
+    assert load_cv(torch.tensor([2, 2, 2])).item() == 0
+    assert load_cv(torch.tensor([4, 0])).item() == pytest.approx(1.0)
+    assert load_cv(torch.tensor([0, 0])).item() == 0
+
+
+def test_statistics_are_sums_that_add_up() -> None:
+    layer = MoELayer(6, 4, 5, ThresholdRouter(6, 5, 0.6), capacity_factor=1.0, min_capacity=1)
+    parts = [layer(torch.randn(n, 6))[1] for n in (7, 0, 12)]
+    total = RoutingStats.of(parts[0]) + RoutingStats.of(parts[1]) + RoutingStats.of(parts[2])
+    assert total.tokens.item() == 19
+    assert total.calls.item() == 2  # a call without tokens has no load to speak of
+    assert total.rows_kept.item() == sum(p.token_R.numel() for p in parts)
+    assert total.rows_wanted.item() == sum(p.rows_wanted for p in parts)
+    assert total.rows_kept < total.rows_wanted
+    entropy = sum(
+        torch.distributions.Categorical(probs=p.probs_TE).entropy().sum() for p in parts if p.num_tokens
+    )
+    assert total.entropy.item() == pytest.approx(entropy.item(), rel=1e-5)
+
+
+def test_record_routing_sees_each_call_once_and_leaves_nothing_behind() -> None:
+    model = nn.ModuleList(MoELayer(4, 3, 5, TopKRouter(4, 5), name=f"layer {i}") for i in range(2))
+    with record_routing(model) as records:
+        for layer in (model[0], model[1], model[0]):
+            layer(torch.randn(3, 4))
+    assert [layer.name for layer, _ in records] == ["layer 0", "layer 1", "layer 0"]
+    model[0](torch.randn(3, 4))
+    assert len(records) == 3
+    assert not model[0]._forward_hooks

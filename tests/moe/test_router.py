@@ -1,0 +1,151 @@
+import pytest
+import torch
+from torch.testing import assert_close
+
+from xmoe_fairseq.moe import BaseRouter, MoELayer, Router, Routing, ThresholdRouter, TopKRouter
+
+
+def with_probs(router: Router, probs_TE: list[list[float]]) -> Routing:
+    """Route tokens that have exactly these probabilities: an identity router fed with log-probabilities."""
+    with torch.no_grad():
+        router.weight.copy_(torch.eye(router.num_experts))
+    return router(torch.tensor(probs_TE).log())
+
+
+def chosen(routing: Routing) -> list[list[int]]:
+    """Expert ids per token, in order of preference."""
+    rows = zip(routing.token_R.tolist(), routing.rank_R.tolist(), routing.expert_R.tolist(), strict=True)
+    per_token: list[list[int]] = [[] for _ in range(routing.num_tokens)]
+    for token, rank, expert in sorted(rows):
+        assert rank == len(per_token[token])
+        per_token[token].append(expert)
+    return per_token
+
+
+PROBS = [[0.1, 0.5, 0.15, 0.25], [0.97, 0.01, 0.01, 0.01], [0.25, 0.25, 0.25, 0.25]]
+
+
+@pytest.mark.parametrize(
+    "threshold, limit, expected",
+    [
+        (0.0, 0, [[1], [0], [0]]),
+        (0.4, 0, [[1], [0], [0, 1]]),
+        (0.7, 0, [[1, 3], [0], [0, 1, 2]]),
+        (0.975, 0, [[1, 3, 2, 0], [0, 1], [0, 1, 2, 3]]),
+        (1.0, 0, [[1, 3, 2, 0], [0, 1, 2, 3], [0, 1, 2, 3]]),
+        (1.0, 2, [[1, 3], [0, 1], [0, 1]]),
+    ],
+)
+def test_threshold_takes_experts_until_the_mass_is_reached(threshold, limit, expected) -> None:
+    routing = with_probs(ThresholdRouter(4, 4, threshold, limit), PROBS)
+    assert chosen(routing) == expected
+    weights = routing.combine_weights()
+    for token, experts in enumerate(expected):  # not renormalised
+        assert_close(weights[token, experts], torch.tensor(PROBS[token])[experts], rtol=1e-5, atol=1e-6)
+
+
+def test_threshold_one_takes_experts_whose_probability_underflows() -> None:
+    router = ThresholdRouter(4, 4, 1.0)
+    with torch.no_grad():
+        router.weight.copy_(torch.eye(4))
+    assert router(torch.tensor([[500.0, 0.0, 0.0, 0.0]])).experts_per_token == 4
+
+
+def test_topk() -> None:
+    assert chosen(with_probs(TopKRouter(4, 4, k=2), PROBS)) == [[1, 3], [0, 1], [0, 1]]
+    assert chosen(with_probs(TopKRouter(4, 4), PROBS)) == [[1], [0], [0]]
+
+
+def test_base_assigns_equally_in_training_and_greedily_in_evaluation() -> None:
+    router = BaseRouter(3, 3)
+    with torch.no_grad():
+        router.weight.copy_(torch.eye(3))
+    x = torch.tensor([[3.0, 2.0, 0.0], [3.0, 0.0, 2.5], [3.0, 0.0, 0.0]])
+    routing = router(x)
+    assert chosen(routing) == [[1], [2], [0]]  # total 7.5; every other assignment has less
+    assert_close(routing.weight_R, torch.sigmoid(torch.tensor([2.0, 2.5, 3.0])))
+    assert routing.load_balance_loss == 0
+    assert chosen(router.eval()(x)) == [[0], [0], [0]]
+
+
+@pytest.mark.parametrize("num_tokens", [0, 1, 7, 8])
+def test_base_never_gives_an_expert_more_than_its_share(num_tokens: int) -> None:
+    routing = BaseRouter(5, 4)(torch.randn(num_tokens, 5))
+    assert routing.token_R.tolist() == list(range(num_tokens))
+    assert routing.rows_per_expert().max() <= -(-num_tokens // 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_router_computes_in_fp32_under_low_precision(dtype: torch.dtype) -> None:
+    router = ThresholdRouter(16, 8, 0.9).to(dtype)
+    x = torch.randn(32, 16, dtype=dtype)
+    routing = router(x)
+    expected = torch.softmax(x.float() @ router.weight.float().T, dim=-1)
+    assert routing.probs_TE.dtype == torch.float32
+    assert_close(routing.probs_TE, expected)
+
+
+def test_router_ignores_autocast() -> None:
+    router, x = ThresholdRouter(16, 8, 0.9), torch.randn(32, 16)
+    plain = router(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = router(x)
+    assert_close(inside.probs_TE, plain.probs_TE, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_non_finite_input_is_reported_with_the_layers_name(bad: float) -> None:
+    layer = MoELayer(4, 3, 5, ThresholdRouter(4, 5), name="decoder.layers.3")
+    x = torch.randn(6, 4)
+    x[2, 1] = bad
+    with pytest.raises(
+        FloatingPointError, match=r"^decoder\.layers\.3: router input holds NaN or inf in 1 of 6 tokens$"
+    ):
+        layer(x)
+    mask = torch.zeros(6, dtype=torch.bool)
+    mask[2] = True
+    layer(x, mask)  # padding may hold anything
+
+
+@pytest.mark.parametrize("weight, x", [(float("nan"), 1.0), (3e38, 3e38)])
+def test_scores_that_are_not_finite_are_told_from_a_bad_input(weight: float, x: float) -> None:
+    layer = MoELayer(4, 3, 5, ThresholdRouter(4, 5), name="encoder.layers.1")
+    with torch.no_grad():
+        layer.router.weight.fill_(weight)
+    with pytest.raises(
+        FloatingPointError, match=r"^encoder\.layers\.1: router scores are NaN or inf in 6 of 6"
+    ):
+        layer(torch.full((6, 4), x))
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: ThresholdRouter(4, 4, 1.5), r"threshold must be in \[0, 1\], got 1.5"),
+        (lambda: ThresholdRouter(4, 4, 0.5, -1), "max_experts_per_token must be 0 .* got -1"),
+        (lambda: TopKRouter(4, 4, 5), r"k must be in \[1, num_experts = 4\], got 5"),
+        (lambda: TopKRouter(4, 4, 0), "k must be in"),
+        (lambda: ThresholdRouter(4, 0), "must be at least 1, got 4 and 0"),
+        (
+            lambda: MoELayer(4, 3, 5, ThresholdRouter(4, 5), 0.0, float("nan")),
+            "must be 0 or more, got 0.0, nan",
+        ),
+        (lambda: MoELayer(4, 3, 5, ThresholdRouter(4, 6)), r"router must be for .* \(5, 4\), got \(6, 4\)"),
+        (lambda: MoELayer(4, 3, 5, ThresholdRouter(4, 5), capacity_factor=-1), "must be 0 or more, got -1"),
+        (
+            lambda: MoELayer(4, 3, 5, ThresholdRouter(4, 5), activation="step"),
+            "activation must be one of .* 'step'",
+        ),
+    ],
+)
+def test_bad_arguments_get_one_clear_line(make, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_bad_padding_mask_gets_one_clear_line() -> None:
+    layer = MoELayer(4, 3, 5, ThresholdRouter(4, 5))
+    with pytest.raises(
+        ValueError, match=r"padding_mask must be bool of shape \(2, 3\), got torch.bool of shape \(3, 2\)"
+    ):
+        layer(torch.randn(2, 3, 4), torch.zeros(3, 2, dtype=torch.bool))

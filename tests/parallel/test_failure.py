@@ -1,0 +1,122 @@
+"""One rank fails: the others end too, say where, and torchrun starts again from the last checkpoint."""
+
+import logging
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+import torch.distributed as dist
+from commands import BIN, TINY_LM, TRAIN, logged
+from distributed import run_ranks
+from fairseq.tasks import FairseqTask
+from parallel_runs import EXACT, MT, fairseq_train
+
+from xmoe_fairseq.parallel.trainer import ExpertParallelTrainer
+
+MESSAGES = {
+    "dies": "",
+    "runs out of memory": "RuntimeError('out of memory')",
+    "meets a NaN": "FloatingPointError('NaN')",
+}
+
+
+def last_words(data: Path, folder: Path) -> str:
+    """What this rank logs when a training with a checkpoint after 2 updates fails."""
+    messages: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("xmoe_fairseq").addHandler(handler)
+    with pytest.raises((RuntimeError, FloatingPointError)):
+        fairseq_train(
+            data, *MT, *EXACT, "--max-update", 4, "--ddp-backend", "legacy_ddp", "--save-interval-updates", 2,
+            "--moe-expert-parallel-size", 2, "--disable-validation", "--save-dir", folder,
+        )  # fmt: skip
+    return messages[-1]
+
+
+@pytest.mark.parametrize("how", MESSAGES)
+def test_others_end_and_say_who_is_missing(how: str, corpus: tuple[Path, Path], tmp_path: Path) -> None:
+    """fairseq would retry, or save a crash checkpoint, on that rank alone; the others would wait."""
+    plain_step = FairseqTask.train_step
+
+    def step(self: Any, update_num: int, **kwargs: Any) -> Any:
+        if dist.get_rank() == 1 and update_num == 2:
+            if how == "dies":
+                os._exit(1)
+            raise RuntimeError("out of memory") if how == "runs out of memory" else FloatingPointError("NaN")
+        return plain_step(self, update_num=update_num, **kwargs)
+
+    def ranks() -> str:
+        with patch.object(FairseqTask, "train_step", step):
+            return last_words(corpus[0], tmp_path)
+
+    first, second = run_ranks(2, ranks, timeout=60)
+    assert first.startswith("rank 0 of 2, update 3: ")
+    if how == "dies":
+        assert first.endswith("no answer from ranks [1]")
+        assert second is None
+    else:
+        assert f"; rank 1 failed: {MESSAGES[how]}" in first
+        assert second == f"rank 1 of 2, update 3: {MESSAGES[how]}"
+    assert not (tmp_path / "crash.pt").exists()
+
+
+def wait_until(condition: Callable[[], bool], timeout: float = 60) -> None:
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_a_death_while_saving_is_named_too(corpus: tuple[Path, Path], tmp_path: Path) -> None:
+    plain_gather = ExpertParallelTrainer._gather
+
+    def gather(self: Any) -> Any:
+        if dist.get_rank() == 1:
+            os._exit(1)
+        return plain_gather(self)
+
+    def ranks() -> str:
+        with patch.object(ExpertParallelTrainer, "_gather", gather):
+            return last_words(corpus[0], tmp_path)
+
+    first, second = run_ranks(2, ranks, timeout=60)
+    assert first.startswith("rank 0 of 2, saving after update 2: ")
+    assert first.endswith("no answer from ranks [1]")
+    assert second is None
+
+
+def test_torchrun_goes_on_after_a_rank_was_killed(corpus: tuple[Path, Path], tmp_path: Path) -> None:
+    command = [
+        BIN / "torchrun", "--nproc_per_node", 2, "--max-restarts", 2, "--standalone",
+        BIN / "fairseq-train", corpus[1], *TINY_LM, *TRAIN, "--distributed-backend", "gloo",
+        "--moe-expert-parallel-size", 2, "--max-update", 150, "--save-interval-updates", 5,
+        "--keep-interval-updates", 2, "--disable-validation", "--save-dir", tmp_path,
+    ]  # fmt: skip
+    log = tmp_path / "log"
+    with log.open("w") as file:
+        launcher = subprocess.Popen(
+            list(map(str, command)), stdout=file, stderr=file, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        )
+    try:
+        wait_until((tmp_path / "checkpoint_last.pt").exists)
+        children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+        os.kill(int(children[-1]), signal.SIGKILL)
+        launcher.wait(timeout=90)
+    finally:
+        launcher.terminate()  # torchrun ends its ranks
+    output = log.read_text()
+    assert launcher.returncode == 0, output[-4000:]
+    assert "Loaded checkpoint" in output
+    assert (
+        torch.load(tmp_path / "checkpoint_last.pt", weights_only=True)["optimizer_history"][-1]["num_updates"]
+        == logged(output, "train")[-1]["train_num_updates"]
+    )
+    assert len(list(tmp_path.glob("checkpoint_*_*.pt"))) <= 2

@@ -1,0 +1,125 @@
+"""An MoE layer whose experts lie on several ranks equals one layer with all tokens, gradients too."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from distributed import run_ranks
+from torch import Tensor
+from torch.testing import assert_close
+
+from xmoe_fairseq.moe import MoELayer, ThresholdRouter, TopKRouter
+from xmoe_fairseq.moe.all_to_all import exchange_rows
+
+MODEL_DIM, NUM_EXPERTS = 8, 8
+TOKENS = {
+    "even": [5, 5, 5, 5],
+    "uneven": [7, 1, 3, 10],
+    "some ranks without tokens": [0, 6, 0, 2],
+    "one token": [0, 0, 1, 0],
+    "no tokens": [0, 0, 0, 0],
+}
+# What a router is made to do: the tokens of all ranks go where the bias says.
+FAVOURITES = {"as they like": [], "all elsewhere": [7], "none to the first rank": [3, 4, 5, 6, 7]}
+
+
+def layer(group: Any = None, k: int = 0, favourites: tuple[int, ...] = ()) -> MoELayer:
+    torch.manual_seed(3)
+    router: Any = TopKRouter(MODEL_DIM, NUM_EXPERTS, k) if k else ThresholdRouter(MODEL_DIM, NUM_EXPERTS, 0.6)
+    moe = MoELayer(MODEL_DIM, 6, NUM_EXPERTS, router, expert_parallel_group=group)
+    with torch.no_grad():  # the first feature of every token is 1: its weight is a bias
+        for expert in favourites:
+            moe.router.weight[expert, 0] += 9.0
+    return moe
+
+
+def tokens(rank: int, count: int) -> Tensor:
+    x_TD = torch.randn(count, MODEL_DIM, generator=torch.Generator().manual_seed(rank))
+    x_TD[:, 0] = 1.0
+    return x_TD
+
+
+def forward_backward(moe: MoELayer, x_TD: Tensor, rank_of_T: Tensor) -> dict[str, Tensor]:
+    """A loss that weighs every output by its rank, so that a mix-up shows."""
+    x_TD.requires_grad_()
+    y_TD, routing = moe(x_TD)
+    (y_TD.sin() * (1.0 + rank_of_T.unsqueeze(1))).sum().backward()
+    gradients = {name: p.grad for name, p in moe.named_parameters()}
+    return {"y": y_TD.detach(), "x.grad": x_TD.grad, **gradients}
+
+
+def compare(counts: list[int], make: Callable[[Any], MoELayer]) -> None:
+    def ranks() -> dict[str, Tensor]:
+        rank = dist.get_rank()
+        x_TD = tokens(rank, counts[rank])
+        return forward_backward(make(dist.group.WORLD), x_TD, torch.full((counts[rank],), float(rank)))
+
+    results = run_ranks(len(counts), ranks, timeout=30)
+    x_TD = torch.cat([tokens(rank, count) for rank, count in enumerate(counts)])
+    rank_of_T = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts)).float()
+    expected = forward_backward(make(None), x_TD, rank_of_T)
+    for name in expected:
+        parts = [result[name] for result in results]
+        got = sum(parts) if name == "router.weight" else torch.cat(parts)
+        assert_close(got, expected[name], rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("case", TOKENS)
+def test_ranks_equal_one_for_any_number_of_tokens(case: str, world_size: int) -> None:
+    compare(TOKENS[case][-world_size:], layer)
+
+
+@pytest.mark.parametrize("case", FAVOURITES)
+def test_ranks_equal_one_wherever_the_tokens_go(case: str) -> None:
+    """A rank all of whose rows go elsewhere, a rank that receives none, experts without rows."""
+    for k in (0, 1):
+        compare([4, 3], lambda group: layer(group, k, tuple(FAVOURITES[case])))  # noqa: B023
+
+
+def test_a_part_holds_what_the_whole_holds_and_leaves_the_random_state_alike() -> None:
+    def ranks() -> tuple[dict[str, Tensor], Tensor]:
+        return layer(dist.group.WORLD).state_dict(), torch.rand(1)
+
+    whole = layer().state_dict()
+    after = torch.rand(1)
+    results = run_ranks(2, ranks, timeout=30)
+    for name, value in whole.items():
+        parts = [state[name] for state, _ in results]
+        assert torch.equal(parts[0] if name == "router.weight" else torch.cat(parts), value), name
+    assert all(torch.equal(following, after) for _, following in results)
+
+
+def test_whole_state_dicts_load_into_any_part() -> None:
+    whole = {name: torch.randn_like(value) for name, value in layer().state_dict().items()}
+
+    def ranks() -> Tensor:
+        moe = layer(dist.group.WORLD)
+        moe.load_state_dict(whole)
+        moe.load_state_dict(moe.state_dict())  # and its own part
+        return moe.experts.fc1_weight.detach()
+
+    parts = run_ranks(2, ranks, timeout=30)
+    assert torch.equal(torch.cat(parts), whole["experts.fc1_weight"])
+    wrong = {**whole, "experts.fc1_weight": torch.zeros(6, 6, MODEL_DIM)}
+    with pytest.raises(RuntimeError, match="experts.fc1_weight"):
+        layer().load_state_dict(wrong)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_every_rank_takes_part_in_the_backward_exchange(dtype: torch.dtype) -> None:
+    """Rank 0's rows need no gradient; rank 1 sends no row, yet gets gradients for none."""
+
+    def ranks() -> tuple[Tensor, Tensor | None]:
+        rank = dist.get_rank()
+        send, receive = ([1, 2], [1, 0]) if rank == 0 else ([0, 0], [2, 0])
+        rows_RD = torch.arange(6.0, dtype=dtype).view(3, 2)[: sum(send)].requires_grad_(rank == 1)
+        received_RD = exchange_rows(rows_RD, send, receive, dist.group.WORLD)
+        received_RD.float().sum().backward()
+        return received_RD.detach(), rows_RD.grad
+
+    (first, no_gradient), (second, gradient) = run_ranks(2, ranks, timeout=30)
+    assert first.tolist() == [[0, 1]] and second.tolist() == [[2, 3], [4, 5]]
+    assert no_gradient is None and gradient is not None and gradient.shape == (0, 2)

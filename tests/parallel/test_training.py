@@ -1,0 +1,55 @@
+"""W ranks train exactly as one process does on the same global batches, wherever the experts lie.
+
+The load-balance loss is per rank and micro-batch, as every loss in fairseq; so the one process takes the
+ranks' batches as micro-batches: --update-freq W times as large.
+"""
+
+from functools import cache
+from pathlib import Path
+
+import pytest
+from parallel_runs import EXACT, LM, MT, Run, assert_same_training, train
+
+SIZES = [(2, 1), (2, 2), (4, 1), (4, 2), (4, 4)]  # ranks, ranks that share out the experts
+
+
+def task_flags(kind: str, corpus: tuple[Path, Path]) -> tuple[object, ...]:
+    return (*((corpus[0], *MT) if kind == "translation" else (corpus[1], *LM)), *EXACT, "--no-save")
+
+
+@cache
+def one_process(*flags: object) -> Run:
+    return train(1, *flags)[0]
+
+
+@pytest.mark.parametrize("ranks, size", SIZES)
+@pytest.mark.parametrize("kind", ["translation", "language"])
+def test_ranks_train_as_one_process(kind: str, ranks: int, size: int, corpus: tuple[Path, Path]) -> None:
+    """Losses, logged sums, gradients, norm, weights after 3 updates of Adam with clipping; validation too."""
+    flags = (*task_flags(kind, corpus), "--max-update", 3)
+    reference = one_process(*flags, "--update-freq", 2 * ranks)
+    backend = ("--ddp-backend", "legacy_ddp", "--moe-expert-parallel-size", size)
+    runs = train(ranks, *flags, "--update-freq", 2, *backend)
+    assert_same_training(runs, reference, size)
+    assert reference["norms"][0] > 0.1  # clipping was at work
+
+
+def test_pytorch_ddp_trains_as_one_process(corpus: tuple[Path, Path]) -> None:
+    flags = (*task_flags("translation", corpus), "--max-update", 3)
+    runs = train(4, *flags, "--update-freq", 2, "--moe-expert-parallel-size", 2)
+    assert_same_training(runs, one_process(*flags, "--update-freq", 8), 2)
+
+
+@pytest.mark.parametrize("size, update_freq", [(1, 3), (2, 3)])
+def test_dummy_batches_count_for_nothing(size: int, update_freq: int, corpus: tuple[Path, Path]) -> None:
+    """14 batches for 4 ranks: two ranks get a dummy at the end of the epoch, also amid an update."""
+    flags = (*task_flags("translation", corpus), "--batch-size", 7, "--max-epoch", 1)
+    runs = train(4, *flags, "--update-freq", update_freq, "--moe-expert-parallel-size", size)
+    assert_same_training(runs, one_process(*flags, "--update-freq", 4 * update_freq), size)
+
+
+def test_recomputed_activations_take_part_in_every_exchange(corpus: tuple[Path, Path]) -> None:
+    flags = (*task_flags("translation", corpus), "--max-update", 2)
+    recompute = ("--checkpoint-activations", "--moe-expert-parallel-size", 2, "--ddp-backend", "legacy_ddp")
+    runs = train(2, *flags, "--update-freq", 1, *recompute)
+    assert_same_training(runs, one_process(*flags, "--update-freq", 2), 2)

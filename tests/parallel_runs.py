@@ -1,0 +1,137 @@
+"""Trains with fairseq's own loop on several ranks, and compares what each update did with one process's."""
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import fairseq_cli.train
+import torch
+import torch.distributed as dist
+from commands import PLUGIN, TINY_LM, TINY_MT, TRAIN
+from distributed import run_ranks
+from fairseq import options
+from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+from fairseq.distributed import utils as distributed_utils
+from fairseq.optim import FairseqOptimizer
+from fairseq.trainer import Trainer
+from torch.testing import assert_close
+
+import xmoe_fairseq  # noqa: F401  (registers the models)
+
+Run = dict[str, Any]
+# fairseq keeps copies of dense encoder layers' weights that nothing reads, and a buffer that nothing sets.
+UNUSED = re.compile(r"encoder\.layers\.\d+\.(in_proj|out_proj|fc1|fc2)_(weight|bias)$|_float_tensor$")
+MT, LM = TINY_MT[len(PLUGIN) :], TINY_LM[len(PLUGIN) :]  # the plugin is imported already
+EXACT = (
+    *TRAIN, "--dropout", 0, "--clip-norm", 0.1, "--required-batch-size-multiple", 1,
+    # Adam divides by the gradient's size. Where that is rounding only (a key's bias), eps must hold it down.
+    "--adam-eps", 1e-5,
+)  # fmt: skip
+
+
+def train(world_size: int, *flags: object) -> list[Run]:
+    """Each rank's record: per update its gradients before clipping, their norm and the logged sums; the
+    weights at the end; names of the experts."""
+
+    def rank() -> Run:
+        with recorded() as run:
+            fairseq_train(*flags)
+        return run
+
+    return run_ranks(world_size, rank)
+
+
+def fairseq_train(*flags: object) -> None:
+    """In this process, which is one rank of the process group if there is one."""
+    arguments = [str(flag) for flag in flags]
+    if dist.is_initialized():
+        arguments += [
+            "--distributed-world-size", str(dist.get_world_size()),
+            "--distributed-rank", str(dist.get_rank()), "--distributed-init-method", "env://",
+            "--distributed-no-spawn", "--distributed-backend", "gloo",
+        ]  # fmt: skip
+    parsed = options.parse_args_and_arch(options.get_training_parser(), arguments)
+    distributed_utils.call_main(convert_namespace_to_omegaconf(parsed), fairseq_cli.train.main)
+
+
+@contextmanager
+def recorded() -> Iterator[Run]:
+    run: Run = {"gradients": [], "norms": [], "logs": [], "valid": {}}
+    trainers: list[Trainer] = []
+    plain_init, plain_clip = Trainer.__init__, FairseqOptimizer.clip_grad_norm
+    plain_stats = Trainer._reduce_and_log_stats
+
+    def init(self: Trainer, *args: Any, **kwargs: Any) -> None:
+        trainers.append(self)
+        plain_init(self, *args, **kwargs)
+
+    def clip(self: FairseqOptimizer, *args: Any, **kwargs: Any) -> Any:
+        named = trainers[0].get_model().named_parameters()
+        # legacy_ddp gives zeros to the encoder's unused copies of weights, one process gives nothing
+        run["gradients"].append(
+            {name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in named}
+        )
+        return plain_clip(self, *args, **kwargs)
+
+    def check(self: Trainer, norm: torch.Tensor) -> None:
+        run["norms"].append(norm.float())
+
+    def stats(self: Trainer, logs: list[dict], sample_size: Any, *args: Any) -> Any:
+        sums = Counter({key: float(sum(log.get(key, 0) for log in logs)) for key in logs[0]})
+        sums["sample_size of the step"] = float(sample_size)
+        if args:  # with a gradient norm
+            run["logs"].append(dict(sums))
+        else:  # ranks take one batch each at a time, so only the total can be compared
+            run["valid"] = dict(Counter(run["valid"]) + sums)
+        return plain_stats(self, logs, sample_size, *args)
+
+    with (
+        patch.object(Trainer, "__init__", init),
+        patch.object(FairseqOptimizer, "clip_grad_norm", clip),
+        patch.object(Trainer, "_check_grad_norms", check),
+        patch.object(Trainer, "_reduce_and_log_stats", stats),
+    ):
+        yield run
+    model = trainers[0].get_model()
+    run["weights"] = {name: p.detach() for name, p in model.named_parameters() if not UNUSED.search(name)}
+    run["experts"] = {name for name, p in model.named_parameters() if hasattr(p, "expert")}
+
+
+def assert_same_training(runs: list[Run], reference: Run, parallel_size: int) -> None:
+    """Every rank did what the one process did; and all replicas hold the same bits."""
+    assert (parallel_size > 1) == bool(runs[0]["experts"])
+    assert len(runs[0]["gradients"]) == len(reference["gradients"]) > 0
+    for update, expected in enumerate(reference["gradients"]):
+        whole = put_together([run["gradients"][update] for run in runs], runs[0]["experts"], parallel_size)
+        assert_same_tensors(whole, expected, f"gradient at update {update + 1}")
+    for run in runs:
+        assert_close(torch.stack(run["norms"]), torch.stack(reference["norms"]), rtol=2e-5, atol=0)
+        assert torch.equal(torch.stack(run["norms"]), torch.stack(runs[0]["norms"]))
+        for got, logged in zip(run["logs"], reference["logs"], strict=True):
+            assert_close(got, logged, rtol=1e-4, atol=1e-4)
+        assert_close(run["valid"], reference["valid"], rtol=1e-4, atol=1e-4)
+    weights = put_together([run["weights"] for run in runs], runs[0]["experts"], parallel_size)
+    assert_same_tensors(weights, reference["weights"], "weight")
+
+
+def put_together(
+    per_rank: list[dict[str, torch.Tensor]], experts: set[str], parallel_size: int
+) -> dict[str, torch.Tensor]:
+    """One dict for all ranks, after a look whether those that must hold the same bits do."""
+    whole = {}
+    for name in per_rank[0]:
+        distinct = parallel_size if name in experts else 1
+        for rank, tensors in enumerate(per_rank):
+            assert torch.equal(tensors[name], per_rank[rank % distinct][name]), f"{name} on rank {rank}"
+        parts = [tensors[name] for tensors in per_rank[:distinct]]
+        whole[name] = torch.cat(parts) if distinct > 1 else parts[0]
+    return whole
+
+
+def assert_same_tensors(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], what: str) -> None:
+    assert got.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert_close(got[name], tensor, rtol=1e-4, atol=2e-6, msg=lambda m, n=name: f"{what} of {n}: {m}")

@@ -1,0 +1,138 @@
+"""Every flag is checked where all configurations pass: when the model is built."""
+
+from argparse import ArgumentParser, Namespace
+from dataclasses import fields
+
+import pytest
+from fairseq.dataclass.utils import gen_parser_from_dataclass
+from fairseq.models import ARCH_CONFIG_REGISTRY, build_model
+from fairseq.models.transformer import TransformerModel
+from omegaconf import OmegaConf
+from toy import language_model, task, translation_model
+
+from xmoe_fairseq.config import MoEConfig, read_moe_config
+from xmoe_fairseq.model_config import complete_namespace
+from xmoe_fairseq.models.language_model import XMoETransformerLanguageModelConfig
+from xmoe_fairseq.models.translation import XMoETransformerConfig, XMoETransformerModel
+
+BAD = [
+    ({"moe_freq": -1}, "--moe-freq must be 0 (dense) or more, got -1"),
+    ({"moe_freq": 4}, "--moe-freq must be at most --decoder-layers 3 (0 = dense), got 4"),
+    ({"moe_router": "best"}, "--moe-router must be one of threshold, topk, base, got best"),
+    ({"moe_num_experts": 0}, "--moe-num-experts must be at least 1, got 0"),
+    ({"moe_num_experts": 2.5}, "--moe-num-experts must be of type int, got 2.5"),
+    ({"moe_ffn_split": 0}, "--moe-ffn-split must be at least 1, got 0"),
+    ({"moe_ffn_split": 7}, "--moe-ffn-split must divide --decoder-ffn-embed-dim 48, got 7"),
+    ({"moe_threshold": 1.01}, "--moe-threshold must be in [0, 1], got 1.01"),
+    ({"moe_threshold": float("nan")}, "--moe-threshold must be in [0, 1], got nan"),
+    ({"moe_threshold": "0.5"}, "--moe-threshold must be of type float, got '0.5'"),
+    ({"moe_topk": 2}, "only the topk router takes it (--moe-router topk), got 2"),
+    ({"moe_router": "topk", "moe_topk": 9}, "must be at most --moe-num-experts 8, got 9"),
+    ({"moe_router": "topk", "moe_topk": -1}, "--moe-topk must be 0 (= --moe-ffn-split) or more"),
+    ({"moe_max_experts_per_token": -2}, "--moe-max-experts-per-token must be -1 (= 2 x --moe-ffn-split), 0"),
+    ({"moe_capacity_factor": -0.5}, "--moe-capacity-factor must be 0 (dropless) or more, got -0.5"),
+    (
+        {"moe_eval_capacity_factor": float("inf")},
+        "--moe-eval-capacity-factor must be 0 (dropless) or more, got inf",
+    ),
+    ({"moe_min_capacity": 0}, "--moe-min-capacity must be at least 1, got 0"),
+    ({"no_moe_decoder": "yes"}, "--no-moe-decoder must be of type bool, got 'yes'"),
+    ({"scale_fc": True}, "--scale-fc cannot be combined with MoE layers (--moe-freq 0 = dense), got True"),
+    ({"base_layers": 1}, "--base-layers cannot be combined with MoE layers"),
+    ({"quant_noise_pq": 0.1}, "--quant-noise-pq cannot be combined with MoE layers"),
+    ({"quant_noise_scalar": 0.1}, "--quant-noise-scalar cannot be combined with MoE layers"),
+    ({"decoder_layers_to_keep": "0,2"}, "--decoder-layers-to-keep cannot be combined with MoE layers"),
+]
+
+
+@pytest.mark.parametrize(
+    "flags, message", BAD, ids=lambda value: next(iter(value)) if isinstance(value, dict) else ""
+)
+def test_a_bad_value_is_refused_with_one_line(flags: dict, message: str) -> None:
+    with pytest.raises(ValueError) as error:
+        language_model(**flags)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("arch", ["xmoe_transformer", "xmoe_transformer_tiny"])
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ({"moe_router": "best"}, "--moe-router must be one of threshold, topk, base, got best"),
+        ({"moe_threshold": 1.5}, "--moe-threshold must be in [0, 1], got 1.5"),
+    ],
+)
+def test_what_a_checkpoint_or_hydra_brings_is_checked(arch: str, flags: dict, message: str) -> None:
+    """fairseq merges it with the dataclass first if the architecture is named like the model."""
+    model = {"_name": arch, "encoder_embed_dim": 32, "encoder_layers": 2, "decoder_layers": 2}
+    built = build_model(OmegaConf.create({"model": model}).model, task(), from_checkpoint=True)
+    assert built.decoder.layers[0].embed_dim == 32
+    with pytest.raises(ValueError) as error:
+        build_model(OmegaConf.create({"model": model | flags}).model, task(), from_checkpoint=True)
+    assert str(error.value) == message
+
+
+def test_a_dense_model_ignores_what_concerns_experts_only() -> None:
+    language_model(moe_freq=0, moe_ffn_split=7, quant_noise_pq=0.1)
+
+
+def test_each_side_is_checked_by_its_own_sizes() -> None:
+    with pytest.raises(ValueError, match="--moe-ffn-split must divide --encoder-ffn-embed-dim 50, got 4"):
+        translation_model(encoder_ffn_embed_dim=50, decoder_ffn_embed_dim=48, moe_ffn_split=4)
+    translation_model(
+        encoder_ffn_embed_dim=50, decoder_ffn_embed_dim=48, moe_ffn_split=4, no_moe_encoder=True
+    )
+
+
+def test_defaults() -> None:
+    config = read_moe_config(Namespace(), ())
+    assert config.experts_per_token_limit == 8
+    assert config.k == 4
+    assert read_moe_config(Namespace(moe_max_experts_per_token=0), ()).experts_per_token_limit == 0
+    assert read_moe_config(OmegaConf.create({"moe_threshold": 1}), ()).moe_threshold == 1
+
+
+def test_every_flag_has_a_help_text() -> None:
+    for field in fields(MoEConfig):
+        assert field.name == "_name" or field.metadata["help"]
+
+
+def test_the_flat_configuration_has_every_flag_of_fairseqs_transformer() -> None:
+    def options(add: object) -> set[str]:
+        parser = ArgumentParser()
+        add(parser)
+        return {option for action in parser._actions for option in action.option_strings}
+
+    ours = options(
+        lambda parser: gen_parser_from_dataclass(parser, XMoETransformerConfig(), delete_default=True)
+    )
+    assert options(TransformerModel.add_args) <= ours
+    assert options(XMoETransformerModel.add_args) == ours
+
+
+def test_a_configuration_is_completed_from_the_task_and_from_other_fields() -> None:
+    given = OmegaConf.create({"_name": "xmoe_transformer", "encoder_embed_dim": 64})
+    args = complete_namespace(given, XMoETransformerConfig, task())
+    assert (args.decoder_embed_dim, args.decoder_output_dim, args.decoder_ffn_embed_dim) == (64, 64, 2048)
+    args = complete_namespace(Namespace(), XMoETransformerLanguageModelConfig, task())
+    assert args.tokens_per_sample == 64
+    assert args.moe_router == "threshold"
+
+
+@pytest.mark.parametrize(
+    "arch, layers, width, ffn",
+    [
+        ("xmoe_transformer_lm_tiny", 2, 64, 256),
+        ("xmoe_transformer_lm_gpt2_small", 12, 768, 3072),
+        ("xmoe_transformer_lm_gpt2_medium", 24, 1024, 4096),
+        ("xmoe_transformer_tiny", 2, 64, 64),
+        ("xmoe_transformer_iwslt_de_en", 6, 512, 1024),
+        ("xmoe_transformer_wmt_en_de", 6, 512, 2048),
+        ("xmoe_transformer_wmt_en_de_big", 6, 1024, 4096),
+    ],
+)
+def test_architectures_have_the_sizes_of_their_names(arch: str, layers: int, width: int, ffn: int) -> None:
+    args = Namespace()
+    ARCH_CONFIG_REGISTRY[arch](args)
+    assert (args.decoder_layers, args.decoder_embed_dim, args.decoder_ffn_embed_dim) == (layers, width, ffn)

@@ -1,0 +1,197 @@
+"""The loss to minimise, and what is logged about the routing."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from fairseq import metrics
+from fairseq.criterions.label_smoothed_cross_entropy import LabelSmoothedCrossEntropyCriterion
+from toy import language_model, language_sample, sentences, task, translation_model, translation_sample
+
+from xmoe_fairseq.criterions import MoECrossEntropyCriterion, MoELabelSmoothedCrossEntropyCriterion
+from xmoe_fairseq.moe import RoutingStats, record_routing
+
+
+def criterion(sentence_avg: bool = False, coeff: float = 0.01, z_coeff: float = 0.0) -> Any:
+    return MoELabelSmoothedCrossEntropyCriterion(task(), sentence_avg, 0.1, coeff, z_coeff)
+
+
+def sample() -> dict[str, Any]:
+    return translation_sample(sentences([5, 7, 3], left_pad=True), sentences([6, 4, 8]))
+
+
+@pytest.mark.parametrize("sentence_avg", [False, True])
+def test_auxiliary_losses_are_scaled_by_the_sample_size_and_summed_over_layers(sentence_avg: bool) -> None:
+    model, batch = translation_model(), sample()
+    with record_routing(model) as records:
+        stock, size, _ = LabelSmoothedCrossEntropyCriterion(task(), sentence_avg, 0.1)(model, batch)
+    loss, same_size, logged = criterion(sentence_avg, coeff=0.3, z_coeff=0.2)(model, batch)
+    assert size == same_size
+    expected = sum(0.3 * r.load_balance_loss + 0.2 * r.z_loss for _, r in records) * size
+    assert len(records) == 3
+    assert (loss - stock).item() == pytest.approx(expected.item(), rel=1e-4)
+    assert logged["loss"].item() == pytest.approx(stock.item(), rel=1e-6)  # the task's own
+
+
+def test_auxiliary_losses_reach_the_router_and_nothing_else_in_the_layer() -> None:
+    model = translation_model(moe_freq=4, no_moe_decoder=True)
+    with record_routing(model) as records:
+        model(**sample()["net_input"])
+    records[0][1].load_balance_loss.backward()
+    layer = records[0][0]
+    assert layer.router.weight.grad.abs().sum() > 0
+    assert layer.experts.fc1_weight.grad is None
+
+
+def test_unreduced_loss_is_fairseqs_own() -> None:
+    model, batch = translation_model(), sample()
+    stock, _, _ = LabelSmoothedCrossEntropyCriterion(task(), False, 0.1)(model, batch, reduce=False)
+    loss, _, _ = criterion(coeff=5.0)(model, batch, reduce=False)
+    assert torch.equal(loss, stock)
+
+
+def reduce(logs: list[dict[str, Any]]) -> dict[str, float]:
+    with metrics.aggregate(new_root=True) as aggregator:
+        MoELabelSmoothedCrossEntropyCriterion.reduce_metrics(logs)
+    return aggregator.get_smoothed_values()
+
+
+def test_logged_values_are_sums_divided_once() -> None:
+    """Two ranks (or micro-batches) of different size give what one with all the sentences gives."""
+    model = translation_model().eval()
+    source, target = sentences([5, 7, 3, 4], left_pad=True), sentences([6, 4, 8, 3])
+    parts = [translation_sample(source[:1], target[:1]), translation_sample(source[1:], target[1:])]
+    logs = [criterion()(model, part)[2] for part in parts]
+    together = reduce([criterion()(model, translation_sample(source, target))[2]])
+    apart = reduce(logs)
+    keys = {
+        "experts_per_token",
+        "flops_vs_all_experts",
+        "flops_vs_dense_ffn",
+        "dropped_share",
+        "router_entropy",
+    }
+    for side in ("encoder", "decoder"):
+        for key in keys:
+            assert apart[f"moe_{side}_{key}"] == pytest.approx(together[f"moe_{side}_{key}"], abs=1e-4)
+        assert {
+            f"moe_{side}_{key}" for key in (*keys, "load_balance_loss", "load_cv", "z_loss")
+        } <= apart.keys()
+
+
+def test_logged_values_by_hand() -> None:
+    """Top-2 of 8 experts, each half the dense FFN, D 32, F 24: a token costs 2 x 4DF, and 2DE to route."""
+    model = translation_model(moe_router="topk", moe_topk=2)
+    logs, calls = [], {"encoder": [], "decoder": []}
+    for batch in (sample(), sample()):
+        with record_routing(model) as records:
+            logs.append(criterion()(model, batch)[2])
+        for layer, routing in records:
+            calls[layer.name.split(".")[0]].append(RoutingStats.of(routing))
+    values = reduce(logs)
+    per_row, router = 4 * 32 * 24, 2 * 32 * 8
+    assert {side: len(stats) for side, stats in calls.items()} == {
+        "encoder": 4,
+        "decoder": 2,
+    }  # layers x batches
+    for side, stats in calls.items():
+        assert values[f"moe_{side}_experts_per_token"] == 2
+        of_dense = (2 * per_row + router) / (2 * per_row)
+        assert values[f"moe_{side}_flops_vs_dense_ffn"] == pytest.approx(of_dense, abs=1e-4)
+        of_all = (2 * per_row + router) / (8 * per_row + router)
+        assert values[f"moe_{side}_flops_vs_all_experts"] == pytest.approx(of_all, abs=1e-4)
+        assert values[f"moe_{side}_dropped_share"] == 0
+        for key in ("load_cv", "load_balance_loss", "z_loss"):  # means over calls
+            mean = sum(getattr(s, key).item() for s in stats) / len(stats)
+            assert mean > 0
+            assert values[f"moe_{side}_{key}"] == pytest.approx(mean, abs=1e-4)
+
+
+def test_values_of_several_updates_are_weighted_by_their_tokens() -> None:
+    """fairseq averages what is logged over its log interval."""
+    model = translation_model(moe_threshold=0.6).eval()
+    source, target = sentences([9, 3, 4], left_pad=True), sentences([9, 3, 4])
+    parts = [translation_sample(source[:1], target[:1]), translation_sample(source[1:], target[1:])]
+    logs = [criterion()(model, part)[2] for part in parts]
+    with metrics.aggregate(new_root=True) as aggregator:
+        for log in logs:
+            MoELabelSmoothedCrossEntropyCriterion.reduce_metrics([log])
+    together = reduce(logs)
+    for key in ("decoder_experts_per_token", "encoder_router_entropy", "decoder_flops_vs_dense_ffn"):
+        averaged = aggregator.get_smoothed_values()[f"moe_{key}"]
+        assert averaged == pytest.approx(together[f"moe_{key}"], abs=1e-4)
+
+
+def test_keys_do_not_depend_on_the_layers_that_layerdrop_leaves_out() -> None:
+    """fairseq adds up logging outputs of ranks key by key, in one buffer."""
+    model = translation_model(encoder_layerdrop=0.5, moe_freq=4, no_moe_decoder=True).train()
+    logs = []
+    for seed in range(12):
+        torch.manual_seed(seed)
+        np.random.seed(seed)
+        logs.append(criterion()(model, sample())[2])
+    assert len({tuple(log) for log in logs}) == 1
+    assert {log["moe_encoder_calls"].item() for log in logs} == {0.0, 1.0}
+    reduce(logs)
+
+
+def test_gradients_of_micro_batches_add_up() -> None:
+    """As with --update-freq 2: no state of one batch enters the next one's auxiliary loss."""
+    model, batches = translation_model(), [sample(), sample()]
+
+    def gradients(*given: dict[str, Any]) -> dict[str, torch.Tensor]:
+        model.zero_grad()
+        for batch in given:
+            criterion(coeff=0.5, z_coeff=0.1)(model, batch)[0].backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    first, second, both = gradients(batches[0]), gradients(batches[1]), gradients(*batches)
+    for name, gradient in both.items():
+        torch.testing.assert_close(gradient, first[name] + second[name], rtol=1e-4, atol=1e-5)
+
+
+def test_trains_under_autocast_with_the_router_in_fp32() -> None:
+    model, batch = translation_model(), sample()
+    exact, _, _ = criterion()(model, batch)
+    with torch.autocast("cpu", dtype=torch.bfloat16), record_routing(model) as records:
+        loss, _, _ = criterion()(model, batch)
+    loss.backward()
+    assert loss.item() == pytest.approx(exact.item(), rel=0.02)
+    for layer, routing in records:
+        assert routing.probs_TE.dtype == routing.load_balance_loss.dtype == torch.float32
+        assert torch.isfinite(layer.router.weight.grad).all() and layer.router.weight.grad.any()
+
+
+def test_capacity_drops_are_logged() -> None:
+    model = translation_model(moe_capacity_factor=0.5, moe_min_capacity=1)
+    values = reduce([criterion()(model, sample())[2]])
+    assert 0 < values["moe_encoder_dropped_share"] < 1
+    model.eval()  # dropless in evaluation, unless asked otherwise
+    assert reduce([criterion()(model, sample())[2]])["moe_encoder_dropped_share"] == 0
+
+
+def test_a_side_without_moe_layers_logs_nothing() -> None:
+    model = translation_model(no_moe_decoder=True)
+    values = reduce([criterion()(model, sample())[2]])
+    assert not any(key.startswith("moe_decoder") for key in values)
+    assert any(key.startswith("moe_encoder") for key in values)
+
+
+def test_a_batch_of_padding_alone_gives_finite_gradients() -> None:
+    model = language_model()
+    batch = language_sample(sentences([4, 5]))
+    batch["net_input"]["src_tokens"] = torch.full((2, 5), 1)
+    loss, _, logged = MoECrossEntropyCriterion(task(), False, 0.01, 0.01)(model, batch)
+    loss.backward()
+    assert logged["moe_decoder_tokens"] == 0
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), name
+
+
+@pytest.mark.parametrize(
+    "flag, kwargs", [("--moe-loss-coeff", {"coeff": -0.1}), ("--moe-z-loss-coeff", {"z_coeff": float("nan")})]
+)
+def test_coefficients_are_checked(flag: str, kwargs: dict) -> None:
+    with pytest.raises(ValueError, match=f"{flag} must be 0 or more, got"):
+        criterion(**kwargs)

@@ -1,0 +1,99 @@
+"""Generation and scoring with the stock commands."""
+
+import re
+from pathlib import Path
+
+import pytest
+from commands import PLUGIN, logged, run
+
+GENERATE = (
+    *PLUGIN,
+    "--cpu",
+    "--num-workers",
+    "0",
+    "--source-lang",
+    "en",
+    "--target-lang",
+    "de",
+    "--beam",
+    "3",
+)
+
+
+def hypotheses(output: str) -> dict[int, tuple[str, float]]:
+    found = re.findall(r"^H-(\d+)\t(\S+)\t(.*)$", output, re.M)
+    return {int(number): (text, float(score)) for number, score, text in found}
+
+
+def test_translations_do_not_depend_on_the_batch(
+    corpus: tuple[Path, Path], translation_checkpoint: Path
+) -> None:
+    flags = (corpus[0], *GENERATE, "--path", translation_checkpoint)
+    together = hypotheses(run("fairseq-generate", *flags, "--batch-size", 12))
+    alone = hypotheses(run("fairseq-generate", *flags, "--batch-size", 1))
+    assert len(together) == 12
+    for number, (text, score) in together.items():
+        assert alone[number][0] == text
+        assert alone[number][1] == pytest.approx(score, abs=2e-4)  # the log prints 4 digits
+
+
+def test_interactive(corpus: tuple[Path, Path], translation_checkpoint: Path) -> None:
+    output = run(
+        "fairseq-interactive", corpus[0], *GENERATE, "--path", translation_checkpoint,
+        "--skip-invalid-size-inputs-valid-test", stdin="w1 w2 w3\nw4\n",
+    )  # fmt: skip
+    assert set(hypotheses(output)) == {0, 1}
+
+
+def validate(corpus: Path, checkpoint: Path, overrides: str, succeeds: bool = True) -> str:
+    return run(
+        "fairseq-validate", corpus, *PLUGIN, "--cpu", "--num-workers", 0, "--task", "translation",
+        "--batch-size", 4, "--log-format", "json", "--path", checkpoint, "--valid-subset", "test",
+        "--model-overrides", overrides, succeeds=succeeds,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "overrides, low, high",
+    [
+        ("{'moe_threshold': 0.0}", 1.0, 1.0),
+        ("{}", 1.5, 4.0),
+        ("{'moe_threshold': 1.0, 'moe_max_experts_per_token': 0}", 8.0, 8.0),
+        ("{'moe_router': 'topk', 'moe_topk': 3}", 3.0, 3.0),
+    ],
+)
+def test_threshold_and_k_can_be_changed_at_evaluation(
+    overrides: str, low: float, high: float, corpus: tuple[Path, Path], translation_checkpoint: Path
+) -> None:
+    record = logged(validate(corpus[0], translation_checkpoint, overrides), "test")[-1]
+    for side in ("encoder", "decoder"):
+        assert low <= record[f"test_moe_{side}_experts_per_token"] <= high
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        ("{'moe_threshold': -0.1}", "--moe-threshold must be in [0, 1], got -0.1"),
+        ("{'moe_threshold': 'high'}", "--moe-threshold must be of type float, got 'high'"),
+        ("{'moe_router': 'best'}", "--moe-router must be one of threshold, topk, base, got best"),
+    ],
+)
+def test_overrides_are_checked(
+    overrides: str, message: str, corpus: tuple[Path, Path], translation_checkpoint: Path
+) -> None:
+    output = validate(corpus[0], translation_checkpoint, overrides, succeeds=False)
+    assert output.strip().splitlines()[-1].endswith(message)
+
+
+def test_eval_lm(corpus: tuple[Path, Path], language_checkpoint: Path) -> None:
+    def perplexity(*flags: str) -> float:
+        output = run(
+            "fairseq-eval-lm", corpus[1], *PLUGIN, "--cpu", "--num-workers", "0", "--path",
+            language_checkpoint, "--tokens-per-sample", 32, *flags,
+        )  # fmt: skip
+        return float(re.findall(r"Perplexity: ([\d.]+)", output)[-1])
+
+    alone, together = perplexity("--batch-size", "1"), perplexity("--batch-size", "8")
+    assert alone == together
+    assert 1 < alone < 60
+    assert perplexity("--batch-size", "8", "--model-overrides", "{'moe_threshold': 0.0}") != alone

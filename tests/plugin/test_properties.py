@@ -1,0 +1,255 @@
+"""Whole models: causal, padding- and batch-invariant, incremental decoding equals the full forward."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from fairseq import utils
+from fairseq.criterions.cross_entropy import CrossEntropyCriterion
+from torch import Tensor, nn
+from torch.testing import assert_close
+from toy import (
+    PAD,
+    language_model,
+    language_sample,
+    sentences,
+    shift_right,
+    task,
+    translation_model,
+    translation_sample,
+)
+
+from xmoe_fairseq.criterions import MoECrossEntropyCriterion
+from xmoe_fairseq.moe import MoELayer, record_routing
+
+ROUTERS = [
+    {"moe_threshold": 0.5},
+    {"moe_threshold": 1.0, "moe_max_experts_per_token": 0},
+    {"moe_router": "topk", "moe_topk": 2},
+    {"moe_router": "base"},
+]
+router_cases = pytest.mark.parametrize("router", ROUTERS, ids=lambda r: "-".join(str(v) for v in r.values()))
+
+
+def log_probs(model: nn.Module, **inputs: Any) -> Tensor:
+    with torch.no_grad():
+        return model.get_normalized_probs(model(**inputs), log_probs=True)
+
+
+def source_inputs(source: Tensor) -> dict[str, Tensor]:
+    return {"src_tokens": source, "src_lengths": source.ne(PAD).sum(dim=1)}
+
+
+@router_cases
+def test_language_model_is_causal(router: dict) -> None:
+    model = language_model(**router).eval()
+    tokens = sentences([12, 12, 12])
+    changed = tokens.clone()
+    changed[:, 7:] = sentences([5, 5, 5])
+    before, after = (log_probs(model, src_tokens=t)[:, :7] for t in (tokens, changed))
+    assert_close(after, before, rtol=0, atol=1e-6)
+
+
+def test_language_model_is_causal_in_training_too() -> None:
+    model = language_model().train()
+    tokens = sentences([12, 12])
+    changed = tokens.clone()
+    changed[:, 7:] = sentences([5, 5])
+    before, after = (model(src_tokens=t)[0][:, :7] for t in (tokens, changed))
+    assert_close(after, before, rtol=0, atol=1e-5)
+
+
+@router_cases
+def test_decoder_is_causal(router: dict) -> None:
+    model = translation_model(**router).eval()
+    source, previous = sentences([6, 9], left_pad=True), shift_right(sentences([10, 10]))
+    changed = previous.clone()
+    changed[:, 6:] = sentences([4, 4])
+    before, after = (
+        log_probs(model, **source_inputs(source), prev_output_tokens=p)[:, :6] for p in (previous, changed)
+    )
+    assert_close(after, before, rtol=0, atol=1e-6)
+
+
+@router_cases
+def test_a_sentence_gets_the_same_log_probabilities_alone_and_in_any_batch(router: dict) -> None:
+    model = translation_model(**router).eval()
+    lengths = [3, 11, 7, 5]
+    source, target = sentences(lengths, left_pad=True), sentences(lengths[::-1])
+    together = log_probs(model, **source_inputs(source), prev_output_tokens=shift_right(target))
+    for row, (source_length, target_length) in enumerate(zip(lengths, lengths[::-1], strict=True)):
+        alone = log_probs(
+            model,
+            **source_inputs(source[row : row + 1, -source_length:]),
+            prev_output_tokens=shift_right(target[row : row + 1, :target_length]),
+        )
+        assert_close(alone[0], together[row, :target_length], rtol=0, atol=1e-5)
+
+
+@router_cases
+def test_padding_changes_nothing(router: dict) -> None:
+    model = translation_model(**router).eval()
+    source, target = sentences([4, 6], left_pad=True), sentences([5, 7])
+    wide_source = torch.cat([torch.full((2, 5), PAD), source], dim=1)
+    wide_target = torch.cat([target, torch.full((2, 4), PAD)], dim=1)
+    plain = log_probs(model, **source_inputs(source), prev_output_tokens=shift_right(target))
+    padded = log_probs(model, **source_inputs(wide_source), prev_output_tokens=shift_right(wide_target))
+    real = target.ne(PAD)
+    assert_close(padded[:, :7][real], plain[real], rtol=0, atol=1e-5)
+
+
+def test_padding_does_not_change_the_loss_or_its_gradients() -> None:
+    model = translation_model().train()
+    criterion = MoECrossEntropyCriterion(task(), False, moe_loss_coeff=0.1, moe_z_loss_coeff=0.01)
+    source, target = sentences([4, 6], left_pad=True), sentences([5, 7])
+    results = []
+    for pad in (0, 6):
+        model.zero_grad()
+        sample = translation_sample(
+            torch.cat([torch.full((2, pad), PAD), source], dim=1),
+            torch.cat([target, torch.full((2, pad), PAD)], dim=1),
+        )
+        loss, _, logged = criterion(model, sample)
+        loss.backward()
+        gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        results.append((loss.detach(), logged, gradients))
+    (loss, logged, gradients), (padded_loss, padded_logged, padded_gradients) = results
+    assert_close(padded_loss, loss, rtol=1e-5, atol=1e-5)
+    assert padded_logged["moe_encoder_tokens"] == logged["moe_encoder_tokens"]
+    for name, gradient in gradients.items():
+        assert_close(
+            padded_gradients[name], gradient, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+@router_cases
+@pytest.mark.parametrize("kind", ["language", "translation"])
+def test_incremental_decoding_equals_the_full_forward(kind: str, router: dict) -> None:
+    target = sentences([9, 9])
+    if kind == "language":
+        model, encoder_out = language_model(**router).eval(), None
+        full = log_probs(model, src_tokens=target)
+    else:
+        model, source = translation_model(**router).eval(), sentences([5, 8], left_pad=True)
+        full = log_probs(model, **source_inputs(source), prev_output_tokens=target)
+        with torch.no_grad():
+            encoder_out = model.encoder(**source_inputs(source))
+    state: dict = {}
+    for step in range(target.size(1)):
+        with torch.no_grad():
+            output = model.decoder(target[:, : step + 1], encoder_out=encoder_out, incremental_state=state)
+        now = model.get_normalized_probs(output, log_probs=True)[:, -1]
+        assert_close(now, full[:, step], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["language", "translation"])
+@pytest.mark.parametrize("offload", [False, True])
+def test_checkpointed_activations_give_the_same_gradients_and_count_the_loss_once(
+    kind: str, offload: bool
+) -> None:
+    build = language_model if kind == "language" else translation_model
+    target = sentences([6, 9])
+    sample = language_sample(target) if kind == "language" else translation_sample(sentences([7, 4]), target)
+    criterion = MoECrossEntropyCriterion(task(), False, moe_loss_coeff=0.5, moe_z_loss_coeff=0.1)
+    results = []
+    for recompute in (False, True):
+        torch.manual_seed(3)
+        model = build(
+            checkpoint_activations=recompute, offload_activations=recompute and offload, dropout=0.2
+        ).train()
+        torch.manual_seed(4)
+        loss, _, logged = criterion(model, sample)
+        loss.backward()
+        results.append((loss.detach(), logged, {n: p.grad for n, p in model.named_parameters()}))
+    (loss, logged, gradients), (loss_again, logged_again, gradients_again) = results
+    assert_close(loss_again, loss)
+    assert logged_again["moe_decoder_calls"] == logged["moe_decoder_calls"] == 1
+    for name, gradient in gradients.items():
+        if gradient is not None:
+            assert_close(gradients_again[name], gradient, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_a_deep_copy_runs_its_own_layers(offload: bool) -> None:
+    """As fairseq's EMA needs."""
+    model = language_model(checkpoint_activations=True, offload_activations=offload).eval()
+    copied, tokens = copy.deepcopy(model), sentences([6, 6])
+    before = log_probs(model, src_tokens=tokens)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert torch.equal(log_probs(copied, src_tokens=tokens), before)
+
+
+def test_layers_are_placed_and_named_as_the_flags_say() -> None:
+    def names(model: nn.Module) -> list[str]:
+        placed = {
+            name.removesuffix(".moe"): m for name, m in model.named_modules() if isinstance(m, MoELayer)
+        }
+        assert all(name == layer.name for name, layer in placed.items())
+        return list(placed)
+
+    assert names(translation_model(moe_freq=2)) == [
+        "encoder.layers.1",
+        "encoder.layers.3",
+        "decoder.layers.1",
+    ]
+    assert names(translation_model(moe_freq=3, no_moe_encoder=True)) == ["decoder.layers.2"]
+    assert names(translation_model(moe_freq=1, no_moe_decoder=True)) == [
+        f"encoder.layers.{i}" for i in range(4)
+    ]
+    assert names(translation_model(moe_freq=0)) == []
+    assert names(language_model(moe_freq=1)) == [f"decoder.layers.{i}" for i in range(3)]
+
+
+def test_dense_model_is_fairseqs_own() -> None:
+    model = translation_model(moe_freq=0)
+    assert {type(layer).__module__ for layer in (*model.encoder.layers, *model.decoder.layers)} == {
+        "fairseq.modules.transformer_layer"
+    }
+    sample = translation_sample(sentences([5, 4]), sentences([6, 6]))
+    criterion = MoECrossEntropyCriterion(task(), False, moe_loss_coeff=0.01, moe_z_loss_coeff=0.0)
+    loss, _, logged = criterion(model, sample)
+    stock_loss, _, stock_logged = CrossEntropyCriterion(task(), False)(model, sample)
+    assert_close(loss, stock_loss)
+    assert logged.keys() == stock_logged.keys()
+
+
+def test_threshold_is_a_dial_from_one_expert_to_all() -> None:
+    means = []
+    for threshold in (0.0, 0.3, 0.6, 0.9, 1.0):
+        torch.manual_seed(1)
+        model = language_model(moe_threshold=threshold, moe_max_experts_per_token=0).eval()
+        with record_routing(model) as records:
+            log_probs(model, src_tokens=sentences([9, 9]))
+        means.append(records[0][1].experts_per_token)
+    assert means == sorted(means)
+    assert (means[0], means[-1]) == (1.0, 8.0)
+
+
+def test_small_experts_partition_the_dense_ffn() -> None:
+    layer = language_model(moe_ffn_split=4, moe_num_experts=16).decoder.layers[1].moe
+    assert layer.experts.fc1_weight.shape == (16, 12, 32)
+    assert layer.dense_ffn_dim == 48
+    assert layer.router.max_experts_per_token == 8
+
+
+def test_fairseqs_own_flags_reach_the_experts() -> None:
+    layer = language_model(activation_fn="gelu", activation_dropout=0.25).decoder.layers[1].moe
+    assert layer.experts.activation is utils.get_activation_fn("gelu")
+    assert layer.experts.activation_dropout == 0.25
+    assert language_model(relu_dropout=0.125).decoder.layers[1].moe.experts.activation_dropout == 0.125
+
+
+def test_capacity_flags_reach_training_and_evaluation_apart() -> None:
+    def dropped(model: nn.Module) -> int:
+        with record_routing(model) as records:
+            model(src_tokens=sentences([9, 9, 9]))
+        return sum(routing.rows_wanted - routing.token_R.numel() for _, routing in records)
+
+    training_only = language_model(moe_capacity_factor=0.5, moe_min_capacity=1)
+    evaluation_only = language_model(moe_eval_capacity_factor=0.5, moe_min_capacity=1)
+    assert dropped(training_only.train()) > 0 and dropped(training_only.eval()) == 0
+    assert dropped(evaluation_only.eval()) > 0 and dropped(evaluation_only.train()) == 0
+    assert dropped(language_model(moe_eval_capacity_factor=0.5, moe_min_capacity=99).eval()) == 0

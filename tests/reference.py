@@ -1,0 +1,100 @@
+"""The slow oracle: one token, one expert at a time, from the paper's text. Never optimised."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from xmoe_fairseq.moe import MoELayer, ThresholdRouter, TopKRouter
+
+
+@dataclass
+class Expected:
+    y_TD: Tensor
+    weights_TE: Tensor  # combine weights, 0 where not chosen or dropped
+    load_balance_loss: Tensor
+    wanted: int
+    margin: float  # distance to the closest decision that rounding could flip
+
+
+def reference_layer(layer: MoELayer, x_TD: Tensor) -> Expected:
+    """What `layer` must compute for non-padding tokens; differentiable with respect to x and parameters."""
+    experts = layer.experts
+    num_tokens, num_experts = x_TD.size(0), experts.fc1_weight.size(0)
+    dtype = torch.promote_types(x_TD.dtype, torch.float32)
+    probs = [
+        torch.softmax(layer.router.weight.to(dtype) @ x_TD[t].to(dtype), dim=0) for t in range(num_tokens)
+    ]
+    choices, margins = [], [math.inf]
+    for p in probs:
+        chosen, margin = choose(layer, p.tolist())
+        choices.append(chosen)
+        margins.append(margin)
+    kept = keep(layer, choices, [p.tolist() for p in probs], num_experts)
+    y, weights = [], []
+    for t in range(num_tokens):
+        y_t, weights_t = torch.zeros_like(x_TD[t], dtype=dtype), torch.zeros(num_experts, dtype=dtype)
+        for e in choices[t]:
+            if (t, e) in kept:
+                y_t = y_t + probs[t][e] * feed_forward(layer, e, x_TD[t])
+                weights_t = weights_t + probs[t][e] * torch.eye(num_experts, dtype=dtype)[e]
+        y.append(y_t)
+        weights.append(weights_t)
+    return Expected(
+        y_TD=torch.stack(y) if y else x_TD,
+        weights_TE=torch.stack(weights) if y else x_TD.new_zeros(0, num_experts),
+        load_balance_loss=load_balance(probs, [chosen[0] for chosen in choices], num_experts),
+        wanted=sum(len(chosen) for chosen in choices),
+        margin=min(margins),
+    )
+
+
+def choose(layer: MoELayer, p: list[float]) -> tuple[list[int], float]:
+    """A token's experts in order of preference, and how close the closest call was."""
+    order = sorted(range(len(p)), key=lambda e: (-p[e], e))
+    router = layer.router
+    if isinstance(router, TopKRouter):
+        gaps = [p[a] - p[b] for a, b in zip(order, order[1:], strict=False)]
+        return order[: router.k], min([math.inf, *(gap for gap in gaps if gap > 0)])
+    assert isinstance(router, ThresholdRouter)
+    chosen, mass, margin = [order[0]], p[order[0]], math.inf
+    for e in order[1:]:
+        margin = min(margin, abs(mass - router.threshold)) if router.threshold < 1 else margin
+        if mass >= router.threshold and router.threshold < 1:
+            break
+        chosen.append(e)
+        mass += p[e]
+    return chosen[: router.max_experts_per_token or None], margin
+
+
+def keep(
+    layer: MoELayer, choices: list[list[int]], p: list[list[float]], num_experts: int
+) -> set[tuple[int, int]]:
+    """The (token, expert) pairs that capacity leaves: by rank of choice, then probability, then position."""
+    factor = layer.capacity_factor if layer.training else layer.eval_capacity_factor
+    pairs = {(t, e) for t, chosen in enumerate(choices) for e in chosen}
+    if factor == 0:
+        return pairs
+    capacity = max(layer.min_capacity, math.ceil(len(choices) / num_experts * factor))
+    kept = set()
+    for e in range(num_experts):
+        candidates = [t for t, chosen in enumerate(choices) if e in chosen]
+        ranked = sorted((choices[t].index(e), -p[t][e], t) for t in candidates)
+        kept |= {(t, e) for _, _, t in ranked[:capacity]}
+    return kept
+
+
+def feed_forward(layer: MoELayer, e: int, x_D: Tensor) -> Tensor:
+    w1, b1, w2, b2 = (stack[e] for stack in layer.experts.stacked())
+    return w2 @ layer.experts.activation(w1 @ x_D + b1) + b2
+
+
+def load_balance(probs: list[Tensor], first: list[int], num_experts: int) -> Tensor:
+    """Switch Transformer, eq. 4."""
+    loss = torch.zeros(())
+    for e in range(num_experts):
+        if probs:
+            mean_probability = sum(p[e] for p in probs) / len(probs)
+            loss = loss + mean_probability * (first.count(e) / len(first))
+    return num_experts * loss

@@ -1,0 +1,82 @@
+"""Is what the plugin needs there, in a version that will do? If not: one line that says how to mend it."""
+
+import re
+import sys
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+
+FAIRSEQ_VERSION = "0.12.2"
+TORCH_MINIMUM = (2, 6)
+SENTENCEPIECE_MINIMUM = (0, 2)
+
+
+class RequirementError(ImportError):
+    """A package that xmoe_fairseq needs is missing, or there in a version that will not do."""
+
+
+def fairseq_installed() -> bool:
+    """Whether there is a fairseq to plug into, without importing it."""
+    return "fairseq" in sys.modules or find_spec("fairseq") is not None
+
+
+def check_requirements() -> None:
+    """Raise RequirementError where torch, fairseq, sentencepiece or the mends of fairseq will not do."""
+    problem = (
+        torch_problem(installed_version("torch"))
+        or fairseq_problem(installed_version("fairseq"))
+        or sentencepiece_problem(installed_version("sentencepiece"))
+        or compat_problem(mends_are_active(), Path(__file__).resolve().parents[1])
+    )
+    if problem:
+        raise RequirementError(problem)
+
+
+def installed_version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def mends_are_active() -> bool:
+    """Whether fairseq is mended. Where no start-up line did it, that is done now if it is not too late."""
+    try:
+        import xmoe_fairseq_compat
+    except ImportError:
+        return False
+    return xmoe_fairseq_compat.is_active()
+
+
+def torch_problem(version: str | None) -> str | None:
+    return _too_old("torch", version, TORCH_MINIMUM)
+
+
+def sentencepiece_problem(version: str | None) -> str | None:
+    return _too_old("sentencepiece", version, SENTENCEPIECE_MINIMUM)
+
+
+def fairseq_problem(version: str | None) -> str | None:
+    if version == FAIRSEQ_VERSION:
+        return None
+    # --no-deps: pip refuses fairseq's own list of dependencies
+    command = f"python -m pip install --no-deps fairseq=={FAIRSEQ_VERSION}"
+    return f"xmoe_fairseq needs fairseq {FAIRSEQ_VERSION}, found {version or 'none'}; run: {command}"
+
+
+def compat_problem(active: bool, folder: Path) -> str | None:
+    if active:
+        return None
+    what = f'-e "{folder}"' if (folder / "setup.py").is_file() else "--force-reinstall xmoe_fairseq"
+    return (
+        "fairseq was imported before xmoe_fairseq_compat could mend it: xmoe_fairseq must be installed,"
+        f" PYTHONPATH alone is not enough; run: python -m pip install --no-deps {what}"
+    )
+
+
+def _too_old(package: str, version: str | None, minimum: tuple[int, ...]) -> str | None:
+    if version is not None and tuple(int(part) for part in re.findall(r"\d+", version)[:2]) >= minimum:
+        return None
+    wanted = ".".join(map(str, minimum))
+    command = f'python -m pip install "{package}>={wanted}"'
+    return f"xmoe_fairseq needs {package} {wanted} or later, found {version or 'none'}; run: {command}"

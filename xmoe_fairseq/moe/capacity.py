@@ -1,0 +1,36 @@
+"""What an expert keeps when it may not keep all (optional; dropless is the default)."""
+
+import math
+from dataclasses import replace
+
+import torch
+
+from xmoe_fairseq.moe.routing import Routing
+
+
+def expert_capacity(num_tokens: int, num_experts: int, capacity_factor: float, min_capacity: int) -> int:
+    """Rows that one expert may keep: `max(min_capacity, ceil(T / E * capacity_factor))`."""
+    return max(min_capacity, math.ceil(num_tokens / num_experts * capacity_factor))
+
+
+def keep_within_capacity(routing: Routing, capacity: int) -> Routing:
+    """Drop what overflows: an expert keeps first choices before second ones, then by probability.
+
+    A dropped expert adds 0 for its token. Later tokens can displace earlier ones, so a capacity limit is
+    neither causal nor independent of the batch.
+    """
+    # Stable sorts from the least to the most important key: probability, rank of choice, expert.
+    order_R = torch.argsort(routing.weight_R.detach(), descending=True, stable=True)
+    order_R = order_R[torch.argsort(routing.rank_R[order_R], stable=True)]
+    order_R = order_R[torch.argsort(routing.expert_R[order_R], stable=True)]
+    rows_per_expert = routing.rows_per_expert()
+    first_row_E = rows_per_expert.cumsum(0) - rows_per_expert
+    place_R = torch.arange(order_R.numel(), device=order_R.device) - first_row_E[routing.expert_R[order_R]]
+    kept_R = order_R[place_R < capacity].sort().values  # back in token order
+    return replace(
+        routing,
+        token_R=routing.token_R[kept_R],
+        expert_R=routing.expert_R[kept_R],
+        rank_R=routing.rank_R[kept_R],
+        weight_R=routing.weight_R[kept_R],
+    )

@@ -1,0 +1,119 @@
+"""The small FFNs: E two-layer networks with stacked weights."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Activation = Callable[[Tensor], Tensor]
+ACTIVATIONS: dict[str, Activation] = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "silu": F.silu,
+    "tanh": torch.tanh,
+}
+
+
+class Experts(nn.Module):
+    """`FFN_e(x) = fc2_e(activation(fc1_e(x)))` for E experts of width F, in the `nn.Linear` convention.
+
+    Args:
+        num_experts: E.
+        model_dim: D.
+        expert_dim: hidden width F of one expert.
+        activation: a name in ACTIVATIONS, or a function.
+        activation_dropout: dropout probability after the activation.
+        part: (i, N) = hold the i-th of N equal slices of the E experts; E must be divisible by N. Whole
+            state dicts load into any part.
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        model_dim: int,
+        expert_dim: int,
+        activation: str | Activation = "relu",
+        activation_dropout: float = 0.0,
+        part: tuple[int, int] = (0, 1),
+    ) -> None:
+        super().__init__()
+        index, parts = part
+        if num_experts % parts or not 0 <= index < parts:
+            raise ValueError(f"part (i, N) must have 0 <= i < N and N divide {num_experts}, got {part}")
+        if isinstance(activation, str) and activation not in ACTIVATIONS:
+            raise ValueError(
+                f"activation must be one of {sorted(ACTIVATIONS)} or a function, got {activation!r}"
+            )
+        self.activation = ACTIVATIONS[activation] if isinstance(activation, str) else activation
+        self.activation_dropout = activation_dropout
+        self.num_experts = num_experts
+        held = num_experts // parts
+        self.first = index * held  # id of the first expert held here
+        self.fc1_weight = nn.Parameter(torch.empty(held, expert_dim, model_dim))
+        self.fc1_bias = nn.Parameter(torch.empty(held, expert_dim))
+        self.fc2_weight = nn.Parameter(torch.empty(held, model_dim, expert_dim))
+        self.fc2_bias = nn.Parameter(torch.empty(held, model_dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw every expert independently, as `nn.Linear` does, from a generator of its own.
+
+        Expert e depends on torch's seed and on e alone, so a slice of the experts starts the same
+        whoever holds it.
+        """
+        base_seed = int(torch.randint(2**62, (1,), device="cpu"))
+        bounds = [1 / math.sqrt(w.size(-1)) for w in (self.fc1_weight, self.fc2_weight)]
+        with torch.no_grad():
+            for expert, (w1, b1, w2, b2) in enumerate(zip(*self.stacked(), strict=True), self.first):
+                generator = torch.Generator("cpu").manual_seed(base_seed + expert)
+                for parameter, bound in ((w1, bounds[0]), (b1, bounds[0]), (w2, bounds[1]), (b2, bounds[1])):
+                    parameter.copy_(
+                        torch.empty(parameter.shape, device="cpu").uniform_(
+                            -bound, bound, generator=generator
+                        )
+                    )
+
+    def stacked(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.fc1_weight, self.fc1_bias, self.fc2_weight, self.fc2_bias
+
+    def forward(self, rows_RD: Tensor, rows_per_expert: list[int]) -> Tensor:
+        """Rows in expert order -> their experts' outputs, (R, D) in the same order."""
+        # unbind, not W[e]: indexing under autograd costs a gradient of the whole stack per expert.
+        weights = zip(*(stack.unbind() for stack in self.stacked()), strict=True)
+        outputs = [
+            self.feed_forward(rows, *expert)
+            for rows, expert in zip(rows_RD.split(rows_per_expert), weights, strict=True)
+            if rows.size(0)
+        ]
+        if not outputs:  # no row at all: stay in the graph, so that every rank has the same gradients
+            outputs = [self.feed_forward(rows_RD, *(stack[0] for stack in self.stacked()))]
+        return torch.cat(outputs)
+
+    def feed_forward(self, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
+        hidden = self.activation(F.linear(x, w1, b1))
+        hidden = F.dropout(hidden, self.activation_dropout, self.training)
+        return F.linear(hidden, w2, b2)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """torch's extension point. A state dict may hold all experts: this part takes its own."""
+        own = {
+            prefix + name: slice_experts(state_dict[prefix + name], self.num_experts, parameter, self.first)
+            for name, parameter in self.named_parameters()
+            if prefix + name in state_dict
+        }
+        super()._load_from_state_dict({**state_dict, **own}, prefix, *args)
+
+    def extra_repr(self) -> str:
+        held, expert_dim, model_dim = self.fc1_weight.shape
+        part = "" if held == self.num_experts else f", holds {self.first} to {self.first + held - 1}"
+        return f"num_experts={self.num_experts}, model_dim={model_dim}, expert_dim={expert_dim}{part}"
+
+
+def slice_experts(whole: Tensor, num_experts: int, held: Tensor, first: int) -> Tensor:
+    """Of a stack of all experts the rows that `held` is for; else (a part, a wrong shape) as it is."""
+    if whole.dim() and whole.size(0) == num_experts and whole.shape[1:] == held.shape[1:]:
+        return whole[first : first + held.size(0)]
+    return whole

@@ -1,0 +1,149 @@
+"""The MoE layer: route, dispatch, compute, combine."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from xmoe_fairseq.moe.capacity import expert_capacity, keep_within_capacity
+from xmoe_fairseq.moe.dispatch import Dispatcher, LocalDispatcher
+from xmoe_fairseq.moe.experts import Activation, Experts
+from xmoe_fairseq.moe.parallel_dispatch import ExpertParallelDispatcher
+from xmoe_fairseq.moe.router import Router
+from xmoe_fairseq.moe.routing import Routing
+
+
+class MoELayer(nn.Module):
+    """`y_t = sum_e w[t, e] * FFN_e(x_t)` over the experts that token t chose (arXiv 2403.18926, eq. 1).
+
+    Only the chosen (token, expert) rows are computed. Padding takes no part: not in routing, capacity,
+    losses or statistics, and its output is 0.
+
+    Args:
+        model_dim: width D of a token.
+        expert_dim: hidden width F of one expert.
+        num_experts: number of experts E.
+        router: a Router for D and E.
+        capacity_factor: in training an expert keeps at most ceil(T / E * capacity_factor) rows; 0 = all.
+        eval_capacity_factor: the same in evaluation.
+        min_capacity: an expert may always keep this many rows.
+        activation: name or function, between the two linear maps of an expert.
+        activation_dropout: dropout probability after the activation.
+        dense_ffn_dim: width of the FFN that this layer replaces, for counting FLOPs; None = expert_dim.
+        name: what error messages call this layer.
+        expert_parallel_group: the experts lie in equal slices on the ranks of this group; None = all here.
+    """
+
+    def __init__(
+        self,
+        model_dim: int,
+        expert_dim: int,
+        num_experts: int,
+        router: Router,
+        capacity_factor: float = 0.0,
+        eval_capacity_factor: float = 0.0,
+        min_capacity: int = 4,
+        activation: str | Activation = "relu",
+        activation_dropout: float = 0.0,
+        dense_ffn_dim: int | None = None,
+        name: str = "MoE layer",
+        expert_parallel_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        super().__init__()
+        if tuple(router.weight.shape) != (num_experts, model_dim):
+            expected = (num_experts, model_dim)
+            raise ValueError(
+                f"router must be for (num_experts, model_dim) = {expected}, got {tuple(router.weight.shape)}"
+            )
+        if not all(value >= 0 for value in (capacity_factor, eval_capacity_factor, min_capacity)):  # nor NaN
+            raise ValueError(
+                "capacity_factor, eval_capacity_factor and min_capacity must be 0 or more, "
+                f"got {capacity_factor}, {eval_capacity_factor}, {min_capacity}"
+            )
+        self.router = router
+        self.dispatcher: Dispatcher = LocalDispatcher()
+        part = (0, 1)
+        if expert_parallel_group is not None:
+            self.dispatcher = ExpertParallelDispatcher(expert_parallel_group)
+            part = (dist.get_rank(expert_parallel_group), dist.get_world_size(expert_parallel_group))
+        self.experts = Experts(num_experts, model_dim, expert_dim, activation, activation_dropout, part)
+        self.capacity_factor = capacity_factor
+        self.eval_capacity_factor = eval_capacity_factor
+        self.min_capacity = min_capacity
+        self.dense_ffn_dim = dense_ffn_dim or expert_dim
+        self.name = name
+
+    def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Routing]:
+        """
+        Args:
+            x: (..., D) tokens.
+            padding_mask: (...) bool, True = padding; None = no padding.
+
+        Returns:
+            y of x's shape and dtype, and the Routing of the non-padding tokens in row-major order.
+
+        Raises:
+            ValueError: shapes or mask type do not fit.
+            FloatingPointError: a non-padding token holds NaN or inf.
+        """
+        if padding_mask is None:
+            y_TD, routing = self.forward_tokens(x.reshape(-1, x.size(-1)))
+            return y_TD.to(x.dtype).view(x.shape), routing
+        if padding_mask.shape != x.shape[:-1] or padding_mask.dtype.is_floating_point:
+            raise ValueError(
+                f"padding_mask must be bool of shape {tuple(x.shape[:-1])}, "
+                f"got {padding_mask.dtype} of shape {tuple(padding_mask.shape)}"
+            )
+        real = ~padding_mask.bool()
+        y_TD, routing = self.forward_tokens(x[real])
+        return x.new_zeros(x.shape).index_put((real,), y_TD.to(x.dtype)), routing
+
+    def forward_tokens(self, x_TD: Tensor) -> tuple[Tensor, Routing]:
+        routing = self.limit(self.route(x_TD))
+        rows_RD, plan = self.dispatcher.dispatch(x_TD, routing)
+        rows_RD = self.experts(rows_RD, plan.rows_per_expert)
+        return self.dispatcher.combine(rows_RD, plan), routing
+
+    def route(self, x_TD: Tensor) -> Routing:
+        try:
+            routing: Routing = self.router(x_TD)
+        except FloatingPointError as error:
+            raise FloatingPointError(f"{self.name}: {error}") from None
+        return routing
+
+    def limit(self, routing: Routing) -> Routing:
+        factor = self.capacity_factor if self.training else self.eval_capacity_factor
+        if factor == 0:
+            return routing
+        capacity = expert_capacity(routing.num_tokens, routing.num_experts, factor, self.min_capacity)
+        return keep_within_capacity(routing, capacity)
+
+    def extra_repr(self) -> str:
+        return (
+            f"capacity_factor={self.capacity_factor}, eval_capacity_factor={self.eval_capacity_factor}, "
+            f"min_capacity={self.min_capacity}"
+        )
+
+
+@contextmanager
+def record_routing(model: nn.Module) -> Iterator[list[tuple[MoELayer, Routing]]]:
+    """Collects the (layer, routing) of every MoE layer call of `model` inside the `with` block, in order.
+
+    What runs after the block, such as the recomputation of checkpointed activations in the backward pass,
+    is not recorded, so a loss taken from the list counts once.
+    """
+    records: list[tuple[MoELayer, Routing]] = []
+
+    def keep(layer: MoELayer, _: Any, output: tuple[Tensor, Routing]) -> None:
+        records.append((layer, output[1]))
+
+    handles = [
+        module.register_forward_hook(keep) for module in model.modules() if isinstance(module, MoELayer)
+    ]
+    try:
+        yield records
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,30 @@
+"""Auxiliary losses of a router."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from xmoe_fairseq.moe.routing import count
+
+
+def load_balance_loss(probs_TE: Tensor, first_choice_T: Tensor) -> Tensor:
+    """Switch Transformer's load-balance loss: `E * sum_e mean_t(p[t, e]) * mean_t(first[t] == e)`.
+
+    Only the first choice is balanced; further choices stay free. 1 when the load is uniform, E when
+    one expert takes everything, 0 without tokens. Fedus et al. 2021, eq. 4, arXiv 2101.03961.
+    """
+    num_tokens, num_experts = probs_TE.shape
+    if num_tokens == 0:
+        return probs_TE.sum()  # 0, and still part of the graph
+    share_E = count(first_choice_T, num_experts).to(probs_TE.dtype) / num_tokens
+    return num_experts * torch.dot(probs_TE.mean(dim=0), share_E)
+
+
+def z_loss(logits_TE: Tensor) -> Tensor:
+    """Mean squared log-partition of the router, which keeps its logits small.
+
+    Zoph et al. 2022 (ST-MoE), eq. 5, arXiv 2202.08906. 0 without tokens.
+    """
+    if logits_TE.size(0) == 0:
+        return logits_TE.sum()
+    return F.mse_loss(torch.logsumexp(logits_TE, dim=-1), logits_TE.new_zeros(logits_TE.size(0)))

@@ -1,0 +1,179 @@
+"""Routers: (T, D) tokens -> Routing.
+
+A router scores every expert for every token, then a subclass says which experts a token takes.
+Arithmetic is fp32 at least, with autocast off: in bf16 two experts easily tie, and the running
+mass of the threshold router would be wrong in its second digit.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from xmoe_fairseq.moe.losses import load_balance_loss, z_loss
+from xmoe_fairseq.moe.routing import Routing
+
+
+class Router(nn.Module):
+    """Linear scores without a bias, softmax, and a choice that a subclass makes.
+
+    Args:
+        model_dim: width D of a token.
+        num_experts: number of experts E.
+    """
+
+    def __init__(self, model_dim: int, num_experts: int) -> None:
+        super().__init__()
+        if model_dim < 1 or num_experts < 1:
+            raise ValueError(
+                f"model_dim and num_experts must be at least 1, got {model_dim} and {num_experts}"
+            )
+        self.weight = nn.Parameter(torch.empty(num_experts, model_dim))
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))  # as nn.Linear
+
+    @property
+    def num_experts(self) -> int:
+        return self.weight.size(0)
+
+    def forward(self, x_TD: Tensor) -> Routing:
+        """Route T non-padding tokens.
+
+        Raises:
+            FloatingPointError: a token holds NaN or inf (or its scores overflow).
+        """
+        with torch.autocast(device_type=x_TD.device.type, enabled=False):
+            logits_TE = self.score(x_TD)
+            probs_TE = torch.softmax(logits_TE, dim=-1)
+            expert_TK, chosen_TK = self.choose(logits_TE.detach(), probs_TE.detach())
+            token_R, rank_R = chosen_TK.nonzero(as_tuple=True)
+            expert_R = expert_TK[token_R, rank_R]
+            return Routing(
+                token_R=token_R,
+                expert_R=expert_R,
+                rank_R=rank_R,
+                weight_R=self.combine_weight(logits_TE, probs_TE)[token_R, expert_R],
+                probs_TE=probs_TE,
+                rows_wanted=token_R.numel(),
+                load_balance_loss=self.balance(probs_TE, expert_TK[:, 0]),
+                z_loss=z_loss(logits_TE),
+            )
+
+    def score(self, x_TD: Tensor) -> Tensor:
+        dtype = torch.promote_types(x_TD.dtype, torch.float32)
+        logits_TE = F.linear(x_TD.to(dtype), self.weight.to(dtype))
+        finite_T = torch.isfinite(logits_TE.detach()).all(dim=-1)
+        if not finite_T.all():
+            bad = f"{int((~finite_T).sum())} of {len(finite_T)} tokens"
+            if not torch.isfinite(x_TD).all():
+                raise FloatingPointError(f"router input holds NaN or inf in {bad}")
+            raise FloatingPointError(f"router scores are NaN or inf in {bad}, though the input is finite")
+        return logits_TE
+
+    def choose(self, logits_TE: Tensor, probs_TE: Tensor) -> tuple[Tensor, Tensor]:
+        """Expert ids (T, K) in order of preference, and a bool (T, K): which of them the token takes."""
+        raise NotImplementedError
+
+    def combine_weight(self, logits_TE: Tensor, probs_TE: Tensor) -> Tensor:
+        """(T, E) weight of each expert's output: the plain probability, not renormalised."""
+        return probs_TE
+
+    def balance(self, probs_TE: Tensor, first_choice_T: Tensor) -> Tensor:
+        return load_balance_loss(probs_TE, first_choice_T)
+
+    def extra_repr(self) -> str:
+        return f"model_dim={self.weight.size(1)}, num_experts={self.num_experts}"
+
+
+def by_preference(probs_TE: Tensor) -> tuple[Tensor, Tensor]:
+    """Probabilities in descending order with their expert ids; of equals the lower id comes first."""
+    return torch.sort(probs_TE, dim=-1, descending=True, stable=True)
+
+
+class ThresholdRouter(Router):
+    """A token takes experts in order of probability while the mass before an expert is below t.
+
+    At least one expert always; `threshold=0` is top-1, `threshold=1` is all experts.
+    Yang et al. 2024 (XMoE), section 3.2, arXiv 2403.18926.
+
+    Args:
+        threshold: t in [0, 1].
+        max_experts_per_token: keep only a token's first choices; 0 = no limit. Unlike capacity it
+            depends on the token alone, so it is causal and the same in any batch.
+    """
+
+    def __init__(
+        self, model_dim: int, num_experts: int, threshold: float = 0.9, max_experts_per_token: int = 0
+    ) -> None:
+        super().__init__(model_dim, num_experts)
+        if not 0.0 <= threshold <= 1.0:
+            raise ValueError(f"threshold must be in [0, 1], got {threshold}")
+        if max_experts_per_token < 0:
+            raise ValueError(
+                f"max_experts_per_token must be 0 (no limit) or more, got {max_experts_per_token}"
+            )
+        self.threshold = threshold
+        self.max_experts_per_token = max_experts_per_token
+
+    def choose(self, logits_TE: Tensor, probs_TE: Tensor) -> tuple[Tensor, Tensor]:
+        sorted_TE, expert_TE = by_preference(probs_TE)
+        mass_before_TE = F.pad(sorted_TE.cumsum(dim=-1)[:, :-1], (1, 0))
+        chosen_TE = mass_before_TE < self.threshold
+        if self.threshold == 1.0:  # a rounded sum may reach 1 before the last expert
+            chosen_TE = torch.ones_like(chosen_TE)
+        chosen_TE[:, 0] = True
+        limit = self.max_experts_per_token or self.num_experts
+        return expert_TE[:, :limit], chosen_TE[:, :limit]
+
+    def extra_repr(self) -> str:
+        limit = self.max_experts_per_token or "none"
+        return f"{super().extra_repr()}, threshold={self.threshold}, max_experts_per_token={limit}"
+
+
+class TopKRouter(Router):
+    """Every token takes its k most probable experts; k = 1 is Switch. Noise-free (Fedus et al. 2021)."""
+
+    def __init__(self, model_dim: int, num_experts: int, k: int = 1) -> None:
+        super().__init__(model_dim, num_experts)
+        if not 1 <= k <= num_experts:
+            raise ValueError(f"k must be in [1, num_experts = {num_experts}], got {k}")
+        self.k = k
+
+    def choose(self, logits_TE: Tensor, probs_TE: Tensor) -> tuple[Tensor, Tensor]:
+        expert_TK = by_preference(probs_TE)[1][:, : self.k]
+        return expert_TK, torch.ones_like(expert_TK, dtype=torch.bool)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, k={self.k}"
+
+
+class BaseRouter(Router):
+    """BASE layers: one expert per token, weight sigmoid(score), no auxiliary loss.
+
+    In training tokens are assigned so that every expert gets ceil(T/E) at most and the sum of scores is
+    largest; in evaluation each token takes its best expert. Lewis et al. 2021, arXiv 2103.16716.
+    """
+
+    def choose(self, logits_TE: Tensor, probs_TE: Tensor) -> tuple[Tensor, Tensor]:
+        expert_T = balanced_assignment(logits_TE) if self.training else logits_TE.argmax(dim=-1)
+        return expert_T.unsqueeze(1), torch.ones_like(expert_T, dtype=torch.bool).unsqueeze(1)
+
+    def combine_weight(self, logits_TE: Tensor, probs_TE: Tensor) -> Tensor:
+        return torch.sigmoid(logits_TE)
+
+    def balance(self, probs_TE: Tensor, first_choice_T: Tensor) -> Tensor:
+        return probs_TE.sum() * 0.0
+
+
+def balanced_assignment(scores_TE: Tensor) -> Tensor:
+    """(T,) expert of each token: the assignment of largest total score with at most ceil(T/E) per expert.
+
+    Exact (scipy's linear sum assignment on the host), about cubic in T: for study, not for large batches.
+    """
+    from scipy.optimize import linear_sum_assignment  # only this router needs scipy
+
+    num_tokens, num_experts = scores_TE.shape
+    slots = -(-num_tokens // num_experts)
+    column_of_expert = scores_TE.cpu().double().numpy().repeat(slots, axis=1)  # column c is expert c // slots
+    _, column_T = linear_sum_assignment(column_of_expert, maximize=True)
+    return torch.as_tensor(column_T // max(slots, 1), device=scores_TE.device)

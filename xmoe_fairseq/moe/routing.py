@@ -1,0 +1,51 @@
+"""The record that a router hands on: which token goes to which expert, with what weight."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Routing:
+    """R routed (token, expert) pairs of T tokens and E experts.
+
+    Everything behind the router (capacity, dispatch, experts, combine) follows these rows and
+    nothing else, so a pair that is not listed here costs nothing.
+    """
+
+    token_R: Tensor  # index into this rank's non-padding tokens
+    expert_R: Tensor  # global expert id
+    rank_R: Tensor  # 0 = the token's first choice
+    weight_R: Tensor  # combine weight, at least fp32; carries the task gradient to the router
+    probs_TE: Tensor  # softmax over all experts
+    rows_wanted: int  # pairs that the router chose, before any capacity limit
+    load_balance_loss: Tensor  # scalar, differentiable, before any capacity limit
+    z_loss: Tensor  # scalar, differentiable
+
+    @property
+    def num_tokens(self) -> int:
+        return self.probs_TE.size(0)
+
+    @property
+    def num_experts(self) -> int:
+        return self.probs_TE.size(1)
+
+    @property
+    def experts_per_token(self) -> float:
+        """Mean number of experts that compute a non-padding token; 0 without tokens."""
+        return self.token_R.numel() / max(self.num_tokens, 1)
+
+    def combine_weights(self) -> Tensor:
+        """Dense (T, E) weights, 0 where an expert was not chosen or dropped the token."""
+        dense_TE = self.weight_R.new_zeros(self.num_tokens, self.num_experts)
+        return dense_TE.index_put((self.token_R, self.expert_R), self.weight_R)
+
+    def rows_per_expert(self) -> Tensor:
+        """(E,) number of rows that each expert computes."""
+        return count(self.expert_R, self.num_experts)
+
+
+def count(expert_N: Tensor, num_experts: int) -> Tensor:
+    """(E,) how often each expert occurs. Not torch.bincount, which makes a GPU wait for the host."""
+    return expert_N.new_zeros(num_experts).scatter_add_(0, expert_N, torch.ones_like(expert_N))

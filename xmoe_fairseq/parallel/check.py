@@ -1,0 +1,61 @@
+"""What cannot be combined with experts that are spread over the ranks, and what to do instead."""
+
+from typing import Any
+
+from torch import nn
+
+from xmoe_fairseq.config import read_field
+from xmoe_fairseq.parallel.groups import expert_names
+
+DDP_BACKENDS = ("legacy_ddp", "no_c10d", "pytorch_ddp", "c10d")
+
+
+def check_training(cfg: Any, model: nn.Module) -> None:
+    """Raises ValueError: one line that names the flag and what to use instead.
+
+    Args:
+        cfg: fairseq's whole configuration.
+    """
+
+    def refuse(flag: str, instead: str) -> None:
+        raise ValueError(f"{flag} cannot be combined with --moe-expert-parallel-size: {instead}")
+
+    common, distributed = cfg.common, cfg.distributed_training
+    backend = str(distributed.ddp_backend)
+    if backend not in DDP_BACKENDS:
+        refuse(f"--ddp-backend {backend}", "use legacy_ddp or pytorch_ddp")
+    if common.fp16 and not (common.fp16_no_flatten_grads or common.memory_efficient_fp16):
+        refuse("--fp16 with flat gradients", "add --fp16-no-flatten-grads")
+    if common.amp:  # its scaler skips an update on the one rank whose experts overflowed
+        refuse("--amp", "use --bf16, or --fp16 --fp16-no-flatten-grads")
+    if str(distributed.zero_sharding) != "none":
+        refuse(f"--zero-sharding {distributed.zero_sharding}", "leave it out")
+    for name, group in (
+        ("use_bmuf", cfg.optimization),
+        ("tpu", common),
+        ("pipeline_model_parallel", distributed),
+        ("ema_fp32", cfg.ema),
+    ):
+        if read_field(group, name, False):
+            refuse("--" + name.replace("_", "-"), "leave it out")
+    if read_field(cfg.model, "moe_sharded_checkpoints", False) and read_field(
+        cfg.checkpoint, "write_checkpoints_asynchronously", False
+    ):  # experts of a checkpoint that is still being written would look unused
+        refuse("--write-checkpoints-asynchronously with --moe-sharded-checkpoints", "leave one out")
+    for name in ("encoder_layerdrop", "decoder_layerdrop"):
+        if read_field(cfg.model, name, 0.0):  # ranks would leave out different layers, and wait for ever
+            refuse("--" + name.replace("_", "-"), "it must be 0")
+    if read_field(cfg.task, "eval_bleu", False) and any(
+        name.startswith("decoder.") for name in expert_names(model)
+    ):  # ranks decode different numbers of steps
+        refuse("--eval-bleu", "add --no-moe-decoder, or score checkpoints with fairseq-generate")
+
+
+def check_optimizer(optimizer: Any, cfg: Any) -> None:
+    """Raises ValueError if an update of one expert would depend on the other experts of its stack."""
+    name = read_field(cfg, "_name", type(optimizer).__name__)
+    if name == "composite" or not optimizer.supports_flat_params:
+        raise ValueError(
+            f"--optimizer {name} cannot be combined with --moe-expert-parallel-size: "
+            "use one that updates every weight by itself (adam, sgd, nag, adamax, adadelta)"
+        )

@@ -1,0 +1,70 @@
+"""One checkpoint for any number of ranks: experts are stacked when it is written and sliced when it is read.
+
+A gathered checkpoint is what one process with all experts would write, name by name and shape by shape.
+"""
+
+from collections.abc import Iterable
+from copy import copy
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from xmoe_fairseq.moe.experts import slice_experts
+from xmoe_fairseq.parallel.groups import ExpertParallel, expert_names
+
+State = dict[str, Any]
+
+
+def gather_model(state: State, model: nn.Module, parallel: ExpertParallel) -> State:
+    """A model's state dict with all experts, complete on rank 0. A collective of the first group."""
+    whole = copy(state)
+    whole.update({name: gather_experts(state[name], parallel) for name in expert_names(model)})
+    return whole
+
+
+def gather_optimizer(state: State, parameters: Iterable[nn.Parameter], parallel: ExpertParallel) -> State:
+    """The same for an optimizer's state dict: what is shaped like an expert stack becomes whole.
+
+    Args:
+        parameters: the optimizer's, in its order.
+    """
+    slots = dict(state["state"])
+    for index, parameter in enumerate(parameters):
+        if hasattr(parameter, "expert") and index in slots:
+            slots[index] = {
+                name: gather_experts(value, parallel) if _shaped_like(value, parameter) else value
+                for name, value in slots[index].items()
+            }
+    return {**state, "state": slots}
+
+
+def slice_optimizer(state: State, parameters: Iterable[nn.Parameter], parallel: ExpertParallel) -> State:
+    """Of a whole optimizer state dict what belongs to this rank's experts."""
+    slots = dict(state["state"])
+    index_in_group = dist.get_rank(parallel.expert_group)
+    for index, parameter in enumerate(parameters):
+        if hasattr(parameter, "expert") and index in slots:
+            held = parameter.size(0)
+            slots[index] = {
+                name: slice_experts(value, held * parallel.size, parameter, index_in_group * held)
+                if isinstance(value, Tensor)
+                else value
+                for name, value in slots[index].items()
+            }
+    return {**state, "state": slots}
+
+
+def gather_experts(held: Tensor, parallel: ExpertParallel) -> Tensor:
+    """The slices of the first group, stacked on the CPU of rank 0; other ranks get their own back."""
+    if not parallel.in_first_group:
+        return held
+    is_first = dist.get_rank() == 0
+    parts = [torch.empty_like(held) for _ in range(parallel.size)] if is_first else None
+    dist.gather(held.detach().contiguous(), parts, dst=0, group=parallel.expert_group)
+    return held if parts is None else torch.cat([part.cpu() for part in parts])
+
+
+def _shaped_like(value: Any, parameter: nn.Parameter) -> bool:
+    return isinstance(value, Tensor) and value.shape == parameter.shape

@@ -1,0 +1,116 @@
+"""xmoe-checkpoint {info,merge,shard}: show and convert checkpoints, their experts in one or many files."""
+
+import argparse
+import os
+import re
+import secrets
+from pathlib import Path
+from typing import Any
+
+import fairseq.checkpoint_utils  # noqa: F401  (its mend says which types a checkpoint may hold)
+import torch
+from torch import Tensor
+
+from xmoe_fairseq.parallel.shards import (
+    KEY,
+    ShardError,
+    State,
+    join_shards,
+    shard_names,
+    split_experts,
+    write_shard,
+)
+
+EXPERTS = re.compile(r".+\.experts\.fc[12]_(weight|bias)")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="xmoe-checkpoint", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    info = commands.add_parser("info", help="what a checkpoint holds, and in which files")
+    merge = commands.add_parser("merge", help="put the experts of a sharded checkpoint into one file")
+    shard = commands.add_parser("shard", help="put the experts of a checkpoint into several files")
+    for command in (info, merge, shard):
+        command.add_argument("checkpoint", type=Path)
+    for command in (merge, shard):
+        command.add_argument("output", type=Path, help="must not exist yet")
+    shard.add_argument("--parts", type=int, required=True, help="number of files; must divide the experts")
+    arguments = parser.parse_args()
+    try:
+        if arguments.command == "info":
+            print("\n".join(describe(arguments.checkpoint)))
+        else:
+            convert(arguments.checkpoint, arguments.output, getattr(arguments, "parts", 1))
+    except (ShardError, ValueError, OSError) as error:
+        parser.exit(1, f"xmoe-checkpoint: {error}\n")
+
+
+def read(path: Path) -> State:
+    state: State = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    return state
+
+
+def describe(path: Path) -> list[str]:
+    state = read(path)
+    files = [path.parent / file for file in state.get(KEY, {}).get("files", [])]
+    history = state["optimizer_history"][-1]
+    whole = join_shards(state, path)["model"]
+    stacks = {name: value for name, value in whole.items() if EXPERTS.fullmatch(name)}
+    experts = sum(value.numel() for value in stacks.values())
+    layers = [f"  {name}: {list(value.shape)}" for name, value in stacks.items() if "fc1_weight" in name]
+    return [
+        f"{path}: {history['num_updates']} updates, {state['cfg']['model']['_name']}",
+        f"parameters: {sum(v.numel() for v in whole.values()):,}, of these in experts {experts:,}",
+        f"optimizer state: {'yes' if state.get('last_optimizer_state') else 'no'}",
+        "experts (number, width, model width):",
+        *layers,
+        *([f"expert files: {len(files)}"] if files else ["expert files: none, all in this one"]),
+        *(f"  {file}: {file.stat().st_size:,} bytes" for file in files),
+    ]
+
+
+def convert(source: Path, target: Path, parts: int) -> None:
+    """Write `source` with its experts in `parts` files; 1 = in the checkpoint itself."""
+    if target.exists():
+        raise ValueError(f"{target} exists already")
+    state = join_shards(read(source), source)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if parts > 1:
+        names = [name for name in state["model"] if EXPERTS.fullmatch(name)]
+        state, experts = split_experts(state, names, expert_slots(state))
+        identity = f"{state['optimizer_history'][-1]['num_updates']}-{secrets.token_hex(4)}"
+        for index in range(parts):
+            write_shard(_slice(experts, index, parts), target.parent, identity, index, parts)
+        state[KEY] = {"id": identity, "files": shard_names(identity, parts)}
+    temporary = target.with_name(target.name + ".tmp")
+    torch.save(state, temporary)
+    os.replace(temporary, target)
+
+
+def expert_slots(state: State) -> list[int]:
+    """Which of the optimizer's numbered states are the experts': it numbers the parameters in their order."""
+    slots: dict[int, Any] = (state.get("last_optimizer_state") or {}).get("state", {})
+    if not slots:
+        return []
+    names = iter(state["model"])
+    found = []
+    for index in sorted(slots):
+        shapes = [v.shape for v in slots[index].values() if isinstance(v, Tensor) and v.dim()]
+        # The model also holds buffers, and parameters that share their weights with an earlier one.
+        name = next((name for name in names if not shapes or state["model"][name].shape == shapes[0]), None)
+        if name is None:
+            raise ValueError("the optimizer's state does not fit the model; save without it, then convert")
+        if EXPERTS.fullmatch(name):
+            found.append(index)
+    return found
+
+
+def _slice(value: Any, index: int, parts: int) -> Any:
+    if isinstance(value, dict):
+        return {key: _slice(entry, index, parts) for key, entry in value.items()}
+    if not isinstance(value, Tensor) or not value.dim():
+        return value
+    if value.size(0) % parts:
+        raise ValueError(f"--parts must divide the number of experts {value.size(0)}, got {parts}")
+    held = value.size(0) // parts
+    return value[index * held : (index + 1) * held].clone()

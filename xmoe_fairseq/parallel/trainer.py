@@ -1,0 +1,170 @@
+"""fairseq's trainer for a model whose experts are spread over the ranks."""
+
+import logging
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from fairseq import utils
+from fairseq.trainer import Trainer
+from torch import Tensor, nn
+
+from xmoe_fairseq.config import read_field
+from xmoe_fairseq.parallel.check import check_optimizer, check_training
+from xmoe_fairseq.parallel.checkpoint import gather_model, gather_optimizer, slice_optimizer
+from xmoe_fairseq.parallel.failure import explain
+from xmoe_fairseq.parallel.gradients import norm_with_experts, reduce_expert_gradients
+from xmoe_fairseq.parallel.groups import ExpertParallel, expert_names
+from xmoe_fairseq.parallel.shards import KEY as SHARDS
+from xmoe_fairseq.parallel.shards import (
+    ShardError,
+    named_shards,
+    reading_part,
+    remove_orphans,
+    shard_names,
+    split_experts,
+    write_shard,
+)
+
+logger = logging.getLogger(__name__)
+
+
+class ExpertParallelTrainer(Trainer):
+    """Overrides what fairseq does on one rank alone, or as if all ranks held the same parameters.
+
+    Every rank must enter the same collectives in the same order, whatever its data; what one rank alone
+    would do after an error (retry, save a crash checkpoint) would leave the others waiting.
+    """
+
+    def __init__(self, cfg: Any, task: Any, model: nn.Module, criterion: Any, quantizer: Any = None) -> None:
+        check_training(cfg, model)
+        self._parallel: ExpertParallel = model.expert_parallel  # type: ignore[assignment]
+        self._whole: dict[str, Any] = {}  # while saving: what was gathered,
+        self._shards: dict[str, Any] = {}  # or which files were written
+        self._in_step = False  # also after an error in one
+        super().__init__(cfg, task, model, criterion, quantizer)
+
+    def train_step(self, samples: list[Any], raise_oom: bool = False) -> Any:
+        with self._in_one_step(), self._explained("update", self.get_num_updates() + 1):
+            return super().train_step(samples, raise_oom=True)
+
+    def valid_step(self, sample: Any, raise_oom: bool = False) -> Any:
+        with self._in_one_step(), self._explained("validation after update", self.get_num_updates()):
+            return super().valid_step(sample, raise_oom=True)
+
+    @contextmanager
+    def _in_one_step(self) -> Iterator[None]:
+        self._in_step = True
+        yield
+        self._in_step = False
+
+    @contextmanager
+    def _explained(self, what: str, update: int) -> Iterator[None]:
+        """Say where an error was, and which ranks are gone; no rank goes on alone."""
+        try:
+            yield
+        except Exception as error:
+            where = f"rank {dist.get_rank()} of {dist.get_world_size()}, {what} {update}"
+            logger.error(f"{where}: {explain(error, update)}")
+            raise
+
+    def clip_grad_norm(self, clip_norm: float) -> Tensor:
+        reduce_expert_gradients(self._model.parameters(), self._parallel)
+        return self.optimizer.clip_grad_norm(
+            clip_norm, lambda norm: norm_with_experts(norm, self.optimizer.params, self._parallel)
+        )
+
+    def _build_optimizer(self) -> None:
+        super()._build_optimizer()
+        check_optimizer(self._optimizer, self.cfg.optimizer)
+        plain_load = self._optimizer.load_state_dict
+
+        def load_slice(state: dict[str, Any], optimizer_overrides: dict[str, Any] | None = None) -> None:
+            plain_load(slice_optimizer(state, self._optimizer.params, self._parallel), optimizer_overrides)
+
+        self._optimizer.load_state_dict = load_slice
+
+    def consolidate_optimizer(self) -> None:
+        """fairseq calls this on every rank before rank 0 saves: the moment to gather, or to write shards."""
+        super().consolidate_optimizer()
+        if self._in_step:
+            return
+        with self._explained("saving after update", self.get_num_updates()):
+            if read_field(self.cfg.model, "moe_sharded_checkpoints", False):
+                self._shards = self._write_shards()
+            else:
+                self._whole = self._gather()
+
+    def _gather(self) -> dict[str, Any]:
+        whole = {"model": gather_model(self._model.state_dict(), self._model, self._parallel)}
+        if self.cfg.ema.store_ema:
+            ema = self.ema.get_model()
+            whole["ema"] = gather_model(ema.state_dict(), ema, self._parallel)
+        if not self.cfg.checkpoint.no_save_optimizer_state:
+            whole["last_optimizer_state"] = gather_optimizer(
+                self.optimizer.state_dict(), self.optimizer.params, self._parallel
+            )
+        return whole
+
+    def _write_shards(self) -> dict[str, Any]:
+        folder, count = Path(self.cfg.checkpoint.save_dir), self._parallel.size
+        identity = [""]
+        if dist.get_rank() == 0:  # first, while no rank has written a file that nothing names yet
+            remove_orphans(folder)
+            identity = [f"{self.get_num_updates()}-{secrets.token_hex(4)}"]
+        dist.broadcast_object_list(identity, src=0)
+        if self._parallel.in_first_group:
+            _, experts = self._split(super().state_dict())
+            write_shard(utils.move_to_cpu(experts), folder, identity[0], dist.get_rank(), count)
+        dist.barrier()  # all files are there before a checkpoint names them
+        return {"id": identity[0], "files": shard_names(identity[0], count)}
+
+    def _split(self, state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        slots = [index for index, p in enumerate(self.optimizer.params) if hasattr(p, "expert")]
+        return split_experts(state, expert_names(self._model), slots)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As one process with all experts would write it; so the configuration says that it is one."""
+        whole, self._whole = self._whole, {}
+        state = super().state_dict()
+        if "ema" in whole:
+            state["extra_state"]["ema"] = whole.pop("ema")
+        # fairseq-generate and the like build the model from this: in one process, or whole on every rank.
+        state["cfg"]["model"]["moe_expert_parallel_size"] = 1
+        if self._shards:
+            return {**self._split(state)[0], SHARDS: self._shards}
+        return {**state, **whole}
+
+    def save_checkpoint(self, filename: str, extra_state: dict[str, Any]) -> None:
+        if self._in_step:
+            logger.error(f"{filename} is not written: its experts lie on several ranks")
+            return
+        super().save_checkpoint(filename, extra_state)
+
+    def load_checkpoint(self, filename: str, *args: Any, **kwargs: Any) -> Any:
+        with self._explained(f"loading {filename} after update", self.get_num_updates()):
+            return self._load(filename, *args, **kwargs)
+
+    def _load(self, filename: str, *args: Any, **kwargs: Any) -> Any:
+        sharded = [dist.get_rank() == 0 and _is_sharded(Path(filename))]
+        dist.broadcast_object_list(sharded, src=0)
+        if not sharded[0]:
+            return super().load_checkpoint(filename, *args, **kwargs)
+        if not Path(filename).is_file():
+            raise ShardError(
+                f"rank {dist.get_rank()} does not see {filename}: all ranks must share its folder"
+            )
+        # Each rank reads its own experts: no rank could hold them all, and send them to the others.
+        self.cfg.checkpoint.load_checkpoint_on_all_dp_ranks = True
+        with reading_part(dist.get_rank(self._parallel.expert_group), self._parallel.size):
+            return super().load_checkpoint(filename, *args, **kwargs)
+
+
+def _is_sharded(checkpoint: Path) -> bool:
+    try:
+        return checkpoint.is_file() and bool(named_shards(checkpoint))
+    except Exception:  # an old format or a damaged file: fairseq's own load says what is wrong with it
+        return False

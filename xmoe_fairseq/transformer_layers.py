@@ -1,0 +1,144 @@
+"""fairseq's Transformer layers with an MoE layer where the FFN was."""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from fairseq import utils
+from fairseq.models.transformer import TransformerConfig
+from fairseq.modules.transformer_layer import TransformerDecoderLayerBase, TransformerEncoderLayerBase
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from xmoe_fairseq.config import MoEConfig
+from xmoe_fairseq.moe import BaseRouter, MoELayer, Router, ThresholdRouter, TopKRouter
+from xmoe_fairseq.parallel import ExpertParallel, expert_parallel, spread_experts
+
+
+def install_experts(model: nn.Module, config: MoEConfig, sides: tuple[str, ...]) -> None:
+    """Put MoE layers into a fairseq model, in place; each rank of a run gets the experts that it holds."""
+    parallel = expert_parallel(config) if any(config.has_experts(side) for side in sides) else None
+    for side in sides:
+        install_moe_layers(getattr(model, side), config, side, parallel)
+    spread_experts(model, parallel)
+
+
+def install_moe_layers(
+    stack: nn.Module, config: MoEConfig, side: str, parallel: ExpertParallel | None
+) -> None:
+    """Replace every Nth layer of a fairseq encoder or decoder, in place; other layers stay fairseq's own.
+
+    Args:
+        stack: TransformerEncoderBase or TransformerDecoderBase.
+        side: "encoder" or "decoder"; begins the layers' names in errors and statistics.
+        parallel: this rank's place if the experts are shared out among ranks.
+    """
+    if not config.has_experts(side):
+        return
+    for index in range(config.moe_freq - 1, len(stack.layers), config.moe_freq):
+        moe = build_moe(stack.cfg, config, side, parallel, name=f"{side}.layers.{index}")
+        layer: nn.Module
+        if side == "encoder":
+            layer = MoEEncoderLayer(stack.cfg, moe)
+        else:
+            layer = MoEDecoderLayer(stack.cfg, moe, no_encoder_attn=stack.layers[index].encoder_attn is None)
+        if stack.cfg.checkpoint_activations:
+            checkpoint_activations(layer, offload_to_cpu=stack.cfg.offload_activations)
+        stack.layers[index] = layer
+
+
+def build_moe(
+    cfg: TransformerConfig, config: MoEConfig, side: str, parallel: ExpertParallel | None, name: str
+) -> MoELayer:
+    sizes = getattr(cfg, side)
+    return MoELayer(
+        model_dim=sizes.embed_dim,
+        expert_dim=sizes.ffn_embed_dim // config.moe_ffn_split,
+        num_experts=config.moe_num_experts,
+        router=build_router(sizes.embed_dim, config),
+        capacity_factor=config.moe_capacity_factor,
+        eval_capacity_factor=config.moe_eval_capacity_factor,
+        min_capacity=config.moe_min_capacity,
+        activation=utils.get_activation_fn(cfg.activation_fn),
+        activation_dropout=float(cfg.activation_dropout or cfg.relu_dropout or 0.0),
+        dense_ffn_dim=sizes.ffn_embed_dim,
+        name=name,
+        expert_parallel_group=parallel and parallel.expert_group,
+    )
+
+
+def build_router(model_dim: int, config: MoEConfig) -> Router:
+    num_experts = config.moe_num_experts
+    if config.moe_router == "threshold":
+        return ThresholdRouter(model_dim, num_experts, config.moe_threshold, config.experts_per_token_limit)
+    if config.moe_router == "topk":
+        return TopKRouter(model_dim, num_experts, config.k)
+    return BaseRouter(model_dim, num_experts)
+
+
+def checkpoint_activations(layer: nn.Module, offload_to_cpu: bool) -> None:
+    """Recompute the layer in the backward pass.
+
+    Not fairseq's checkpoint_wrapper: that runs the first forward without a graph, so a loss taken from
+    inside the layer (load balance) would have no gradient.
+    """
+    # A partial of the bound method, not a closure: a deep copy of the model (EMA) must run its own layer.
+    layer.forward = partial(_recompute, layer.forward, offload_to_cpu)
+
+
+def _recompute(forward: Callable[..., Any], offload_to_cpu: bool, *args: Any, **kwargs: Any) -> Any:
+    with torch.autograd.graph.save_on_cpu() if offload_to_cpu else nullcontext():
+        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+
+class _MoEFeedForward:
+    """What both layers share: fairseq's forward computes fc2(dropout(activation(fc1(x)))); here fc1 is the
+    whole MoE layer and the rest does nothing."""
+
+    def replace_ffn(self, moe: MoELayer) -> None:
+        del self.fc1, self.fc2  # modules, which could not be overwritten by a method
+        self.moe = moe
+        self.fc1 = self.feed_forward
+        self.fc2 = self.activation_fn = self.activation_dropout_module = nn.Identity()
+        self._padding_mask: Tensor | None = None
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        """x: (length, batch, D)."""
+        mask, self._padding_mask = self._padding_mask, None
+        y, _ = self.moe(x, None if mask is None else mask.transpose(0, 1))
+        return y
+
+
+class MoEEncoderLayer(_MoEFeedForward, TransformerEncoderLayerBase):
+    """Encoder layer; the FFN is an MoELayer that skips padding."""
+
+    def __init__(self, cfg: TransformerConfig, moe: MoELayer) -> None:
+        super().__init__(cfg)
+        self.replace_ffn(moe)
+        # Copies for a fast path that knows dense layers only.
+        for module in ("in_proj", "out_proj", "fc1", "fc2"):
+            delattr(self, f"{module}_weight")
+            delattr(self, f"{module}_bias")
+        self.can_use_fastpath = False
+
+    def forward(self, x: Tensor, encoder_padding_mask: Tensor | None, attn_mask: Tensor | None = None) -> Any:
+        self._padding_mask = encoder_padding_mask
+        return super().forward(x, encoder_padding_mask, attn_mask)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        # Stock code makes those copies from fc1 and fc2 here.
+        nn.Module._load_from_state_dict(self, *args)
+
+
+class MoEDecoderLayer(_MoEFeedForward, TransformerDecoderLayerBase):
+    """Decoder layer; the FFN is an MoELayer that skips padding."""
+
+    def __init__(self, cfg: TransformerConfig, moe: MoELayer, no_encoder_attn: bool = False) -> None:
+        super().__init__(cfg, no_encoder_attn)
+        self.replace_ffn(moe)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        self._padding_mask = kwargs.get("self_attn_padding_mask")
+        return super().forward(x, *args, **kwargs)
