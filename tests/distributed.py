@@ -53,6 +53,8 @@ def _rank(rank: int, world_size: int, function: Callable[[], Any], folder: Path,
             dist.init_process_group(
                 "gloo", init, timedelta(seconds=timeout), world_size=world_size, rank=rank
             )
+            # A rank that was connected, had nothing to send and left would cut off others still connecting.
+            dist.barrier()
         torch.save(function(), folder / f"{rank}.pt")
     except BaseException:
         (folder / f"{rank}.error").write_text(f"rank {rank} of {world_size}:\n{traceback.format_exc()}")
