@@ -15,7 +15,7 @@ from xmoe_fairseq.moe import (
     record_routing,
 )
 from xmoe_fairseq.moe.capacity import expert_capacity, keep_within_capacity
-from xmoe_fairseq.moe.dispatch import LocalDispatcher
+from xmoe_fairseq.moe.dispatch import ExpertRows, LocalDispatcher
 from xmoe_fairseq.moe.losses import load_balance_loss, z_loss
 from xmoe_fairseq.moe.stats import load_cv
 
@@ -73,30 +73,31 @@ def test_capacity_keeps_first_choices_before_second_ones_then_by_probability() -
     assert one.experts_per_token == 0.5
 
 
-def test_dispatch_lays_rows_out_by_expert_and_combine_brings_them_back() -> None:
+def test_dispatch_lays_rows_out_by_expert() -> None:
     x = torch.arange(4.0).unsqueeze(1) + 1  # tokens 1, 2, 3, 4
     rows = [(0, 2, 0, 1.0), (0, 0, 1, 0.5), (1, 2, 0, 1.0), (3, 0, 0, 2.0)]  # token 2 and expert 1 have none
-    rows_RD, plan = LocalDispatcher().dispatch(x, routing_of(rows, 4, 3))
-    assert rows_RD.flatten().tolist() == [1, 4, 1, 2]
-    assert plan.rows_per_expert == [2, 0, 2]
-    y = LocalDispatcher().combine(rows_RD * torch.tensor([[1.0], [1.0], [3.0], [3.0]]), plan)
-    assert y.flatten().tolist() == [1 * 0.5 + 3 * 1, 3 * 2, 0, 4 * 2]
+    x_SD, laid_out, way_back = LocalDispatcher().dispatch(x, routing_of(rows, 4, 3))
+    assert x_SD is x
+    assert laid_out.source_R.tolist() == [0, 3, 0, 1]
+    assert laid_out.weight_R.tolist() == [0.5, 2.0, 1.0, 1.0]
+    assert laid_out.counts_E.tolist() == [2, 0, 2]
+    assert LocalDispatcher().combine(x, way_back) is x
 
 
 def test_dispatch_without_rows() -> None:
-    rows_RD, plan = LocalDispatcher().dispatch(torch.ones(3, 2), routing_of([], 3, 2))
-    assert rows_RD.shape == (0, 2)
-    assert plan.rows_per_expert == [0, 0]
-    assert LocalDispatcher().combine(rows_RD, plan).tolist() == [[0, 0]] * 3
+    _, laid_out, _ = LocalDispatcher().dispatch(torch.ones(3, 2), routing_of([], 3, 2))
+    assert laid_out.source_R.shape == (0,)
+    assert laid_out.counts_E.tolist() == [0, 0]
 
 
 class Tagged(nn.Module):
     """Expert e multiplies by e + 1, so a misrouted row shows; counts the rows that it computed."""
 
-    def forward(self, rows_RD: torch.Tensor, rows_per_expert: list[int]) -> torch.Tensor:
-        self.rows = rows_RD.size(0)
-        tags = torch.arange(len(rows_per_expert)).repeat_interleave(torch.tensor(rows_per_expert)) + 1
-        return rows_RD * tags.unsqueeze(1)
+    def forward(self, x_SD: torch.Tensor, rows: ExpertRows) -> torch.Tensor:
+        self.rows = rows.source_R.numel()
+        tags_R = torch.repeat_interleave(rows.counts_E) + 1
+        weighted_RD = x_SD[rows.source_R] * (tags_R * rows.weight_R).unsqueeze(1)
+        return torch.zeros_like(x_SD).index_add(0, rows.source_R, weighted_RD)
 
 
 @pytest.mark.parametrize("capacity_factor", [0.0, 1.0])
@@ -122,10 +123,15 @@ def test_experts_start_different_and_depend_on_the_seed_alone() -> None:
     assert 0.9 * bound < first.fc1_weight.abs().max() <= bound
 
 
+def rows_in_turn(rows_per_expert: list[int]) -> ExpertRows:
+    """Row r is of source row r."""
+    return ExpertRows(torch.arange(sum(rows_per_expert)), None, torch.tensor(rows_per_expert))
+
+
 @pytest.mark.parametrize("rows_per_expert", [[0, 0, 0], [2, 0, 0], [0, 1, 3]])
 def test_every_parameter_has_a_gradient_whatever_the_load(rows_per_expert: list[int]) -> None:
     experts = Experts(3, 4, 5)
-    experts(torch.randn(sum(rows_per_expert), 4), rows_per_expert).sum().backward()
+    experts(torch.randn(sum(rows_per_expert), 4), rows_in_turn(rows_per_expert)).sum().backward()
     for parameter in experts.parameters():
         assert parameter.grad is not None
         for e, rows in enumerate(rows_per_expert):
@@ -134,10 +140,10 @@ def test_every_parameter_has_a_gradient_whatever_the_load(rows_per_expert: list[
 
 def test_activation_dropout_is_for_training_only() -> None:
     experts = Experts(1, 4, 64, activation_dropout=0.5)
-    x = torch.randn(3, 4)
-    assert not torch.equal(experts(x, [3]), experts(x, [3]))
+    x, rows = torch.randn(3, 4), rows_in_turn([3])
+    assert not torch.equal(experts(x, rows), experts(x, rows))
     experts.eval()
-    assert torch.equal(experts(x, [3]), experts(x, [3]))
+    assert torch.equal(experts(x, rows), experts(x, rows))
 
 
 def test_load_balance_loss_by_hand() -> None:

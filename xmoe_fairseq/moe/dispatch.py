@@ -1,4 +1,4 @@
-"""Routing -> rows in expert order, and back. One process; every expert is here."""
+"""Routing -> which expert computes which rows, in expert order, and back. All in one process."""
 
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -9,43 +9,50 @@ from torch import Tensor
 from xmoe_fairseq.moe.routing import Routing
 
 
-class Dispatcher(Protocol):
-    """What MoELayer needs. The plan is the dispatcher's own, but for its `rows_per_expert` (a list)."""
-
-    def dispatch(self, x_TD: Tensor, routing: Routing) -> tuple[Tensor, Any]:
-        """The rows for the experts held here, in expert order, and how to bring them back."""
-        ...
-
-    def combine(self, rows_RD: Tensor, plan: Any) -> Tensor:
-        """The experts' outputs -> (T, D) weighted sums of this rank's tokens."""
-        ...
-
-
 @dataclass(frozen=True)
-class DispatchPlan:
-    """How R rows lie: all rows of expert 0, then of expert 1, ...; tokens in order within an expert."""
+class ExpertRows:
+    """R rows to compute: all rows of expert 0, then of expert 1, ...; within an expert in order of source.
 
-    token_R: Tensor
-    weight_R: Tensor
-    rows_per_expert: list[int]
-    num_tokens: int
+    Row r is computed from source row `source_R[r]`, and its result is added to the same row of the output.
+    Nothing is gathered yet: an expert gathers its own rows, which then fit into the cache.
+    """
+
+    source_R: Tensor
+    weight_R: Tensor | None  # times which a row's result is added, at least fp32; None = 1
+    counts_E: Tensor  # how many rows each of the experts held here has
+
+
+class Dispatcher(Protocol):
+    """What MoELayer needs. The way back is the dispatcher's own."""
+
+    def dispatch(self, x_TD: Tensor, routing: Routing) -> tuple[Tensor, ExpertRows, Any]:
+        """Source rows (S, D), which of them the experts held here compute, and the way back."""
+        ...
+
+    def combine(self, y_SD: Tensor, way_back: Any) -> Tensor:
+        """What the experts made of the source rows -> (T, D) weighted sums of this rank's tokens."""
+        ...
 
 
 class LocalDispatcher:
-    """Gathers exactly the chosen rows: no capacity slots, no padding to the largest expert."""
+    """Source rows are the tokens themselves, and the experts' sums are the result.
 
-    def dispatch(self, x_TD: Tensor, routing: Routing) -> tuple[Tensor, DispatchPlan]:
-        order_R = torch.argsort(routing.expert_R, stable=True)
-        plan = DispatchPlan(
-            token_R=routing.token_R[order_R],
+    Exactly the chosen rows: no capacity slots, no padding to the largest expert.
+    """
+
+    def dispatch(self, x_TD: Tensor, routing: Routing) -> tuple[Tensor, ExpertRows, None]:
+        order_R = expert_order(routing.expert_R)
+        rows = ExpertRows(
+            source_R=routing.token_R[order_R],
             weight_R=routing.weight_R[order_R],
-            rows_per_expert=routing.rows_per_expert().tolist(),
-            num_tokens=routing.num_tokens,
+            counts_E=routing.rows_per_expert(),
         )
-        return x_TD.index_select(0, plan.token_R), plan
+        return x_TD, rows, None
 
-    def combine(self, rows_RD: Tensor, plan: DispatchPlan) -> Tensor:
-        """(T, D) weighted sums, in the weights' precision; 0 for a token without rows."""
-        weighted_RD = rows_RD * plan.weight_R.unsqueeze(-1)
-        y_TD = weighted_RD.new_zeros(plan.num_tokens, rows_RD.size(-1))
-        return y_TD.index_add(0, plan.token_R, weighted_RD)
+    def combine(self, y_SD: Tensor, way_back: None) -> Tensor:
+        return y_SD
+
+
+def expert_order(expert_R: Tensor) -> Tensor:
+    """(R,) the order by expert, which keeps the order within an expert."""
+    return torch.argsort(expert_R, stable=True)

@@ -1,14 +1,17 @@
 """The small FFNs: E two-layer networks with stacked weights."""
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Activation = Callable[[Tensor], Tensor]
+from xmoe_fairseq.moe.dispatch import ExpertRows
+from xmoe_fairseq.moe.expert_grouped import can_group, expert_sums_grouped
+from xmoe_fairseq.moe.expert_loop import expert_sums_loop
+from xmoe_fairseq.moe.expert_sums import Activation, Stacks, expert_sums_plain
+
 ACTIVATIONS: dict[str, Activation] = {
     "relu": F.relu,
     "gelu": F.gelu,
@@ -76,26 +79,23 @@ class Experts(nn.Module):
                         )
                     )
 
-    def stacked(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return self.fc1_weight, self.fc1_bias, self.fc2_weight, self.fc2_bias
+    def stacked(self) -> Stacks:
+        return Stacks(self.fc1_weight, self.fc1_bias, self.fc2_weight, self.fc2_bias)
 
-    def forward(self, rows_RD: Tensor, rows_per_expert: list[int]) -> Tensor:
-        """Rows in expert order -> their experts' outputs, (R, D) in the same order."""
-        # unbind, not W[e]: indexing under autograd costs a gradient of the whole stack per expert.
-        weights = zip(*(stack.unbind() for stack in self.stacked()), strict=True)
-        outputs = [
-            self.feed_forward(rows, *expert)
-            for rows, expert in zip(rows_RD.split(rows_per_expert), weights, strict=True)
-            if rows.size(0)
-        ]
-        if not outputs:  # no row at all: stay in the graph, so that every rank has the same gradients
-            outputs = [self.feed_forward(rows_RD, *(stack[0] for stack in self.stacked()))]
-        return torch.cat(outputs)
+    def forward(self, x_SD: Tensor, rows: ExpertRows) -> Tensor:
+        """(S, D): for each source row the weighted sum of what its experts make of it; 0 for one without.
 
-    def feed_forward(self, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
-        hidden = self.activation(F.linear(x, w1, b1))
-        hidden = F.dropout(hidden, self.activation_dropout, self.training)
-        return F.linear(hidden, w2, b2)
+        The result is in the precision of the weights, where there are any, in which the sums are taken.
+        """
+        dropout = self.activation_dropout if self.training else 0.0
+        if dropout:
+            return expert_sums_plain(x_SD, rows, self.stacked(), self.activation, dropout)
+        stacks, device = self.stacked(), x_SD.device.type
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+            x_SD, stacks = x_SD.to(dtype), Stacks(*(stack.to(dtype) for stack in stacks))
+        compute = expert_sums_grouped if can_group(x_SD, stacks) else expert_sums_loop
+        return compute(x_SD, rows, stacks, self.activation)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """torch's extension point. A state dict may hold all experts: this part takes its own."""

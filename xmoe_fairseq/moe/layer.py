@@ -4,12 +4,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from xmoe_fairseq.moe.capacity import expert_capacity, keep_within_capacity
 from xmoe_fairseq.moe.dispatch import Dispatcher, LocalDispatcher
-from xmoe_fairseq.moe.experts import Activation, Experts
+from xmoe_fairseq.moe.expert_sums import Activation
+from xmoe_fairseq.moe.experts import Experts
 from xmoe_fairseq.moe.parallel_dispatch import ExpertParallelDispatcher
 from xmoe_fairseq.moe.router import Router
 from xmoe_fairseq.moe.routing import Routing
@@ -96,15 +98,17 @@ class MoELayer(nn.Module):
                 f"padding_mask must be bool of shape {tuple(x.shape[:-1])}, "
                 f"got {padding_mask.dtype} of shape {tuple(padding_mask.shape)}"
             )
-        real = ~padding_mask.bool()
-        y_TD, routing = self.forward_tokens(x[real])
-        return x.new_zeros(x.shape).index_put((real,), y_TD.to(x.dtype)), routing
+        flat = x.reshape(-1, x.size(-1))
+        (real_T,) = (~padding_mask.bool()).reshape(-1).nonzero(as_tuple=True)
+        y_TD, routing = self.forward_tokens(flat.index_select(0, real_T))
+        y = torch.zeros_like(flat).index_copy(0, real_T, y_TD.to(x.dtype))
+        return y.view(x.shape), routing
 
     def forward_tokens(self, x_TD: Tensor) -> tuple[Tensor, Routing]:
         routing = self.limit(self.route(x_TD))
-        rows_RD, plan = self.dispatcher.dispatch(x_TD, routing)
-        rows_RD = self.experts(rows_RD, plan.rows_per_expert)
-        return self.dispatcher.combine(rows_RD, plan), routing
+        x_SD, rows, way_back = self.dispatcher.dispatch(x_TD, routing)
+        y_SD = self.experts(x_SD, rows)
+        return self.dispatcher.combine(y_SD, way_back), routing
 
     def route(self, x_TD: Tensor) -> Routing:
         try:

@@ -1,4 +1,4 @@
-"""Routing -> rows at the rank that holds their expert, and back. LocalDispatcher over an exchange."""
+"""Routing -> rows at the rank that holds their expert, and back: one exchange on either side."""
 
 from copy import copy
 from dataclasses import dataclass
@@ -9,19 +9,19 @@ import torch.distributed as dist
 from torch import Tensor
 
 from xmoe_fairseq.moe.all_to_all import exchange_counts, exchange_rows
-from xmoe_fairseq.moe.dispatch import DispatchPlan, LocalDispatcher
+from xmoe_fairseq.moe.dispatch import ExpertRows, expert_order
 from xmoe_fairseq.moe.routing import Routing
 
 
 @dataclass(frozen=True)
-class ExpertParallelPlan:
-    """S rows of this rank's tokens go out, R rows for this rank's experts come in."""
+class WayBack:
+    """R rows of this rank's tokens went out, S rows for this rank's experts came in."""
 
-    sent: DispatchPlan  # this rank's own rows in order of expert, and so in order of the rank that holds it
+    token_R: Tensor  # of the rows that went out, in order of expert, and so of the rank that holds it
+    weight_R: Tensor
+    num_tokens: int
     send: list[int]  # rows for each rank
     receive: list[int]  # rows from each rank
-    order_R: Tensor  # from the order of arrival (by rank, then expert) to the order of expert
-    rows_per_expert: list[int]  # of this rank's experts
 
 
 class ExpertParallelDispatcher:
@@ -33,40 +33,38 @@ class ExpertParallelDispatcher:
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
-        self.local = LocalDispatcher()
 
-    def dispatch(self, x_TD: Tensor, routing: Routing) -> tuple[Tensor, ExpertParallelPlan]:
-        rows_SD, sent = self.local.dispatch(x_TD, routing)
-        received_NE = exchange_counts(routing.rows_per_expert(), self.group)
-        counts = received_NE.tolist()  # to the host, where the sizes of the exchange are set
-        per_rank = len(counts[0])
-        plan = ExpertParallelPlan(
-            sent=sent,
-            send=[
-                sum(sent.rows_per_expert[i : i + per_rank]) for i in range(0, routing.num_experts, per_rank)
-            ],
-            receive=[sum(from_rank) for from_rank in counts],
-            order_R=expert_order(received_NE, sum(map(sum, counts))),
-            rows_per_expert=[sum(of_expert) for of_expert in zip(*counts, strict=True)],
+    def dispatch(self, x_TD: Tensor, routing: Routing) -> tuple[Tensor, ExpertRows, WayBack]:
+        order_R = expert_order(routing.expert_R)
+        counts_E = routing.rows_per_expert()
+        received_NE = exchange_counts(counts_E, self.group)
+        way_back = WayBack(
+            token_R=routing.token_R[order_R],
+            weight_R=routing.weight_R[order_R],
+            num_tokens=routing.num_tokens,
+            # to the host, where the sizes of the exchange are set
+            send=counts_E.view(received_NE.shape).sum(1).tolist(),
+            receive=received_NE.sum(1).tolist(),
         )
-        rows_RD = exchange_rows(rows_SD, plan.send, plan.receive, self.group)
-        return rows_RD.index_select(0, plan.order_R), plan
+        x_RD = x_TD.index_select(0, way_back.token_R)
+        x_SD = exchange_rows(x_RD, way_back.send, way_back.receive, self.group)
+        return x_SD, rows_in_arrival(received_NE, x_SD.size(0)), way_back
 
-    def combine(self, rows_RD: Tensor, plan: ExpertParallelPlan) -> Tensor:
-        """(T, D) weighted sums of this rank's tokens, as LocalDispatcher.combine."""
-        arrival_R = torch.empty_like(plan.order_R)
-        arrival_R[plan.order_R] = torch.arange(plan.order_R.numel(), device=plan.order_R.device)
-        rows_SD = exchange_rows(rows_RD.index_select(0, arrival_R), plan.receive, plan.send, self.group)
-        return self.local.combine(rows_SD, plan.sent)
+    def combine(self, y_SD: Tensor, way_back: WayBack) -> Tensor:
+        """(T, D) weighted sums of this rank's tokens; 0 for a token without rows."""
+        y_RD = exchange_rows(y_SD, way_back.receive, way_back.send, self.group)
+        weighted_RD = y_RD * way_back.weight_R.unsqueeze(1)
+        y_TD = weighted_RD.new_zeros(way_back.num_tokens, y_RD.size(1))
+        return y_TD.index_add(0, way_back.token_R, weighted_RD)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "ExpertParallelDispatcher":
         return copy(self)  # a process group is one thing, whoever holds it
 
 
-def expert_order(received_NE: Tensor, num_rows: int) -> Tensor:
-    """(R,) stable order by expert of rows that arrived by rank, then expert: within an expert by rank."""
+def rows_in_arrival(received_NE: Tensor, num_rows: int) -> ExpertRows:
+    """The rows of each expert held here among those that arrived by rank, then expert: within an expert by
+    rank. Weights stay where the tokens are."""
     num_ranks, num_experts = received_NE.shape
     experts_NE = torch.arange(num_experts, device=received_NE.device).repeat(num_ranks)
-    return torch.argsort(
-        experts_NE.repeat_interleave(received_NE.flatten(), output_size=num_rows), stable=True
-    )
+    expert_R = experts_NE.repeat_interleave(received_NE.flatten(), output_size=num_rows)
+    return ExpertRows(expert_order(expert_R), None, received_NE.sum(0))

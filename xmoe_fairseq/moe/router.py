@@ -62,8 +62,11 @@ class Router(nn.Module):
     def score(self, x_TD: Tensor) -> Tensor:
         dtype = torch.promote_types(x_TD.dtype, torch.float32)
         logits_TE = F.linear(x_TD.to(dtype), self.weight.to(dtype))
-        finite_T = torch.isfinite(logits_TE.detach()).all(dim=-1)
-        if not finite_T.all():
+        # A sum of all is quick, and finite only if every score is; if it is not, it may just have overflowed.
+        if not torch.isfinite(logits_TE.detach().sum()):
+            finite_T = torch.isfinite(logits_TE.detach()).all(dim=-1)
+            if finite_T.all():
+                return logits_TE
             bad = f"{int((~finite_T).sum())} of {len(finite_T)} tokens"
             if not torch.isfinite(x_TD).all():
                 raise FloatingPointError(f"router input holds NaN or inf in {bad}")
@@ -85,9 +88,18 @@ class Router(nn.Module):
         return f"model_dim={self.weight.size(1)}, num_experts={self.num_experts}"
 
 
-def by_preference(probs_TE: Tensor) -> tuple[Tensor, Tensor]:
-    """Probabilities in descending order with their expert ids; of equals the lower id comes first."""
-    return torch.sort(probs_TE, dim=-1, descending=True, stable=True)
+def by_preference(probs_TE: Tensor, limit: int) -> tuple[Tensor, Tensor]:
+    """The `limit` largest probabilities, descending, and their experts; of equals the lower id first."""
+    num_experts = probs_TE.size(1)
+    if probs_TE.dtype != torch.float32:
+        sorted_TE, expert_TE = torch.sort(probs_TE, dim=1, descending=True, stable=True)
+        return sorted_TE[:, :limit], expert_TE[:, :limit]
+    # A stable sort of all experts takes twice as long as the top few of distinct integers: the bits of a
+    # probability, which order as it does, above E - 1 - id.
+    last_id_first_E = torch.arange(num_experts - 1, -1, -1, device=probs_TE.device)
+    key_TE = probs_TE.view(torch.int32).long() << 32 | last_id_first_E
+    key_TK = key_TE.topk(limit).values if limit < num_experts else key_TE.sort(descending=True).values
+    return (key_TK >> 32).int().view(torch.float32), num_experts - 1 - (key_TK & 0xFFFFFFFF)
 
 
 class ThresholdRouter(Router):
@@ -116,14 +128,14 @@ class ThresholdRouter(Router):
         self.max_experts_per_token = max_experts_per_token
 
     def choose(self, logits_TE: Tensor, probs_TE: Tensor) -> tuple[Tensor, Tensor]:
-        sorted_TE, expert_TE = by_preference(probs_TE)
-        mass_before_TE = F.pad(sorted_TE.cumsum(dim=-1)[:, :-1], (1, 0))
-        chosen_TE = mass_before_TE < self.threshold
+        limit = min(self.max_experts_per_token or self.num_experts, self.num_experts)
+        sorted_TK, expert_TK = by_preference(probs_TE, limit)
+        mass_before_TK = F.pad(sorted_TK.cumsum(dim=1)[:, :-1], (1, 0))
+        chosen_TK = mass_before_TK < self.threshold
         if self.threshold == 1.0:  # a rounded sum may reach 1 before the last expert
-            chosen_TE = torch.ones_like(chosen_TE)
-        chosen_TE[:, 0] = True
-        limit = self.max_experts_per_token or self.num_experts
-        return expert_TE[:, :limit], chosen_TE[:, :limit]
+            chosen_TK = torch.ones_like(chosen_TK)
+        chosen_TK[:, 0] = True
+        return expert_TK, chosen_TK
 
     def extra_repr(self) -> str:
         limit = self.max_experts_per_token or "none"
@@ -140,7 +152,7 @@ class TopKRouter(Router):
         self.k = k
 
     def choose(self, logits_TE: Tensor, probs_TE: Tensor) -> tuple[Tensor, Tensor]:
-        expert_TK = by_preference(probs_TE)[1][:, : self.k]
+        expert_TK = by_preference(probs_TE, self.k)[1]
         return expert_TK, torch.ones_like(expert_TK, dtype=torch.bool)
 
     def extra_repr(self) -> str:

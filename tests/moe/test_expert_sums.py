@@ -1,0 +1,132 @@
+"""The fast ways to compute the experts equal plain autograd: values and every gradient."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.testing import assert_close
+
+from xmoe_fairseq.moe import Experts
+from xmoe_fairseq.moe.dispatch import ExpertRows
+from xmoe_fairseq.moe.expert_grouped import can_group, expert_sums_grouped
+from xmoe_fairseq.moe.expert_loop import expert_sums_loop
+from xmoe_fairseq.moe.expert_sums import Stacks, expert_sums_plain
+
+SOURCES, MODEL_DIM, EXPERT_DIM = 9, 8, 16
+LOADS = {
+    "uneven": [4, 1, 0, 7],
+    "one expert has all": [0, 9, 0, 0],
+    "one row": [0, 0, 0, 1],
+    "no rows": [0, 0, 0, 0],
+}
+FAST = {"loop": expert_sums_loop, "grouped": expert_sums_grouped}
+ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "tanh": torch.tanh}
+
+
+def stacks_of(num_experts: int, dtype: torch.dtype) -> Stacks:
+    experts = Experts(num_experts, MODEL_DIM, EXPERT_DIM).to(dtype)
+    return Stacks(*(stack.detach() for stack in experts.stacked()))
+
+
+def rows_of(counts: list[int], weighted: bool, dtype: torch.dtype = torch.float32) -> ExpertRows:
+    """Within an expert each source at most once, as in any routing."""
+    source_R = torch.cat([torch.randperm(SOURCES)[:count].sort().values for count in counts])
+    weight_R = torch.rand(sum(counts), dtype=dtype) if weighted else None
+    return ExpertRows(source_R, weight_R, torch.tensor(counts))
+
+
+def values_and_gradients(
+    compute: Callable[..., Tensor], x_SD: Tensor, rows: ExpertRows, stacks: Stacks, activation: Callable
+) -> list[Tensor]:
+    leaves = [tensor.detach().requires_grad_() for tensor in (x_SD, *stacks)]
+    if rows.weight_R is not None:
+        leaves.append(rows.weight_R.detach().requires_grad_())
+        rows = ExpertRows(rows.source_R, leaves[-1], rows.counts_E)
+    y_SD = compute(leaves[0], rows, Stacks(*leaves[1:5]), activation)
+    direction = torch.linspace(-1, 2, y_SD.numel(), dtype=y_SD.dtype).view(y_SD.shape)
+    y_SD.backward(direction)
+    return [y_SD.detach(), *(leaf.grad for leaf in leaves)]
+
+
+@pytest.mark.parametrize("weighted", [True, False], ids=["weighted", "unweighted"])
+@pytest.mark.parametrize("load", LOADS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("fast", FAST)
+def test_equals_plain_autograd(fast: str, activation: str, load: str, weighted: bool) -> None:
+    rows, stacks, x_SD = rows_of(LOADS[load], weighted), stacks_of(4, torch.float32), torch.randn(9, 8)
+    arguments = (x_SD, rows, stacks, ACTIVATIONS[activation])
+    got = values_and_gradients(FAST[fast], *arguments)
+    for mine, expected in zip(got, values_and_gradients(expert_sums_plain, *arguments), strict=True):
+        assert_close(mine, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "fast, dtype, tolerance",
+    [("loop", torch.float64, 1e-12), ("loop", torch.bfloat16, 3e-2), ("grouped", torch.bfloat16, 3e-2)],
+)
+def test_other_precisions(fast: str, dtype: torch.dtype, tolerance: float) -> None:
+    """Sums are taken in the precision of the weights: fp32 at least."""
+    wide = torch.promote_types(dtype, torch.float32)
+    rows, stacks, x_SD = (
+        rows_of([4, 1, 0, 7], True, wide),
+        stacks_of(4, dtype),
+        torch.randn(9, 8, dtype=dtype),
+    )
+    got = values_and_gradients(FAST[fast], x_SD, rows, stacks, F.gelu)
+    exact = values_and_gradients(
+        expert_sums_plain, x_SD.double(), ExpertRows(rows.source_R, rows.weight_R.double(), rows.counts_E),
+        Stacks(*(stack.double() for stack in stacks)), F.gelu,
+    )  # fmt: skip
+    assert got[0].dtype == wide
+    for mine, expected in zip(got, exact, strict=True):
+        assert_close(mine.double(), expected, rtol=tolerance, atol=tolerance)
+
+
+def test_plain_autograd_has_the_right_gradients() -> None:
+    rows = rows_of([2, 0, 3], True, torch.float64)
+    inputs = [t.requires_grad_() for t in (torch.randn(9, 8).double(), *stacks_of(3, torch.float64))]
+
+    def compute(x_SD: Tensor, *stacks: Tensor) -> Tensor:
+        return expert_sums_plain(x_SD, rows, Stacks(*stacks), torch.tanh)
+
+    assert torch.autograd.gradcheck(compute, inputs)
+
+
+def test_strided_and_expanded_inputs() -> None:
+    rows, stacks = rows_of([4, 1, 0, 7], True), stacks_of(4, torch.float32)
+    x_SD = torch.randn(8, 9).t()
+    y = expert_sums_loop(x_SD.requires_grad_(), rows, stacks, F.relu)
+    assert_close(y, expert_sums_plain(x_SD, rows, stacks, F.relu))
+    y.sum().backward()  # an expanded gradient
+    (expected,) = torch.autograd.grad(expert_sums_plain(x_SD, rows, stacks, F.relu).sum(), x_SD)
+    assert_close(x_SD.grad, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_loop_gives_the_same_bits_every_time() -> None:
+    rows, stacks, x_SD = rows_of([4, 1, 9, 7], True), stacks_of(4, torch.float32), torch.randn(9, 8)
+    first, second = (values_and_gradients(expert_sums_loop, x_SD, rows, stacks, F.relu) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_autocast_computes_in_its_precision_and_leaves_fp32_gradients() -> None:
+    experts, x_SD = Experts(4, MODEL_DIM, EXPERT_DIM), torch.randn(9, 8)
+    rows = rows_of([4, 1, 0, 7], True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = experts(x_SD, rows)
+    assert y.dtype == torch.float32  # the weights'
+    assert_close(y, experts(x_SD, rows), rtol=3e-2, atol=3e-2)
+    assert not torch.equal(y, experts(x_SD, rows))
+    y.sum().backward()
+    assert experts.fc1_weight.grad.dtype == torch.float32
+
+
+def test_nothing_is_kept_where_no_gradient_is_wanted() -> None:
+    with torch.no_grad():
+        y = expert_sums_loop(torch.randn(9, 8), rows_of([3, 0], True), stacks_of(2, torch.float32), F.relu)
+    assert y.grad_fn is None
+
+
+def test_grouped_products_are_for_gpus() -> None:
+    assert not can_group(torch.randn(9, 8, dtype=torch.bfloat16), stacks_of(2, torch.bfloat16))
