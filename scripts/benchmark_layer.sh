@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# How long an MoE layer takes, as a ratio to the dense matrix products of the same FLOPs (its floor), to the
+# paper's way to execute it, to peers, and to a dense FFN when decoding.
+#
+#   bash scripts/benchmark_layer.sh [--threads 1 2] [--rounds 7] [--out FOLDER]
+#
+# Reference point: T 2,048 tokens, D 512, E 64 experts of width 256, fp32. Floor: (T k, D) x (D, 256) and back, as
+# many rows as the layer computes, and their backward. Everything in a row is timed in turn in one process;
+# figures are medians of ratios. Hugging Face's block joins in where `pip install transformers` was run.
+# About 5 minutes on 2 cores that have nothing else to do; expected: docs/performance.md.
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+PATH=$(cd "${VENV:-$root/.venv}" && pwd)/bin:$PATH
+export OMP_NUM_THREADS=1   # the threads are set per measurement
+# Keep freed memory: glibc gives blocks above 32 MiB back to the kernel at once, and a new page costs more than
+# the numbers that are written to it (docs/performance.md).
+export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=8000000000
+exec python "$root/scripts/benchmarks/layer.py" --out "$root/runs/benchmark_layer" "$@"

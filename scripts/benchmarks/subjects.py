@@ -1,0 +1,125 @@
+"""What is compared: the layer, the floor under it, the paper's way to execute it, and what others offer.
+
+Every subject is `(module, function of x)`; x is (T, D). All use ReLU or what the peer has built in.
+"""
+
+import math
+import os
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from xmoe_fairseq.moe import Experts, MoELayer, ThresholdRouter
+from xmoe_fairseq.moe.dispatch import ExpertRows
+from xmoe_fairseq.moe.expert_sums import expert_sums_plain
+
+MAX_PER_TOKEN = 32  # cap of the layer's router, so that sorting costs what it costs in practice
+
+
+class DenseFFN(nn.Module):
+    """fairseq's: two linear maps with a ReLU."""
+
+    def __init__(self, model_dim: int, ffn_dim: int) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(model_dim, ffn_dim), nn.Linear(ffn_dim, model_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.relu(self.fc1(x)))
+
+
+class Floor(nn.Module):
+    """The dense products of an expert's shape on as many rows as the layer computes; nothing else."""
+
+    def __init__(self, model_dim: int, expert_dim: int) -> None:
+        super().__init__()
+        self.w1 = nn.Parameter(torch.randn(expert_dim, model_dim) / math.sqrt(model_dim))
+        self.w2 = nn.Parameter(torch.randn(model_dim, expert_dim) / math.sqrt(expert_dim))
+
+    def forward(self, rows_RD: Tensor) -> Tensor:
+        return F.linear(F.linear(rows_RD, self.w1), self.w2)
+
+
+class PaperStyleExperts(nn.Module):
+    """In place of Experts: every expert computes `capacity_factor * T / E` slots, used or not, one by one."""
+
+    def __init__(self, experts: Experts, capacity_factor: float) -> None:
+        super().__init__()
+        self.experts, self.capacity_factor = experts, capacity_factor
+        self.fc1_weight = experts.fc1_weight  # what the criterion reads the sizes from
+
+    def forward(self, x_SD: Tensor, rows: ExpertRows) -> Tensor:
+        num_experts = rows.counts_E.numel()
+        capacity = math.ceil(x_SD.size(0) / num_experts * self.capacity_factor)
+        expert_R = torch.repeat_interleave(rows.counts_E, output_size=rows.source_R.numel())
+        first_E = rows.counts_E.cumsum(0) - rows.counts_E
+        place_R = torch.arange(expert_R.numel()) - first_E[expert_R]
+        kept_R = place_R < capacity
+        slot_R = (expert_R * capacity + place_R)[kept_R]
+        slots = x_SD.new_zeros(num_experts * capacity, x_SD.size(1))
+        slots = slots.index_copy(0, slot_R, x_SD.index_select(0, rows.source_R[kept_R]))
+        all_slots = ExpertRows(
+            torch.arange(slots.size(0)), None, torch.full((num_experts,), capacity, dtype=torch.long)
+        )
+        out = expert_sums_plain(slots, all_slots, self.experts.stacked(), self.experts.activation)
+        weighted_RD = out.index_select(0, slot_R) * rows.weight_R[kept_R].unsqueeze(1)
+        return torch.zeros_like(x_SD).index_add(0, rows.source_R[kept_R], weighted_RD)
+
+
+def moe_layer(x_TD: Tensor, num_experts: int, expert_dim: int, per_token: float) -> MoELayer:
+    """A threshold layer whose t is such that these tokens take `per_token` experts on average."""
+    router = ThresholdRouter(x_TD.size(1), num_experts, 0.5, min(MAX_PER_TOKEN, num_experts))
+    with torch.no_grad():
+        router.weight.mul_(3.0)  # more decisive than at the start of training
+    low, high = 0.0, 1.0
+    with torch.no_grad():
+        for _ in range(16):
+            router.threshold = (low + high) / 2
+            enough = router(x_TD).experts_per_token >= per_token
+            low, high = (low, router.threshold) if enough else (router.threshold, high)
+    return MoELayer(x_TD.size(1), expert_dim, num_experts, router)
+
+
+def output_of(layer: MoELayer, x: Tensor) -> Callable[[], Tensor]:
+    """The output, with the load-balance loss in its graph as in training."""
+
+    def run() -> Tensor:
+        y, routing = layer(x)
+        return y + 0.01 * routing.load_balance_loss if torch.is_grad_enabled() else y
+
+    return run
+
+
+def fairscale_layer(model_dim: int, num_experts: int, expert_dim: int) -> nn.Module | None:
+    """fairscale's GShard layer: top-2, capacity 2 T / E, dispatch by einsum."""
+    from fairscale.nn.moe import MOELayer, Top2Gate
+
+    if not dist.is_initialized():
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    experts = nn.ModuleList([DenseFFN(model_dim, expert_dim) for _ in range(num_experts)])
+    return MOELayer(Top2Gate(model_dim, num_experts), experts)
+
+
+def transformers_block(
+    model_dim: int, num_experts: int, expert_dim: int, per_token: int, implementation: str
+) -> nn.Module | None:
+    """Mixtral's block. Its experts are gated, three matrices instead of two: 2/3 as wide for equal FLOPs."""
+    try:
+        from transformers import MixtralConfig
+        from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
+    except ImportError:
+        return None
+    config = MixtralConfig(
+        hidden_size=model_dim,
+        intermediate_size=4 * round(expert_dim * 2 / 3 / 4),  # 16 bytes, for the grouped product
+        num_local_experts=num_experts,
+        num_experts_per_tok=per_token,
+        experts_implementation=implementation,
+    )
+    block = MixtralSparseMoeBlock(config)
+    for parameter in block.parameters():  # made empty
+        nn.init.normal_(parameter, std=model_dim**-0.5)
+    return block

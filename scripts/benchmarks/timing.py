@@ -1,0 +1,93 @@
+"""Times several functions in turn, so that a drift of the machine's speed meets all of them alike."""
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+WARM_UP = 2  # rounds
+
+
+@dataclass(frozen=True)
+class Timing:
+    milliseconds: float  # median
+    ratio: float  # median of the ratios to the first function, round by round
+    low: float  # quartiles of these ratios
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.milliseconds:.1f} ms, {self.ratio:.2f} x ({self.low:.2f} to {self.high:.2f})"
+
+
+def in_turn(functions: dict[str, Callable[[], object]], rounds: int) -> dict[str, Timing]:
+    """Each function's time, and its ratio to the first one's."""
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    for round_number in range(WARM_UP + rounds):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            function()
+            finish_device()
+            if round_number >= WARM_UP:
+                seconds[name].append(time.perf_counter() - start)
+    first = next(iter(seconds.values()))
+    return {name: _summary(times, first) for name, times in seconds.items()}
+
+
+def _summary(times: list[float], first: list[float]) -> Timing:
+    ratios = [mine / base for mine, base in zip(times, first, strict=True)]
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    return Timing(1000 * statistics.median(times), middle, low, high)
+
+
+def finish_device() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def forward(function: Callable[[], Tensor]) -> Callable[[], None]:
+    def run() -> None:
+        with torch.no_grad():
+            function()
+
+    return run
+
+
+def forward_backward(
+    function: Callable[[], Tensor], leaves: Iterable[Tensor], grad_y: Tensor
+) -> Callable[[], None]:
+    """Gradients are new in every round, as after an optimizer's zero_grad."""
+    leaves = list(leaves)
+
+    def run() -> None:
+        for leaf in leaves:
+            leaf.grad = None
+        function().backward(grad_y)
+
+    return run
+
+
+def leaves_of(module: nn.Module, x: Tensor) -> list[Tensor]:
+    return [x, *module.parameters()]
+
+
+def machine() -> dict[str, Any]:
+    model = platform.processor()
+    try:
+        with open("/proc/cpuinfo") as info:
+            model = next(line.split(":")[1].strip() for line in info if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    return {
+        "processor": torch.cuda.get_device_name() if torch.cuda.is_available() else model,
+        "vector instructions": torch.backends.cpu.get_cpu_capability(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "date": time.strftime("%Y-%m-%d"),
+    }
