@@ -10,7 +10,10 @@
 # The scripts in this folder write under a temporary name and rename, so an output is whole or not there.
 # Set STEPS_DIR and STEP_PREFIX first; STEPS_SKIPPED counts the steps that were up to date.
 
+WORKERS=${WORKERS:-$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)} # the results are the same with any number
+
 fingerprint() { # path, size and modification time of each file; fails if one is missing
+  [ $# -gt 0 ] || return 0
   if stat --version >/dev/null 2>&1; then # GNU, or BSD
     stat -L -c '%n %s %y' -- "$@"
   else
@@ -24,7 +27,7 @@ step() {
   while [ "$1" != -- ]; do inputs+=("$1"); shift; done; shift
   while [ "$1" != -- ]; do outputs+=("$1"); shift; done; shift
   for word in "$@"; do
-    case $word in *.py) inputs+=("$word" "$(dirname "$word")"/{textio,digests,counts}.py) ;; esac
+    case $word in *.py) inputs+=("$word" "$(dirname "$word")"/{textio,digests,counts,parallel,documents}.py) ;; esac
   done
   stamp=$STEPS_DIR/$name
   mkdir -p "$STEPS_DIR"
@@ -66,13 +69,71 @@ find_tools() { # PACKAGE...: Python packages that must be importable
     { echo "fairseq-preprocess not found; run: bash scripts/setup.sh" >&2; return 1; }
 }
 
+fetch() { # URL FILE: what an earlier call left is taken up; the file gets its name when it is whole
+  local url=$1 file=$2 partial reason attempt
+  partial=$file.$(cksum <<<"$url" | cut -d ' ' -f 1).partial
+  mkdir -p "$(dirname "$file")"
+  for attempt in resumed afresh; do
+    [ "$attempt" = resumed ] || rm -f "$partial"
+    if reason=$(curl --fail --location --silent --show-error --connect-timeout 30 --speed-limit 1000 \
+      --speed-time 60 --retry "${FETCH_RETRIES:-5}" --continue-at - --output "$partial" "$url" 2>&1); then
+      if [ ! -s "$partial" ]; then
+        rm -f "$partial"
+        echo "cannot fetch $url: the file there is empty" >&2
+        return 1
+      fi
+      mv "$partial" "$file"
+      return
+    fi
+    # A server that cannot go on from where we stopped says so in one of these ways: then once from the start.
+    case $reason in *"(22)"*416* | *"(33)"* | *"(36)"*) ;; *) break ;; esac
+  done
+  command -v curl >/dev/null || reason="curl not found; install it (Debian: apt-get install curl)"
+  echo "cannot fetch $url: ${reason##*$'\n'}" >&2
+  return 1
+}
+
+unpack() { # ARCHIVE PREFIX MEMBER.LANG...: members of a .tgz as PREFIX.LANG
+  local archive=$1 prefix=$2 member reason; shift 2
+  for member in "$@"; do
+    if ! reason=$(tar -xzOf "$archive" "$member" 2>&1 >"$prefix.${member##*.}.partial"); then
+      rm -f "$prefix".*.partial
+      echo "$archive: cannot unpack $member: ${reason%%$'\n'*}; delete it, it is fetched again" >&2
+      return 1
+    fi
+  done
+  for member in "$@"; do mv "$prefix.${member##*.}.partial" "$prefix.${member##*.}"; done
+}
+
 binarize() { # DESTDIR ARGUMENTS...: fairseq-preprocess into a new folder that appears when it is whole
   local folder=$1; shift
   rm -rf "$folder.partial"
-  if ! fairseq-preprocess "$@" --destdir "$folder.partial" --workers "${WORKERS:-1}" >"$folder.log" 2>&1; then
+  if ! fairseq-preprocess "$@" --destdir "$folder.partial" --workers "$WORKERS" >"$folder.log" 2>&1; then
     echo "fairseq-preprocess failed: $(tail -n 1 "$folder.log") (all of it: $folder.log)" >&2
     return 1
   fi
   rm -rf "$folder"
   mv "$folder.partial" "$folder"
+}
+
+begin_shards() { # after OUT, R, T, B, C are set: checks SHARDS; the folders; SHARD_NAMES is ("" 1 2 ...)
+  SHARDS=${SHARDS:-1} SHARD_NAMES=("") BINARY=()
+  case $SHARDS in *[!0-9]* | 0* | "") echo "SHARDS must be a number from 1, got '$SHARDS'" >&2; return 1 ;; esac
+  while [ "${#SHARD_NAMES[@]}" -lt "$SHARDS" ]; do SHARD_NAMES+=("${#SHARD_NAMES[@]}"); done
+  mkdir -p "$R" "$T" "$B" "$C"
+}
+
+# MORE_SOURCES and MORE_FILES: arrays of further JSON files with sources, and of files to hash.
+finish_shards() { # SOURCES TASK ABOUT "SETTING=VALUE ..." FILE... -- PACKAGE...: manifest, and what to give fairseq
+  local sources=("$1" ${MORE_SOURCES[@]+"${MORE_SOURCES[@]}"}) task=$2 about=$3 settings=$4 data
+  local files=(${MORE_FILES[@]+"${MORE_FILES[@]}"})
+  shift 4
+  while [ "$1" != -- ]; do files+=("$1"); shift; done; shift
+  read -ra settings <<<"$settings shards=$SHARDS ${SETTINGS:-}"
+  step manifest "${sources[@]}" "${BINARY[@]}" -- "$OUT/manifest.json" -- \
+    "$PYTHON" "$PREP/manifest.py" --output "$OUT/manifest.json" --task "$task" --sources "${sources[@]}" \
+    --about "$about" --settings "${settings[@]}" --packages "$@" \
+    --counts "$C"/*.json --files "${files[@]}" "${BINARY[@]}"
+  data=$(printf ":$OUT/bin%s" "${SHARD_NAMES[@]}")
+  echo "$STEP_PREFIX ${data#:} is ready after $SECONDS s (steps already done: ${STEPS_SKIPPED:-0})"
 }
