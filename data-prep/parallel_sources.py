@@ -1,0 +1,157 @@
+"""Where parallel text lies in unpacked packages, and which reader it takes."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from formats.blocks import Block, align
+from formats.catalogue import catalogue_pairs
+from formats.descriptions import description_blocks, read_index
+from formats.manpage import read_manpage
+from formats.markup import read_docbook, read_html, read_numbered_html
+from languages import Language
+
+Reader = Callable[[Path], list[Block]]
+
+
+class Found(NamedTuple):
+    source: str  # of the corpus' parts, the one it belongs to
+    document: str  # a document group: never cut between training and test
+    kind: str  # prose, or ui (messages and labels)
+    english: str
+    other: str
+
+
+class Tree:
+    """The packages' folders, and the one with the indexes."""
+
+    def __init__(self, packages: dict[str, Path], indexes: Path, sources: dict[str, str]) -> None:
+        self.packages = packages  # by package name, in the list's order
+        self.indexes = indexes
+        self.sources = sources  # package name: the source package it is built from
+
+    def files(self, pattern: str) -> Iterator[tuple[str, Path]]:
+        for name, folder in self.packages.items():
+            for path in sorted(folder.glob(pattern)):
+                if not path.is_symlink():
+                    yield name, path
+
+
+def find_all(tree: Tree, language: Language) -> Iterator[Found]:
+    """Prose first: of pairs that occur twice the first is kept."""
+    finders = (libreoffice_help, help_pages, manuals, manual_pages, catalogues, descriptions)
+    return itertools.chain.from_iterable(find(tree, language) for find in finders)
+
+
+def libreoffice_help(tree: Tree, language: Language) -> Iterator[Found]:
+    folder = {"zh": "zh-CN"}.get(language.code, language.code)
+    base = "usr/share/libreoffice/help/{}/text"
+    there = tree.packages.get(f"libreoffice-help-{language.in_packages}")
+    for name, path in tree.files(base.format("en-US") + "/**/*.html"):
+        within = path.relative_to(tree.packages[name] / base.format("en-US"))
+        if there and (other := there / base.format(folder) / within).is_file():
+            texts = read_numbered_html(path), read_numbered_html(other)
+            for key in (key for key in texts[0] if key in texts[1]):
+                yield Found(
+                    "libreoffice-help", f"libreoffice-help/{within}", "prose", texts[0][key], texts[1][key]
+                )
+
+
+def help_pages(tree: Tree, language: Language) -> Iterator[Found]:
+    """GNOME's (C is English), KDE's: a folder for each language, in the same package."""
+    for pattern, english in (("usr/share/help/C", "C"), ("usr/share/doc/HTML/en", "en")):
+        for name, path in tree.files(f"{pattern}/**/*"):
+            if path.suffix not in (".page", ".docbook", ".xml"):
+                continue
+            root = tree.packages[name] / pattern
+            within = path.relative_to(root)
+            for folder in language.folders:
+                other = root.with_name(folder) / within
+                if other.is_file():
+                    yield from _aligned(read_docbook, path, other, "help", f"{name}/{within}")
+
+
+# English path below a package -> the other language's below any package; {} is a name of the language.
+MANUALS = {
+    "usr/share/debian-reference/*.en.html": (".en.html", ".{}.html"),
+    "usr/share/developers-reference/*.html": ("developers-reference/", "developers-reference-{}/"),
+    "usr/share/doc/debian/FAQ/*.en.html": (".en.html", ".{}.html"),
+    "usr/share/doc/installation-guide-amd64/en/*.html": ("/en/", "/{}/"),
+    "usr/share/doc/debian-handbook/html/en-US/*.html": ("/en-US/", "/{}/"),
+    "usr/share/doc/debian-edu-doc-en/**/*.html": ("debian-edu-doc-en", "debian-edu-doc-{}"),
+    "usr/share/doc/debmake-doc/html/*.en.html": (".en.html", ".{}.html"),
+    "usr/share/doc/maint-guide/html/*.en.html": (".en.html", ".{}.html"),
+}
+
+
+def manuals(tree: Tree, language: Language) -> Iterator[Found]:
+    names = dict.fromkeys((*language.folders, language.in_packages))
+    for pattern, (english, other) in MANUALS.items():
+        for name, path in tree.files(pattern):
+            within = str(path.relative_to(tree.packages[name]))
+            places = [within.replace(english, other.format(lang)) for lang in names]
+            found = (root / place for place in places for root in tree.packages.values())
+            if translation := next((p for p in found if p != path and p.is_file()), None):
+                yield from _aligned(read_html, path, translation, name, f"{name}/{path.name}")
+
+
+def manual_pages(tree: Tree, language: Language) -> Iterator[Found]:
+    english = {f"{p.parent.name}/{p.name}": p for _, p in tree.files("usr/share/man/man*/*.gz")}
+    for folder in language.folders:
+        for _, path in tree.files(f"usr/share/man/{folder}/man*/*.gz"):
+            page = f"{path.parent.name}/{path.name}"
+            if page in english:
+                yield from _aligned(read_manpage, english[page], path, "manpages", page)
+
+
+def _aligned(read: Reader, path: Path, other: Path, source: str, document: str) -> Iterator[Found]:
+    for pair in align(read(path), read(other)):
+        yield Found(source, document, "prose", *pair)
+
+
+def catalogues(tree: Tree, language: Language) -> Iterator[Found]:
+    """Message catalogues; a game's is a story, so prose."""
+    for folder in language.folders:
+        for name, path in tree.files(f"usr/**/{folder}/LC_MESSAGES/*.mo"):
+            source = tree.sources[name]
+            app = re.search(r"/([^/]+)/locale/", str(path))  # Django: many catalogues of one name
+            document = f"{source}:{app[1]}:{path.stem}" if app and path.stem.startswith("django") else f"{source}:{path.stem}"
+            kind = "prose" if source.startswith("wesnoth") else "ui"
+            for pair in catalogue_pairs(path):
+                yield Found(source, document, kind, *pair)
+
+
+def descriptions(tree: Tree, language: Language) -> Iterator[Found]:
+    """Package descriptions, grouped by the source package that the packages are built from."""
+    suffix = {"zh": "zh%5fCN"}.get(language.code, language.code)
+    translated = {d.md5: d.text for path in _indexes(tree, suffix) for d in read_index(path)}
+    source_of = dict(_source_packages(tree.indexes.glob("*_Packages")))
+    for path in _indexes(tree, "en"):
+        for description in read_index(path):
+            text = translated.pop(description.md5, None)
+            if text is None:
+                continue
+            source = source_of.get(description.package, description.package)
+            blocks = description_blocks(description.text), description_blocks(text)
+            if [b.tag for b in blocks[0]] == [b.tag for b in blocks[1]]:
+                for a, b in zip(*blocks, strict=True):
+                    yield Found("descriptions", f"description/{source}", "prose", a.text, b.text)
+
+
+def _indexes(tree: Tree, suffix: str) -> list[Path]:
+    return sorted(tree.indexes.glob(f"*_Translation-{suffix}"))
+
+
+def _source_packages(paths: Iterable[Path]) -> Iterator[tuple[str, str]]:
+    for path in paths:
+        package = ""
+        with path.open(encoding="utf-8", errors="replace") as file:
+            for line in file:
+                if line.startswith("Package: "):
+                    package = line[9:].strip()
+                elif line.startswith("Source: "):
+                    yield package, line[8:].split()[0]
