@@ -63,6 +63,7 @@ def clean(source: str, target: str) -> Pair:
 
 
 def _clean_side(text: str) -> str:
+    text = re.sub(r"%[<>]", "'", text)  # GCC's quotes
     text = CONTEXT.sub("", ACCELERATOR_IN_BRACKETS.sub("", text))
     return re.sub(r"\\[nt]", " ", TAG.sub("", html.unescape(text)))
 
