@@ -3,7 +3,8 @@
 Each side is normalised (NFC, invisible characters away, whitespace runs to one space). Then pairs are
 dropped for the first of these reasons that holds, and every reason is counted: an empty side, too many
 words, lengths out of proportion, a side that occurs in a held-out file, a pair seen before.
-Memory: 14 to 27 MB for a million pairs kept (digests of what was seen), whatever their length.
+Memory does not grow with the text but for a bit a pair and 14 to 27 bytes a held-out line; on the disk, what
+is left waits beside the output until the duplicates are known.
 """
 
 from __future__ import annotations
@@ -12,10 +13,21 @@ import argparse
 from collections import Counter
 from pathlib import Path
 
-from counts import new_parser, report
-from digests import DigestSet, digest
-from textio import DataError, atomic_writers, normalize, read_lines, read_parallel, run
+from counts import add_workers, check_workers, new_parser, report
+from digests import DigestLog, DigestSet, copy_first, digest
+from parallel import in_order
+from textio import (
+    DataError,
+    atomic_writers,
+    in_chunks,
+    normalize,
+    read_lines,
+    read_parallel,
+    run,
+    scratch,
+)
 
+CHUNK = 2000  # pairs given to a process at once
 REASONS = ("empty side", "too long", "length ratio", "in held-out text", "duplicate")
 
 
@@ -59,12 +71,14 @@ def main() -> None:
         action="store_true",
         help="for validation and test sets: drop nothing; an empty side is an error",
     )
+    add_workers(parser)
     args = parser.parse_args()
     check(args)
-    clean(args)
+    (normalize_only if args.normalize_only else clean)(args)
 
 
 def check(args: argparse.Namespace) -> None:
+    check_workers(args)
     if len(args.source) != len(args.target):
         raise DataError(f"--source has {len(args.source)} files and --target {len(args.target)}; give pairs")
     for flag, value, least in (("--max-words", args.max_words, 1), ("--max-ratio", args.max_ratio, 0)):
@@ -87,7 +101,6 @@ class Filter:
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
         self.heldout = heldout(args.heldout_source), heldout(args.heldout_target)
-        self.seen = DigestSet()
 
     def reason_to_drop(self, source: str, target: str) -> str | None:
         args = self.args
@@ -103,31 +116,62 @@ class Filter:
             for side, known in zip((source, target), self.heldout, strict=True)
         ):
             return "in held-out text"
-        return None if self.seen.add(digest(f"{source}\t{target}")) else "duplicate"
+        return None
+
+    def clean(self, pairs: list[tuple[str, str]]) -> tuple[Counter[str], list[tuple[str, str, int]]]:
+        """What was dropped and why; what is left, with a digest of each pair."""
+        dropped: Counter[str] = Counter()
+        left = []
+        for pair in pairs:
+            source, target = map(normalize, pair)
+            if reason := self.reason_to_drop(source, target):
+                dropped[reason] += 1
+            else:
+                left.append((source, target, digest(f"{source}\t{target}")))
+        return dropped, left
 
 
 def clean(args: argparse.Namespace) -> None:
+    counts = Counter({"read": 0, "kept": 0} | dict.fromkeys(REASONS, 0))
+    rules = Filter(args)
+    with scratch(args.source_out) as work:
+        log = DigestLog(work / "digests")
+        sides = work / "source", work / "target"
+        with atomic_writers(sides) as files:
+            pairs = (
+                pair for paths in zip(args.source, args.target, strict=True) for pair in read_parallel(*paths)
+            )
+            for dropped, left in in_order(rules.clean, in_chunks(pairs, CHUNK), args.workers):
+                counts.update(dropped)
+                counts["read"] += len(left) + dropped.total()
+                for file, lines in zip(files, zip(*left, strict=True), strict=False):  # the third are digests
+                    file.write("\n".join(lines) + "\n")
+                log.add([value for _, _, value in left])
+        bits = log.repeated()
+        with atomic_writers([args.source_out, args.target_out]) as files:
+            for side, file in zip(sides, files, strict=True):
+                counts["kept"] = sum(1 for _ in copy_first(side, file, bits))
+            counts["duplicate"] = counts["read"] - sum(counts[name] for name in counts if name != "read")
+            if not counts["kept"]:
+                raise DataError(f"{args.source[0]}: no pair is left after cleaning ({dict(counts)})")
+    report(counts, args.counts)
+
+
+def normalize_only(args: argparse.Namespace) -> None:
+    """Held-out text: it is small, and every pair of it stays."""
     counts = Counter({"read": 0, "kept": 0})
-    rules = None if args.normalize_only else Filter(args)
-    if rules is not None:
-        counts.update(dict.fromkeys(REASONS, 0))
     with atomic_writers([args.source_out, args.target_out]) as (source_out, target_out):
-        for source_path, target_path in zip(args.source, args.target, strict=True):
-            for number, pair in enumerate(read_parallel(source_path, target_path), 1):
-                counts["read"] += 1
-                source, target = map(normalize, pair)
-                if rules is None and not (source and target):
+        for paths in zip(args.source, args.target, strict=True):
+            for number, pair in enumerate(read_parallel(*paths), 1):
+                sides = source, target = tuple(map(normalize, pair))
+                if not all(sides):
                     raise DataError(
-                        f"{source_path if target else target_path}:{number}: empty side; "
+                        f"{paths[0] if target else paths[1]}:{number}: empty side; "
                         "validation and test sets are never cut, so mend the line"
                     )
-                reason = rules.reason_to_drop(source, target) if rules else None
-                counts[reason or "kept"] += 1
-                if reason is None:
-                    source_out.write(source + "\n")
-                    target_out.write(target + "\n")
-        if not counts["kept"]:
-            raise DataError(f"{args.source[0]}: no pair is left after cleaning ({dict(counts)})")
+                counts.update(("read", "kept"))
+                source_out.write(source + "\n")
+                target_out.write(target + "\n")
     report(counts, args.counts)
 
 

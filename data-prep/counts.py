@@ -8,7 +8,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from textio import write_bytes
+from textio import DataError, write_bytes
 
 
 def new_parser(doc: str | None) -> argparse.ArgumentParser:
@@ -16,6 +16,15 @@ def new_parser(doc: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--counts", type=Path, help="also write the printed counts to this JSON file")
     return parser
+
+
+def add_workers(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--workers", type=int, default=1, help="processes; same result with any (default: 1)")
+
+
+def check_workers(args: argparse.Namespace) -> None:
+    if args.workers < 1:
+        raise DataError(f"--workers must be at least 1, got {args.workers}")
 
 
 def report(counts: Counter[str], path: Path | None) -> None:

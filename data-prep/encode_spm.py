@@ -1,44 +1,59 @@
 """Encode files with a sentencepiece model, one line at a time, pieces separated by spaces.
 
 Several inputs are parallel: with --max-pieces a line is dropped from all of them if any side is longer.
-Empty lines stay (in a language model's text they end a document).
+Empty lines stay (in a language model's text they end a document). More outputs than inputs are shards: the
+lines, or of a single input the documents, are dealt out to them in turn.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections import Counter
-from collections.abc import Iterator
-from itertools import islice
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import sentencepiece
-from counts import new_parser, report
-from textio import DataError, atomic_writers, read_lines, read_parallel, run
+from counts import add_workers, check_workers, new_parser, report
+from parallel import in_order
+from textio import DataError, atomic_writers, in_chunks, read_lines, read_parallel, run
 
-CHUNK = 2000  # lines handed to sentencepiece at once, so that its threads have work
+CHUNK = 2000  # lines given to a process at once
+Encoder = Callable[[str], list[str]]
 
 
 def main() -> None:
     parser = new_parser(__doc__)
     parser.add_argument("--model", type=Path, required=True)
+    add_arguments(parser)
+    args = parser.parse_args()
+    check(args)
+    processor = load(args.model)
+    encode(args, lambda line: processor.encode(line, out_type=str), lambda piece: processor.is_unknown(processor.piece_to_id(piece)))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--input", type=Path, nargs="+", required=True, help="one file, or two parallel ones")
-    parser.add_argument("--output", type=Path, nargs="+", required=True, help="as many as --input")
+    parser.add_argument(
+        "--output", type=Path, nargs="+", required=True, help="as many as --input for each shard, shard by shard"
+    )
     parser.add_argument(
         "--max-pieces",
         type=int,
         default=0,
         help="drop longer lines; for training text only (default: 0 = keep all)",
     )
-    parser.add_argument("--threads", type=int, default=1, help="same result with any (default: %(default)s)")
-    args = parser.parse_args()
-    if len(args.input) != len(args.output) or len(args.input) > 2:
+    add_workers(parser)
+
+
+def check(args: argparse.Namespace) -> None:
+    check_workers(args)
+    if len(args.output) % len(args.input) or len(args.input) > 2:
         raise DataError(
-            f"--input has {len(args.input)} files and --output {len(args.output)}; give one or two of each"
+            f"--input has {len(args.input)} files and --output {len(args.output)}; give one or two inputs, "
+            "and as many outputs or a multiple"
         )
     if args.max_pieces < 0:
         raise DataError(f"--max-pieces must be at least 0, got {args.max_pieces}")
-    encode(args)
 
 
 def rows(paths: list[Path]) -> Iterator[tuple[str, ...]]:
@@ -55,27 +70,33 @@ def load(path: Path) -> sentencepiece.SentencePieceProcessor:
         raise DataError(f"{path}: not a sentencepiece model; make one with train_spm.py") from None
 
 
-def encode(args: argparse.Namespace) -> None:
-    processor = load(args.model)
-    unknown = processor.unk_id()
+def encode(args: argparse.Namespace, encode_line: Encoder, is_unknown: Callable[[str], bool]) -> None:
+    def work(chunk: list[tuple[str, ...]]) -> tuple[Counter[str], list[tuple[str, ...]]]:
+        counts, kept = Counter({"read": len(chunk)}), []
+        for row in chunk:
+            sides = [encode_line(line) for line in row]
+            if args.max_pieces and max(map(len, sides)) > args.max_pieces:
+                counts["too long"] += 1
+                continue
+            counts["kept"] += 1
+            counts["pieces"] += sum(map(len, sides))
+            counts["unknown"] += sum(is_unknown(piece) for side in sides for piece in side)
+            kept.append(tuple(" ".join(side) for side in sides))
+        return counts, kept
+
     counts = Counter({"read": 0, "kept": 0, "too long": 0, "pieces": 0, "unknown": 0})
-    stream = rows(args.input)
+    sides = len(args.input)
+    shard = 0
     with atomic_writers(args.output) as files:
-        while chunk := list(islice(stream, CHUNK)):
-            sides = [
-                processor.encode(list(side), out_type=int, num_threads=args.threads)
-                for side in zip(*chunk, strict=True)
-            ]
-            for row in zip(*sides, strict=True):
-                counts["read"] += 1
-                if args.max_pieces and max(map(len, row)) > args.max_pieces:
-                    counts["too long"] += 1
-                    continue
-                counts["kept"] += 1
-                for file, ids in zip(files, row, strict=True):
-                    counts["pieces"] += len(ids)
-                    counts["unknown"] += ids.count(unknown)
-                    file.write(" ".join(processor.id_to_piece(ids)) + "\n")
+        for counted, kept in in_order(work, in_chunks(rows(args.input), CHUNK), args.workers):
+            counts.update(counted)
+            for row in kept:
+                for file, pieces in zip(files[shard : shard + sides], row, strict=True):
+                    file.write(pieces + "\n")
+                if sides == 2 or not row[0]:
+                    shard = (shard + sides) % len(files)
+        if empty := [str(path) for path, file in zip(args.output, files, strict=True) if not file.tell()]:
+            raise DataError(f"nothing is left for {', '.join(empty)} ({dict(counts)}); fewer shards?")
     report(counts, args.counts)
 
 

@@ -24,7 +24,7 @@ step() {
   while [ "$1" != -- ]; do inputs+=("$1"); shift; done; shift
   while [ "$1" != -- ]; do outputs+=("$1"); shift; done; shift
   for word in "$@"; do
-    case $word in *.py) inputs+=("$word" "$(dirname "$word")"/{textio,digests,counts}.py) ;; esac
+    case $word in *.py) inputs+=("$word" "$(dirname "$word")"/{textio,digests,counts,parallel,documents}.py) ;; esac
   done
   stamp=$STEPS_DIR/$name
   mkdir -p "$STEPS_DIR"

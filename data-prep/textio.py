@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import gzip
 import lzma
+import shutil
 import sys
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import islice
 from pathlib import Path
-from typing import IO, TextIO, cast
+from typing import IO, TextIO, TypeVar, cast
+
+Item = TypeVar("Item")
 
 MAX_LINE_BYTES = 1 << 20  # a longer "line" is a wrong file; reading it whole could fill the memory
 PARTIAL = ".partial"  # a fixed suffix, so that the next run overwrites what a killed one left
@@ -57,20 +61,20 @@ def _open_bytes(path: Path) -> IO[bytes]:
     return path.open("rb")
 
 
-def read_lines(path: Path) -> Iterator[str]:
+def read_lines(path: Path, most: int = MAX_LINE_BYTES) -> Iterator[str]:
     """The lines of a plain, .gz or .xz file, without their ends. Only \\n ends a line."""
     number = 0
     with _open_bytes(path) as file:
         while True:
             try:
-                line = file.readline(MAX_LINE_BYTES + 1)
+                line = file.readline(most + 1)
             except (EOFError, lzma.LZMAError, gzip.BadGzipFile) as error:
                 raise DataError(f"{path}: cannot unpack after line {number}: {error}; get it again") from None
             if not line:
                 break
             number += 1
-            if len(line) > MAX_LINE_BYTES:
-                raise DataError(f"{path}:{number}: line above {MAX_LINE_BYTES} bytes; is it a text file?")
+            if len(line) > most:
+                raise DataError(f"{path}:{number}: line above {most} bytes; is it a text file?")
             try:
                 text = line.decode("utf-8")
             except UnicodeDecodeError as error:
@@ -112,6 +116,25 @@ def atomic_writers(paths: Iterable[Path]) -> Iterator[list[TextIO]]:
     finally:
         for partial in partials:
             partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def scratch(beside: Path) -> Iterator[Path]:
+    """An empty folder for what does not fit in memory; it goes when the block ends."""
+    folder = beside.with_name(beside.name + ".work" + PARTIAL)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def in_chunks(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    """Lists of so many items, the last one shorter."""
+    stream = iter(items)
+    while chunk := list(islice(stream, size)):
+        yield chunk
 
 
 def write_bytes(path: Path, data: bytes) -> None:

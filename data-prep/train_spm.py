@@ -106,8 +106,11 @@ def dictionary(model: bytes, padding_factor: int) -> list[str]:
     processor = sentencepiece.SentencePieceProcessor(model_proto=model)
     ids = range(processor.get_piece_size())
     pieces = [processor.id_to_piece(i) for i in ids if not processor.is_unknown(i)]
-    missing = -(len(pieces) + 4) % padding_factor
-    return pieces + [f"madeupword{i:04d}" for i in range(missing)]
+    return pieces + padding(len(pieces), padding_factor)
+
+
+def padding(pieces: int, factor: int = 8) -> list[str]:
+    return [f"madeupword{i:04d}" for i in range(-(pieces + 4) % factor)]
 
 
 if __name__ == "__main__":

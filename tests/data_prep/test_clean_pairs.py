@@ -133,7 +133,7 @@ def test_a_kill_leaves_nothing_under_the_final_name(scripts: Scripts) -> None:
     ):
         fifo.writelines(f"line {i}\n" for i in range(20_000))
         fifo.flush()
-        wait_for(lambda: (scripts.folder / "out.en.partial").stat().st_size > 0)
+        wait_for(lambda: (scripts.folder / "out.en.work.partial" / "source.partial").stat().st_size > 0)
         process.send_signal(signal.SIGKILL)
     assert not (scripts.folder / "out.en").exists() and not (scripts.folder / "out.de").exists()
     (scripts.folder / "in.en").unlink()
