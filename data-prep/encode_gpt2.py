@@ -1,7 +1,7 @@
-"""As encode_spm.py, with GPT-2's byte-level BPE: encoder.json and vocab.bpe, as fairseq's `--bpe gpt2` reads them.
+"""As encode_spm.py, with GPT-2's byte-level BPE from its files encoder.json and vocab.bpe.
 
-A piece is written as its number, so that fairseq decodes it. With --dict, also writes the fairseq dictionary
-of all pieces, for `fairseq-preprocess --srcdict`.
+A piece is written as its number, as fairseq's `--bpe gpt2` reads it. With --dict instead of input and output,
+writes the fairseq dictionary of all pieces, for `fairseq-preprocess --srcdict`.
 """
 
 from __future__ import annotations
@@ -21,22 +21,25 @@ def main() -> None:
     parser = new_parser(__doc__)
     parser.add_argument("--encoder-json", type=Path, required=True)
     parser.add_argument("--vocab-bpe", type=Path, required=True)
-    parser.add_argument("--dict", type=Path, help="also write the dictionary here")
-    add_arguments(parser)
+    parser.add_argument("--dict", type=Path, help="write the dictionary, and no more")
+    add_arguments(parser, needed=False)
     args = parser.parse_args()
-    check(args)
+    if bool(args.dict) == bool(args.input and args.output):
+        raise DataError("give --input and --output, or --dict")
     bpe = load(args.encoder_json, args.vocab_bpe)
     if args.dict:
         pieces = [str(number) for number in sorted(bpe.encoder.values())]
         pieces += padding(len(pieces))
         write_bytes(args.dict, "".join(f"{piece} 1\n" for piece in pieces).encode())
+        return
+    check(args)
 
     def encode_line(line: str) -> list[str]:
         if len(bpe.cache) > REMEMBERED:
             bpe.cache.clear()
         return [str(number) for number in bpe.encode(line)]
 
-    encode(args, encode_line, lambda piece: False)  # bytes are pieces, so nothing is unknown
+    encode(args, encode_line, "<unk>")  # which never occurs: every byte is a piece
 
 
 def load(encoder_json: Path, vocab_bpe: Path) -> Encoder:
@@ -46,7 +49,7 @@ def load(encoder_json: Path, vocab_bpe: Path) -> Encoder:
         raise DataError(f"{encoder_json}, {vocab_bpe}: not GPT-2's encoder.json and vocab.bpe") from None
     spelt = {"".join(pair) for pair in bpe.bpe_ranks} | set(bpe.byte_encoder.values())
     if not isinstance(bpe.encoder, dict) or not spelt <= set(bpe.encoder):
-        raise DataError(f"{encoder_json} lacks pieces that {vocab_bpe} makes; are they of one model, and whole?")
+        raise DataError(f"{encoder_json} lacks pieces of {vocab_bpe}; are they of one model, and whole?")
     return bpe
 
 

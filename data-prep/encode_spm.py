@@ -28,13 +28,18 @@ def main() -> None:
     args = parser.parse_args()
     check(args)
     processor = load(args.model)
-    encode(args, lambda line: processor.encode(line, out_type=str), lambda piece: processor.is_unknown(processor.piece_to_id(piece)))
+    unknown = processor.id_to_piece(processor.unk_id())
+    encode(args, lambda line: processor.id_to_piece(processor.encode(line, out_type=int)), unknown)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--input", type=Path, nargs="+", required=True, help="one file, or two parallel ones")
+def add_arguments(parser: argparse.ArgumentParser, needed: bool = True) -> None:
+    parser.add_argument("--input", type=Path, nargs="+", required=needed, help="one file, or two parallel ones")
     parser.add_argument(
-        "--output", type=Path, nargs="+", required=True, help="as many as --input for each shard, shard by shard"
+        "--output",
+        type=Path,
+        nargs="+",
+        required=needed,
+        help="as many as --input for each shard, shard by shard",
     )
     parser.add_argument(
         "--max-pieces",
@@ -70,7 +75,7 @@ def load(path: Path) -> sentencepiece.SentencePieceProcessor:
         raise DataError(f"{path}: not a sentencepiece model; make one with train_spm.py") from None
 
 
-def encode(args: argparse.Namespace, encode_line: Encoder, is_unknown: Callable[[str], bool]) -> None:
+def encode(args: argparse.Namespace, encode_line: Encoder, unknown: str) -> None:
     def work(chunk: list[tuple[str, ...]]) -> tuple[Counter[str], list[tuple[str, ...]]]:
         counts, kept = Counter({"read": len(chunk)}), []
         for row in chunk:
@@ -80,7 +85,7 @@ def encode(args: argparse.Namespace, encode_line: Encoder, is_unknown: Callable[
                 continue
             counts["kept"] += 1
             counts["pieces"] += sum(map(len, sides))
-            counts["unknown"] += sum(is_unknown(piece) for side in sides for piece in side)
+            counts["unknown"] += sum(side.count(unknown) for side in sides)
             kept.append(tuple(" ".join(side) for side in sides))
         return counts, kept
 

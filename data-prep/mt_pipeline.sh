@@ -36,7 +36,7 @@ mt_train() { # PREFIX...
 }
 
 mt_finish() {
-  local split shard sides train
+  local split shard sides held train=()
   # One vocabulary for both languages, learnt from the training text only.
   step spm "$T/train".{"$SRC","$TGT"} -- "$OUT/spm".{model,dict.txt} "$C/spm.json" -- \
     "$PYTHON" "$PREP/train_spm.py" --input "$T/train".{"$SRC","$TGT"} --model-prefix "$OUT/spm" \
@@ -46,17 +46,20 @@ mt_finish() {
   for split in "${HELDOUT[@]}"; do mt_encode "$split" 0 "$B/$split".{"$SRC","$TGT"}; done
 
   # Held-out splits are in the first folder only: fairseq looks for them nowhere else.
-  local tests=() binary=()
+  local tests=() binary
   for split in "${HELDOUT[@]}"; do [ "$split" = valid ] || tests+=("$B/$split"); done
   for shard in "${SHARD_NAMES[@]}"; do
     binary=("$OUT/bin$shard/train.$SRC-$TGT".{"$SRC","$TGT"}.{bin,idx} "$OUT/bin$shard/dict".{"$SRC","$TGT"}.txt)
-    sides=()
+    sides=() held=()
     if [ -z "$shard" ]; then
-      for split in "${HELDOUT[@]}"; do binary+=("$OUT/bin/$split.$SRC-$TGT".{"$SRC","$TGT"}.{bin,idx}); done
+      for split in "${HELDOUT[@]}"; do
+        held+=("$B/$split".{"$SRC","$TGT"})
+        binary+=("$OUT/bin/$split.$SRC-$TGT".{"$SRC","$TGT"}.{bin,idx})
+      done
       sides=(--validpref "$B/valid" --testpref "$(IFS=,; echo "${tests[*]}")")
     fi
-    step "binarize$shard" "$B/train$shard".{"$SRC","$TGT"} "$OUT/spm.dict.txt" \
-      ${sides[0]+"${HELDOUT[@]/#/$B/}"} -- "${binary[@]}" -- \
+    step "binarize$shard" "$B/train$shard".{"$SRC","$TGT"} ${held[@]+"${held[@]}"} "$OUT/spm.dict.txt" -- \
+      "${binary[@]}" -- \
       binarize "$OUT/bin$shard" --source-lang "$SRC" --target-lang "$TGT" --joined-dictionary \
       --srcdict "$OUT/spm.dict.txt" --trainpref "$B/train$shard" ${sides[@]+"${sides[@]}"}
     BINARY+=("${binary[@]}")

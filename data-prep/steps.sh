@@ -10,6 +10,8 @@
 # The scripts in this folder write under a temporary name and rename, so an output is whole or not there.
 # Set STEPS_DIR and STEP_PREFIX first; STEPS_SKIPPED counts the steps that were up to date.
 
+WORKERS=${WORKERS:-$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)} # the results are the same with any number
+
 fingerprint() { # path, size and modification time of each file; fails if one is missing
   if stat --version >/dev/null 2>&1; then # GNU, or BSD
     stat -L -c '%n %s %y' -- "$@"
@@ -66,13 +68,52 @@ find_tools() { # PACKAGE...: Python packages that must be importable
     { echo "fairseq-preprocess not found; run: bash scripts/setup.sh" >&2; return 1; }
 }
 
+fetch() { # URL FILE: what an earlier call left is taken up; the file gets its name when it is whole
+  local url=$1 file=$2 reason attempt
+  command -v curl >/dev/null || { echo "curl not found; install it (Debian: apt-get install curl)" >&2; return 1; }
+  mkdir -p "$(dirname "$file")"
+  for attempt in resumed afresh; do
+    [ "$attempt" = resumed ] || rm -f "$file.partial"
+    if reason=$(curl --fail --location --silent --show-error --connect-timeout 30 --speed-limit 1000 --speed-time 60 \
+      --retry "${FETCH_RETRIES:-5}" --continue-at - --output "$file.partial" "$url" 2>&1); then
+      [ -s "$file.partial" ] || { echo "$url: an empty file" >&2; rm -f "$file.partial"; return 1; }
+      mv "$file.partial" "$file"
+      return
+    fi
+    # A server that cannot go on from where we stopped says so in one of several ways: then once from the start.
+    case $reason in *"(22)"*416* | *"(33)"* | *"(36)"*) ;; *) break ;; esac
+  done
+  echo "cannot fetch $url: ${reason##*$'\n'}; what has come is kept" >&2
+  return 1
+}
+
 binarize() { # DESTDIR ARGUMENTS...: fairseq-preprocess into a new folder that appears when it is whole
   local folder=$1; shift
   rm -rf "$folder.partial"
-  if ! fairseq-preprocess "$@" --destdir "$folder.partial" --workers "${WORKERS:-1}" >"$folder.log" 2>&1; then
+  if ! fairseq-preprocess "$@" --destdir "$folder.partial" --workers "$WORKERS" >"$folder.log" 2>&1; then
     echo "fairseq-preprocess failed: $(tail -n 1 "$folder.log") (all of it: $folder.log)" >&2
     return 1
   fi
   rm -rf "$folder"
   mv "$folder.partial" "$folder"
+}
+
+begin_shards() { # after OUT, R, T, B, C are set: checks SHARDS; the folders; SHARD_NAMES is ("" 1 2 ...)
+  SHARDS=${SHARDS:-1} SHARD_NAMES=("") BINARY=()
+  case $SHARDS in *[!0-9]* | 0* | "") echo "SHARDS must be a number from 1, got '$SHARDS'" >&2; return 1 ;; esac
+  while [ "${#SHARD_NAMES[@]}" -lt "$SHARDS" ]; do SHARD_NAMES+=("${#SHARD_NAMES[@]}"); done
+  mkdir -p "$R" "$T" "$B" "$C"
+}
+
+finish_shards() { # SOURCES TASK ABOUT "SETTING=VALUE ..." FILE... -- PACKAGE...: manifest, and what to give fairseq
+  local sources=$1 task=$2 about=$3 settings=$4 files=() shard data
+  shift 4
+  while [ "$1" != -- ]; do files+=("$1"); shift; done; shift
+  read -ra settings <<<"$settings shards=$SHARDS ${SETTINGS:-}"
+  step manifest "$sources" "${BINARY[@]}" -- "$OUT/manifest.json" -- \
+    "$PYTHON" "$PREP/manifest.py" --output "$OUT/manifest.json" --task "$task" --sources "$sources" \
+    --about "$about" --settings "${settings[@]}" --packages "$@" \
+    --counts "$C"/*.json --files "${files[@]}" "${BINARY[@]}"
+  data=$(printf ":$OUT/bin%s" "${SHARD_NAMES[@]}")
+  echo "$STEP_PREFIX ${data#:} is ready after $SECONDS s (steps already done: ${STEPS_SKIPPED:-0})"
 }
