@@ -78,7 +78,9 @@ class Apt:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         what = f"cannot download {package.name} {package.version}"
-        self._run("apt-get", "-qq", "download", f"{package.name}={package.version}", what=what, folder=partial)
+        self._run(
+            "apt-get", "-qq", "download", f"{package.name}={package.version}", what=what, folder=partial
+        )
         (deb,) = partial.glob("*.deb")
         tree = partial / "tree"
         self._run("dpkg-deb", "-x", str(deb), str(tree), what=f"cannot unpack {package.name}", own=False)

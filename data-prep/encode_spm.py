@@ -33,7 +33,9 @@ def main() -> None:
 
 
 def add_arguments(parser: argparse.ArgumentParser, needed: bool = True) -> None:
-    parser.add_argument("--input", type=Path, nargs="+", required=needed, help="one file, or two parallel ones")
+    parser.add_argument(
+        "--input", type=Path, nargs="+", required=needed, help="one file, or two parallel ones"
+    )
     parser.add_argument(
         "--output",
         type=Path,

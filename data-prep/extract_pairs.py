@@ -1,8 +1,8 @@
 """Extract English and another language from unpacked packages as clean, unique sentence pairs.
 
-In: the JSON file of fetch_packages.py. Out: tab-separated source, document, kind (prose or ui), English,
-other language. No side occurs twice (case apart); of pairs with the same side the first is kept. Memory:
-the largest document, the translated package descriptions, and 30 to 60 MB for a million pairs.
+In: the JSON file of fetch_packages.py. Out: tab-separated source, document group, kind (prose or ui),
+English, other language. No side occurs twice (case apart); of pairs with the same side the first is kept.
+Memory: the largest document, the translated package descriptions, and 30 to 60 MB for a million pairs.
 """
 
 from __future__ import annotations
@@ -10,15 +10,27 @@ from __future__ import annotations
 import argparse
 import json
 from collections import Counter
-from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
-from counts import new_parser, report
+from counts import add_workers, check_workers, new_parser, report
 from digests import DigestSet, digest
 from languages import Language, language
 from pair_rules import REASONS, anchors_agree, clean, reason_to_refuse, sentences
-from parallel_sources import Found, Tree, find_all
-from textio import DataError, atomic_writers, run
+from parallel import in_order
+from parallel_sources import Part, Tree, find_all
+from textio import DataError, atomic_writers, in_chunks, run
+
+CHUNK = 20  # documents given to a process at once
+
+
+class Row(NamedTuple):
+    source: str
+    group: str
+    kind: str
+    english: str
+    other: str
 
 
 def main() -> None:
@@ -27,7 +39,9 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True, help="its --folder")
     parser.add_argument("--lang", required=True, help="the language beside English")
     parser.add_argument("--output", type=Path, required=True)
+    add_workers(parser)
     args = parser.parse_args()
+    check_workers(args)
     extract(args, language(args.lang))
 
 
@@ -46,31 +60,40 @@ def tree(sources: Path, folder: Path) -> Tree:
 
 
 def extract(args: argparse.Namespace, other: Language) -> None:
+    counts = Counter({"found": 0, "kept": 0, **dict.fromkeys((*REASONS, "duplicate"), 0)})
+    seen = DigestSet(), DigestSet()
+    chunks = in_chunks(find_all(tree(args.sources, args.folder), other), CHUNK)
     with atomic_writers([args.output]) as (file,):
-        counts = Counter({"found": 0, "kept": 0, **dict.fromkeys((*REASONS, "duplicate"), 0)})
-        for row in unique_pairs(find_all(tree(args.sources, args.folder), other), other, counts):
-            counts[row.source] += 1
-            file.write("\t".join(row) + "\n")
+        for counted, rows in in_order(partial(read_parts, other), chunks, args.workers):
+            counts.update(counted)
+            for row in rows:
+                if not is_new(row.english, row.other, seen):
+                    counts["duplicate"] += 1
+                    continue
+                counts["kept"] += 1
+                counts[row.source] += 1
+                file.write("\t".join(row) + "\n")
         if not counts["kept"]:
             raise DataError(f"{args.sources}: no pair of English and {other.code} in these packages")
     report(counts, args.counts)
 
 
-def unique_pairs(found: Iterable[Found], other: Language, counts: Counter[str]) -> Iterable[Found]:
-    seen = DigestSet(), DigestSet()
-    for row in found:
-        for raw in sentences(row.english, row.other, other):
-            counts["found"] += 1
-            source, target = clean(*raw)
-            structural = row.kind == "prose"  # paired by place, not by translators' files
-            reason = reason_to_refuse(source, target, other)
-            if reason is None and structural and not anchors_agree(source, target):
-                reason = "anchors differ"
-            if reason is None and not is_new(source, target, seen):
-                reason = "duplicate"
-            counts[reason or "kept"] += 1
-            if reason is None:
-                yield row._replace(english=source, other=target)
+def read_parts(other: Language, parts: list[Part]) -> tuple[Counter[str], list[Row]]:
+    counts: Counter[str] = Counter()
+    rows = []
+    for part in parts:
+        for raw in part.read(*part.arguments):
+            for pair in sentences(*raw, other):
+                counts["found"] += 1
+                source, target = clean(*pair)
+                reason = reason_to_refuse(source, target, other)
+                if reason is None and part.kind == "prose" and not anchors_agree(source, target):
+                    reason = "anchors differ"
+                if reason is None:
+                    rows.append(Row(part.source, part.group, part.kind, source, target))
+                else:
+                    counts[reason] += 1
+    return counts, rows
 
 
 def is_new(source: str, target: str, seen: tuple[DigestSet, DigestSet]) -> bool:

@@ -30,7 +30,9 @@ def main() -> None:
     parser.add_argument("--task", choices=["mt", "lm"], required=True, help="noted in the JSON file")
     parser.add_argument("--folder", type=Path, required=True, help="may be shared by several corpora")
     parser.add_argument("--sources-out", type=Path, required=True, help="the JSON file")
-    parser.add_argument("--without", nargs="*", default=[], help="packages to leave out, as the list names them")
+    parser.add_argument(
+        "--without", nargs="*", default=[], help="packages to leave out, as the list names them"
+    )
     parser.add_argument("--refresh", action="store_true", help="get the package indexes anew")
     args = parser.parse_args()
     fetch(args)
@@ -58,14 +60,16 @@ def wanted(args: argparse.Namespace) -> Iterator[tuple[int, str]]:
 def choose(apt: Apt, args: argparse.Namespace) -> list[Package]:
     specs = list(wanted(args))
     if not specs:
-        raise DataError(f"{args.list}: no package for --tiers {' '.join(args.tiers)}; see the list's first column")
+        raise DataError(
+            f"{args.list}: no package for --tiers {' '.join(args.tiers)}; see the list's first column"
+        )
     offered = apt.find([name for _, spec in specs for name in spec.split("|")])
     chosen = []
     for number, spec in specs:
         package = next((offered[name] for name in spec.split("|") if name in offered), None)
         if package is None:
             raise DataError(
-                f"{args.list}:{number}: the system's package sources do not offer {spec.replace('|', ' or ')}; "
+                f"{args.list}:{number}: the system's package sources have no {spec.replace('|', ' or ')}; "
                 f"leave it out with --without {spec.split('|')[0]}"
             )
         chosen.append(package)
@@ -87,8 +91,9 @@ def fetch(args: argparse.Namespace) -> None:
             apt.unpack(package, folder)
             counts["downloaded"] += 1
     text = (json.dumps(describe(packages, apt, args), indent=1) + "\n").encode()
+    # What is already so is left alone, so that the next steps know that they are up to date.
     if not args.sources_out.exists() or args.sources_out.read_bytes() != text:
-        write_bytes(args.sources_out, text)  # the same text is left alone, so that the next steps are up to date
+        write_bytes(args.sources_out, text)
     report(counts, args.counts)
 
 
@@ -101,9 +106,8 @@ def describe(packages: list[Package], apt: Apt, args: argparse.Namespace) -> lis
         licence = found[package.name] or by_source.get(package.source) or "see its debian/copyright"
         common = {"task": args.task, "folder": folder_name(package), **asdict(package)}
         entries.append({**common, "licence": licence})
-    indexes = str(apt.lists.relative_to(args.folder.absolute()))
-    descriptions = {"task": args.task, "folder": indexes, "name": "package descriptions", "source": "descriptions"}
-    return [*entries, {**descriptions, "licence": "each as its package"}]
+    indexes = {"folder": str(apt.lists.relative_to(args.folder.absolute())), "name": "descriptions"}
+    return [*entries, {"task": args.task, **indexes, "licence": "of each, that of its package"}]
 
 
 def folder_name(package: Package) -> str:

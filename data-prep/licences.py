@@ -18,6 +18,8 @@ def licences(root: Path, package: str) -> str:
     if not path.is_file():
         return ""
     text = path.read_text("utf-8", "replace")
-    names = {name.strip() for line in SHORT_NAME.findall(text) for name in re.split(r"\s+(?:and|or)\s+|,", line)}
+    names = {
+        name.strip() for line in SHORT_NAME.findall(text) for name in re.split(r"\s+(?:and|or)\s+|,", line)
+    }
     names = {name for name in names if name} or set(COMMON.findall(text))
     return ", ".join(sorted(names))

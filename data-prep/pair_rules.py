@@ -31,7 +31,16 @@ ANCHOR = re.compile(  # what a translator copies: constants, identifiers, calls,
     r"[A-Z]{2,}[A-Z0-9]*_\w+|\b[A-Z][A-Z0-9]{3,}\b|\w*[a-z]_\w+|\b\w+\(\d?\)|\d+(?:[.,]\d+)*|/[\w./-]{3,}|--[a-z][\w-]+"
 )
 
-REASONS = ("anchors differ", "empty side", "same text", "no sentence", "length", "script", "untranslated", "ratio")
+REASONS = (
+    "anchors differ",
+    "empty side",
+    "same text",
+    "no sentence",
+    "length",
+    "script",
+    "untranslated",
+    "ratio",
+)
 MAX_WORDS = 100
 
 
@@ -70,8 +79,10 @@ def _clean_side(text: str) -> str:
 
 def _drop_accelerators(sides: list[str], mark: str) -> list[str]:
     """`_File` becomes `File`; a name such as `my_file` stays: it is the same on both sides."""
-    marked = [[word for word in side.split() if re.search(mark + r"\w", word)] for side in sides]
-    if max(map(len, marked)) > 1 or marked[0] == marked[1] or any(w.count(mark) > 1 for m in marked for w in m):
+    marked = [re.findall(rf"\w*{mark}\w+", side) for side in sides]
+    if max(map(len, marked)) > 1 or any(word.count(mark) > 1 for words in marked for word in words):
+        return sides
+    if any(word in other for words, other in zip(marked, reversed(sides), strict=True) for word in words):
         return sides
     if any(mark in placeholder for side in sides for placeholder in PLACEHOLDER.findall(side)):
         return sides
@@ -97,7 +108,9 @@ def reason_to_refuse(source: str, target: str, language: Language) -> str | None
     plain = PLACEHOLDER.sub(" ", source)
     if not _is_text(source, plain):
         return "no sentence"
-    if not _length(source) <= MAX_WORDS or not 1 <= _length(target) <= MAX_WORDS / min(1, 1.8 * language.length):
+    if not _length(source) <= MAX_WORDS or not 1 <= _length(target) <= MAX_WORDS / min(
+        1, 1.8 * language.length
+    ):
         return "length"
     if not _in_script(PLACEHOLDER.sub(" ", target), language):
         return "script"

@@ -10,20 +10,23 @@ from typing import NamedTuple
 
 from formats.blocks import Block, align
 from formats.catalogue import catalogue_pairs
-from formats.descriptions import description_blocks, read_index
+from formats.descriptions import description_blocks, read_index, source_packages
 from formats.manpage import read_manpage
 from formats.markup import read_docbook, read_html, read_numbered_html
 from languages import Language
 
 Reader = Callable[[Path], list[Block]]
+Pair = tuple[str, str]
 
 
-class Found(NamedTuple):
+class Part(NamedTuple):
+    """A document in two languages, not read yet: read(*arguments) gives its pairs."""
+
     source: str  # of the corpus' parts, the one it belongs to
-    document: str  # a document group: never cut between training and test
+    group: str  # of documents, never cut between training and test
     kind: str  # prose, or ui (messages and labels)
-    english: str
-    other: str
+    read: Callable[..., Iterable[Pair]]
+    arguments: tuple[object, ...]
 
 
 class Tree:
@@ -41,29 +44,31 @@ class Tree:
                     yield name, path
 
 
-def find_all(tree: Tree, language: Language) -> Iterator[Found]:
+def find_all(tree: Tree, language: Language) -> Iterator[Part]:
     """Prose first: of pairs that occur twice the first is kept."""
     finders = (libreoffice_help, help_pages, manuals, manual_pages, catalogues, descriptions)
     return itertools.chain.from_iterable(find(tree, language) for find in finders)
 
 
-def libreoffice_help(tree: Tree, language: Language) -> Iterator[Found]:
+def libreoffice_help(tree: Tree, language: Language) -> Iterator[Part]:
     folder = {"zh": "zh-CN"}.get(language.code, language.code)
     base = "usr/share/libreoffice/help/{}/text"
     there = tree.packages.get(f"libreoffice-help-{language.in_packages}")
     for name, path in tree.files(base.format("en-US") + "/**/*.html"):
         within = path.relative_to(tree.packages[name] / base.format("en-US"))
         if there and (other := there / base.format(folder) / within).is_file():
-            texts = read_numbered_html(path), read_numbered_html(other)
-            for key in (key for key in texts[0] if key in texts[1]):
-                yield Found(
-                    "libreoffice-help", f"libreoffice-help/{within}", "prose", texts[0][key], texts[1][key]
-                )
+            group = f"libreoffice-help/{within}"
+            yield Part("libreoffice-help", group, "prose", numbered_pairs, (path, other))
 
 
-def help_pages(tree: Tree, language: Language) -> Iterator[Found]:
+def numbered_pairs(path: Path, other: Path) -> Iterator[Pair]:
+    texts = read_numbered_html(path), read_numbered_html(other)
+    return ((text, texts[1][key]) for key, text in texts[0].items() if key in texts[1])
+
+
+def help_pages(tree: Tree, language: Language) -> Iterator[Part]:
     """GNOME's (C is English), KDE's: a folder for each language, in the same package."""
-    for pattern, english in (("usr/share/help/C", "C"), ("usr/share/doc/HTML/en", "en")):
+    for pattern in ("usr/share/help/C", "usr/share/doc/HTML/en"):
         for name, path in tree.files(f"{pattern}/**/*"):
             if path.suffix not in (".page", ".docbook", ".xml"):
                 continue
@@ -72,7 +77,7 @@ def help_pages(tree: Tree, language: Language) -> Iterator[Found]:
             for folder in language.folders:
                 other = root.with_name(folder) / within
                 if other.is_file():
-                    yield from _aligned(read_docbook, path, other, "help", f"{name}/{within}")
+                    yield _aligned(read_docbook, path, other, "help", f"{name}/{within}")
 
 
 # English path below a package -> the other language's below any package; {} is a name of the language.
@@ -88,7 +93,7 @@ MANUALS = {
 }
 
 
-def manuals(tree: Tree, language: Language) -> Iterator[Found]:
+def manuals(tree: Tree, language: Language) -> Iterator[Part]:
     names = dict.fromkeys((*language.folders, language.in_packages))
     for pattern, (english, other) in MANUALS.items():
         for name, path in tree.files(pattern):
@@ -96,62 +101,56 @@ def manuals(tree: Tree, language: Language) -> Iterator[Found]:
             places = [within.replace(english, other.format(lang)) for lang in names]
             found = (root / place for place in places for root in tree.packages.values())
             if translation := next((p for p in found if p != path and p.is_file()), None):
-                yield from _aligned(read_html, path, translation, name, f"{name}/{path.name}")
+                yield _aligned(read_html, path, translation, name, f"{name}/{path.name}")
 
 
-def manual_pages(tree: Tree, language: Language) -> Iterator[Found]:
+def manual_pages(tree: Tree, language: Language) -> Iterator[Part]:
     english = {f"{p.parent.name}/{p.name}": p for _, p in tree.files("usr/share/man/man*/*.gz")}
     for folder in language.folders:
         for _, path in tree.files(f"usr/share/man/{folder}/man*/*.gz"):
             page = f"{path.parent.name}/{path.name}"
             if page in english:
-                yield from _aligned(read_manpage, english[page], path, "manpages", page)
+                yield _aligned(read_manpage, english[page], path, "manpages", page)
 
 
-def _aligned(read: Reader, path: Path, other: Path, source: str, document: str) -> Iterator[Found]:
-    for pair in align(read(path), read(other)):
-        yield Found(source, document, "prose", *pair)
+def _aligned(read: Reader, path: Path, other: Path, source: str, group: str) -> Part:
+    return Part(source, group, "prose", aligned_pairs, (read, path, other))
 
 
-def catalogues(tree: Tree, language: Language) -> Iterator[Found]:
+def aligned_pairs(read: Reader, path: Path, other: Path) -> Iterator[Pair]:
+    return align(read(path), read(other))
+
+
+def catalogues(tree: Tree, language: Language) -> Iterator[Part]:
     """Message catalogues; a game's is a story, so prose."""
     for folder in language.folders:
         for name, path in tree.files(f"usr/**/{folder}/LC_MESSAGES/*.mo"):
             source = tree.sources[name]
             app = re.search(r"/([^/]+)/locale/", str(path))  # Django: many catalogues of one name
-            document = f"{source}:{app[1]}:{path.stem}" if app and path.stem.startswith("django") else f"{source}:{path.stem}"
+            names = [source, app[1]] if app and path.stem.startswith("django") else [source]
             kind = "prose" if source.startswith("wesnoth") else "ui"
-            for pair in catalogue_pairs(path):
-                yield Found(source, document, kind, *pair)
+            yield Part(source, ":".join([*names, path.stem]), kind, catalogue_pairs, (path,))
 
 
-def descriptions(tree: Tree, language: Language) -> Iterator[Found]:
+def descriptions(tree: Tree, language: Language) -> Iterator[Part]:
     """Package descriptions, grouped by the source package that the packages are built from."""
     suffix = {"zh": "zh%5fCN"}.get(language.code, language.code)
     translated = {d.md5: d.text for path in _indexes(tree, suffix) for d in read_index(path)}
-    source_of = dict(_source_packages(tree.indexes.glob("*_Packages")))
+    source_of = source_packages(tree.indexes)
     for path in _indexes(tree, "en"):
         for description in read_index(path):
             text = translated.pop(description.md5, None)
             if text is None:
                 continue
-            source = source_of.get(description.package, description.package)
-            blocks = description_blocks(description.text), description_blocks(text)
-            if [b.tag for b in blocks[0]] == [b.tag for b in blocks[1]]:
-                for a, b in zip(*blocks, strict=True):
-                    yield Found("descriptions", f"description/{source}", "prose", a.text, b.text)
+            group = "description/" + source_of.get(description.package, description.package)
+            yield Part("descriptions", group, "prose", description_pairs, (description.text, text))
+
+
+def description_pairs(english: str, other: str) -> Iterator[Pair]:
+    sides = description_blocks(english), description_blocks(other)
+    if [block.tag for block in sides[0]] == [block.tag for block in sides[1]]:
+        yield from ((a.text, b.text) for a, b in zip(*sides, strict=True))
 
 
 def _indexes(tree: Tree, suffix: str) -> list[Path]:
     return sorted(tree.indexes.glob(f"*_Translation-{suffix}"))
-
-
-def _source_packages(paths: Iterable[Path]) -> Iterator[tuple[str, str]]:
-    for path in paths:
-        package = ""
-        with path.open(encoding="utf-8", errors="replace") as file:
-            for line in file:
-                if line.startswith("Package: "):
-                    package = line[9:].strip()
-                elif line.startswith("Source: "):
-                    yield package, line[8:].split()[0]

@@ -15,13 +15,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
-from counts import new_parser, report
+from counts import add_workers, check_workers, new_parser, report
 from digests import digest
 from near_duplicates import NearDuplicates
-from textio import DataError, atomic_writers, read_lines, run
+from parallel import in_order
+from textio import DataError, atomic_writers, in_chunks, read_lines, run
 
 Row = tuple[str, str, str, str, str]  # source, group, kind, English, other
 LARGEST_GROUP = 1 / 8  # of a split
+CHUNK = 500  # pairs given to a process at once
 
 
 def main() -> None:
@@ -40,9 +42,11 @@ def main() -> None:
         "--similarity",
         type=float,
         default=0.6,
-        help="drop pairs as near to a held-out one as this, from above 0 to 1 = same words (default: %(default)s)",
+        help="drop pairs as near to a held-out one as this; 1 = the same words (default: %(default)s)",
     )
+    add_workers(parser)
     args = parser.parse_args()
+    check_workers(args)
     for flag in ("valid", "test"):
         if getattr(args, flag) < 1:
             raise DataError(f"--{flag} must be at least 1, got {getattr(args, flag)}")
@@ -91,8 +95,8 @@ class Splitter:
                     filled += pairs
         if not filled:
             raise DataError(
-                f"{self.args.input}: no document group has at most {size * LARGEST_GROUP:.0f} pairs to hold out "
-                f"for {name}; raise --{name}"
+                f"{self.args.input}: no document group is small enough to hold out for {name} (at most "
+                f"{size * LARGEST_GROUP:.0f} pairs of --{name} {size}); ask for more"
             )
         return chosen
 
@@ -103,24 +107,33 @@ class Splitter:
 def split(args: argparse.Namespace) -> None:
     splitter = Splitter(args)
     counts = Counter({"read": sum(1 for _ in splitter.rows()), "groups": len(splitter.groups)})
+    counts.update(
+        {"test groups": len(splitter.test), "valid groups": len(splitter.valid), "near duplicates": 0}
+    )
     test = list(splitter.held_out(splitter.test))
     near_test = NearDuplicates((row[3:] for row in test), args.similarity)
     valid = [row for row in splitter.held_out(splitter.valid) if row[3:] not in near_test]
-    near_valid = NearDuplicates((row[3:] for row in valid), args.similarity)
-    names = [Path(f"{args.out_prefix}.{s}.{x}") for s in ("train", "valid", "test") for x in ("en", args.lang)]
+    near_any = NearDuplicates((row[3:] for row in (*test, *valid)), args.similarity)
+    names = [
+        Path(f"{args.out_prefix}.{s}.{x}") for s in ("train", "valid", "test") for x in ("en", args.lang)
+    ]
     with atomic_writers(names) as files:
-        for split_name, rows, pair in (("test", test, files[4:]), ("valid", valid, files[2:4])):
-            counts[f"{split_name} groups"] = len(splitter.test if split_name == "test" else splitter.valid)
-            for row in rows:
-                write(row, pair, split_name, counts)
+        for row in test:
+            write(row, files[4:], "test", counts)
+        for row in valid:
+            write(row, files[2:4], "valid", counts)
+
+        def mark(rows: list[Row]) -> list[tuple[Row, bool]]:
+            return [(row, row[3:] in near_any) for row in rows]
+
         held = splitter.test | splitter.valid
-        for row in splitter.rows():
-            if row[1] in held:
-                continue
-            if row[3:] in near_test or row[3:] in near_valid:
-                counts["near duplicates"] += 1
-                continue
-            write(row, files[:2], "train", counts)
+        rest = (row for row in splitter.rows() if row[1] not in held)
+        for chunk in in_order(mark, in_chunks(rest, CHUNK), args.workers):
+            for row, is_near in chunk:
+                if is_near:
+                    counts["near duplicates"] += 1
+                else:
+                    write(row, files[:2], "train", counts)
         if not (counts["train"] and counts["valid"]):
             raise DataError(f"{args.input}: a split is empty ({dict(counts)}); lower --test and --valid")
     report(counts, args.counts)

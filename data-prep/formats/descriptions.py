@@ -1,4 +1,4 @@
-"""Translated package descriptions: apt's Translation-LANG indexes, uncompressed."""
+"""Package descriptions in English and other languages: apt's Translation-LANG indexes, uncompressed."""
 
 from __future__ import annotations
 
@@ -56,3 +56,17 @@ def description_blocks(text: str) -> list[Block]:
         else:
             blocks[-1] = blocks[-1]._replace(text=f"{blocks[-1].text} {line.strip()}")
     return blocks
+
+
+def source_packages(folder: Path) -> dict[str, str]:
+    """From apt's Packages indexes: the source package of each package whose name differs from it."""
+    found = {}
+    for path in sorted(folder.glob("*_Packages")):
+        package = ""
+        with path.open(encoding="utf-8", errors="replace") as file:
+            for line in file:
+                if line.startswith("Package: "):
+                    package = line[9:].strip()
+                elif line.startswith("Source: "):
+                    found[package] = line[8:].split()[0]
+    return found

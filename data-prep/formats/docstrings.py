@@ -9,7 +9,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-ADDERS = {"add_docstr", "add_newdoc", "_add_newdoc_ufunc", "add_docstr_all", "add_sample_docs"}  # for C functions
+ADDERS = {
+    "add_docstr",
+    "add_newdoc",
+    "_add_newdoc_ufunc",
+    "add_docstr_all",
+    "add_sample_docs",
+}  # for C functions
 LEAST_ADDED = 60  # characters; a shorter argument is the function's name
 NOT_PROSE = (">>>", "...", "..", "|", "+--", "$ ")  # examples, directives, tables
 RULE = re.compile(r"\s*[-=~^*#+]+\s*")
@@ -36,7 +42,11 @@ def _docstrings(node: ast.AST) -> Iterator[str]:
         name = getattr(node.func, "id", getattr(node.func, "attr", ""))
         if name in ADDERS:
             for part in ast.walk(node):
-                if isinstance(part, ast.Constant) and isinstance(part.value, str) and len(part.value) > LEAST_ADDED:
+                if (
+                    isinstance(part, ast.Constant)
+                    and isinstance(part.value, str)
+                    and len(part.value) > LEAST_ADDED
+                ):
                     yield part.value
 
 

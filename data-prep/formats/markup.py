@@ -7,20 +7,26 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from formats.blocks import Block, read_file
 from lxml import etree
 from lxml import html as lxml_html
 
+from formats.blocks import Block, read_file
+
 Element = etree._Element
-BLOCKS = set(
-    """p para simpara title subtitle term entry td th item li h1 h2 h3 h4 h5 h6 dt dd desc caption figcaption
-    listitem row tr section note steps terms div list table sect1 sect2 sect3 chapter ul ol dl blockquote pre
-    programlisting screen code-block body page synopsis info comment""".split()
-)
-SKIPPED = set(
-    """pre programlisting screen script style synopsis code mediaobject table-of-contents nav info credit
-    indexterm bookinfo articleinfo head comment footnote cmdsynopsis anchor""".split()
-)
+# fmt: off
+BLOCKS = {
+    "p", "para", "simpara", "title", "subtitle", "term", "entry", "td", "th", "item", "li", "h1", "h2", "h3",
+    "h4", "h5", "h6", "dt", "dd", "desc", "caption", "figcaption", "listitem", "row", "tr", "section", "note",
+    "steps", "terms", "div", "list", "table", "sect1", "sect2", "sect3", "chapter", "ul", "ol", "dl",
+    "blockquote", "pre", "programlisting", "screen", "code-block", "body", "page", "synopsis", "info",
+    "comment",
+}
+SKIPPED = {
+    "pre", "programlisting", "screen", "script", "style", "synopsis", "code", "mediaobject",
+    "table-of-contents", "nav", "info", "credit", "indexterm", "bookinfo", "articleinfo", "head", "comment",
+    "footnote", "cmdsynopsis", "anchor",
+}
+# fmt: on
 SKIPPED_INSIDE = {"indexterm", "footnote", "remark", "script", "style", "inlinemediaobject", "media"}
 MENUS = {"guiseq", "menuchoice"}
 NAVIGATION = re.compile(r"\b(docnav|navheader|navfooter|titlepage-nav|headerlink)\b")
