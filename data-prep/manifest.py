@@ -15,7 +15,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--about", required=True, help="one sentence: what this data is")
-    parser.add_argument("--sources", type=Path, required=True, help="JSON list, e.g. sample/sources.json")
+    parser.add_argument(
+        "--sources", type=Path, nargs="+", required=True, help="JSON, e.g. sample/sources.json"
+    )
     parser.add_argument("--task", required=True, help="take the sources whose 'task' is this")
     parser.add_argument("--settings", nargs="*", default=[], metavar="NAME=VALUE")
     parser.add_argument("--packages", nargs="*", default=[], help="record the installed versions of these")
@@ -42,9 +44,11 @@ def package_version(name: str) -> str:
 
 def write(args: argparse.Namespace) -> None:
     folder = args.output.parent
-    sources = [s for s in json.loads(args.sources.read_text("utf-8")) if s["task"] == args.task]
+    sources = [
+        s for path in args.sources for s in json.loads(path.read_text("utf-8")) if s["task"] == args.task
+    ]
     if not sources:
-        raise DataError(f"{args.sources}: no source has the task {args.task!r}")
+        raise DataError(f"{args.sources[0]}: no source has the task {args.task!r}")
     manifest = {
         "about": args.about,
         "settings": dict(setting.split("=", 1) for setting in args.settings),

@@ -3,6 +3,7 @@
 #
 #   mt_begin SRC TGT                languages; makes the folders $R $T $B $C: raw, text, bpe, counts
 #   mt_heldout SPLIT PREFIX...      PREFIX.SRC and .TGT, in order, become fairseq's split `valid`, `test`, `test1`, ...
+#   mt_testset SPLIT SET...         the same with WMT test sets, by their names in sacrebleu
 #   mt_train PREFIX...              cleaned; pairs with a side in a held-out split, or under a prefix in $HELD, are dropped
 #   mt_finish                       vocabulary, pieces, binarised data
 #   mt_manifest SOURCES TASK ABOUT PACKAGE...     with the settings, and those in $SETTINGS (NAME=VALUE ...)
@@ -24,6 +25,14 @@ mt_heldout() { # SPLIT PREFIX...
   step "normalize-$split" "${@/%/.$SRC}" "${@/%/.$TGT}" -- "$T/$split".{"$SRC","$TGT"} "$C/$split.json" -- \
     "$PYTHON" "$PREP/clean_pairs.py" --normalize-only --source "${@/%/.$SRC}" --target "${@/%/.$TGT}" \
     --source-out "$T/$split.$SRC" --target-out "$T/$split.$TGT" --counts "$C/$split.json"
+}
+
+mt_testset() { # SPLIT SET...
+  local split=$1; shift
+  step "testset-$split" -- "$R/$split".{"$SRC","$TGT"} "$C/testset-$split.json" -- \
+    "$PYTHON" "$PREP/wmt_testsets.py" --sets "$@" --langpair "$SRC-$TGT" --source-out "$R/$split.$SRC" \
+    --target-out "$R/$split.$TGT" --counts "$C/testset-$split.json"
+  mt_heldout "$split" "$R/$split"
 }
 
 mt_train() { # PREFIX...

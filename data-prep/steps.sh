@@ -13,6 +13,7 @@
 WORKERS=${WORKERS:-$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)} # the results are the same with any number
 
 fingerprint() { # path, size and modification time of each file; fails if one is missing
+  [ $# -gt 0 ] || return 0
   if stat --version >/dev/null 2>&1; then # GNU, or BSD
     stat -L -c '%n %s %y' -- "$@"
   else
@@ -69,22 +70,40 @@ find_tools() { # PACKAGE...: Python packages that must be importable
 }
 
 fetch() { # URL FILE: what an earlier call left is taken up; the file gets its name when it is whole
-  local url=$1 file=$2 reason attempt
-  command -v curl >/dev/null || { echo "curl not found; install it (Debian: apt-get install curl)" >&2; return 1; }
+  local url=$1 file=$2 partial reason attempt
+  partial=$file.$(cksum <<<"$url" | cut -d ' ' -f 1).partial
   mkdir -p "$(dirname "$file")"
   for attempt in resumed afresh; do
-    [ "$attempt" = resumed ] || rm -f "$file.partial"
-    if reason=$(curl --fail --location --silent --show-error --connect-timeout 30 --speed-limit 1000 --speed-time 60 \
-      --retry "${FETCH_RETRIES:-5}" --continue-at - --output "$file.partial" "$url" 2>&1); then
-      [ -s "$file.partial" ] || { echo "$url: an empty file" >&2; rm -f "$file.partial"; return 1; }
-      mv "$file.partial" "$file"
+    [ "$attempt" = resumed ] || rm -f "$partial"
+    if reason=$(curl --fail --location --silent --show-error --connect-timeout 30 --speed-limit 1000 \
+      --speed-time 60 --retry "${FETCH_RETRIES:-5}" --continue-at - --output "$partial" "$url" 2>&1); then
+      if [ ! -s "$partial" ]; then
+        rm -f "$partial"
+        echo "cannot fetch $url: the file there is empty" >&2
+        return 1
+      fi
+      mv "$partial" "$file"
       return
     fi
-    # A server that cannot go on from where we stopped says so in one of several ways: then once from the start.
+    # A server that cannot go on from where we stopped says so in one of these ways: then once from the start.
     case $reason in *"(22)"*416* | *"(33)"* | *"(36)"*) ;; *) break ;; esac
   done
-  echo "cannot fetch $url: ${reason##*$'\n'}; what has come is kept" >&2
+  command -v curl >/dev/null || reason="curl not found; install it (Debian: apt-get install curl)"
+  echo "cannot fetch $url: ${reason##*$'\n'}" >&2
   return 1
+}
+
+unpack() { # ARCHIVE PREFIX MEMBER.LANG...: members of a .tgz as PREFIX.LANG
+  local archive=$1 prefix=$2 member; shift 2
+  for member in "$@"; do
+    if ! tar -xzOf "$archive" "$member" >"$prefix.${member##*.}.partial" 2>"$prefix.log"; then
+      rm -f "$prefix".*.partial
+      echo "$archive: cannot unpack $member: $(head -n 1 "$prefix.log"); delete it, it is fetched again" >&2
+      return 1
+    fi
+  done
+  for member in "$@"; do mv "$prefix.${member##*.}.partial" "$prefix.${member##*.}"; done
+  rm -f "$prefix.log"
 }
 
 binarize() { # DESTDIR ARGUMENTS...: fairseq-preprocess into a new folder that appears when it is whole
@@ -105,13 +124,15 @@ begin_shards() { # after OUT, R, T, B, C are set: checks SHARDS; the folders; SH
   mkdir -p "$R" "$T" "$B" "$C"
 }
 
+# MORE_SOURCES and MORE_FILES: arrays of further JSON files with sources, and of files to hash.
 finish_shards() { # SOURCES TASK ABOUT "SETTING=VALUE ..." FILE... -- PACKAGE...: manifest, and what to give fairseq
-  local sources=$1 task=$2 about=$3 settings=$4 files=() shard data
+  local sources=("$1" ${MORE_SOURCES[@]+"${MORE_SOURCES[@]}"}) task=$2 about=$3 settings=$4 data
+  local files=(${MORE_FILES[@]+"${MORE_FILES[@]}"})
   shift 4
   while [ "$1" != -- ]; do files+=("$1"); shift; done; shift
   read -ra settings <<<"$settings shards=$SHARDS ${SETTINGS:-}"
-  step manifest "$sources" "${BINARY[@]}" -- "$OUT/manifest.json" -- \
-    "$PYTHON" "$PREP/manifest.py" --output "$OUT/manifest.json" --task "$task" --sources "$sources" \
+  step manifest "${sources[@]}" "${BINARY[@]}" -- "$OUT/manifest.json" -- \
+    "$PYTHON" "$PREP/manifest.py" --output "$OUT/manifest.json" --task "$task" --sources "${sources[@]}" \
     --about "$about" --settings "${settings[@]}" --packages "$@" \
     --counts "$C"/*.json --files "${files[@]}" "${BINARY[@]}"
   data=$(printf ":$OUT/bin%s" "${SHARD_NAMES[@]}")

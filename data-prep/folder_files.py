@@ -1,0 +1,27 @@
+"""Note the text files that a language model is made from: paths, sizes, SHA-256, for the manifest."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from manifest import sha256
+from textio import DataError, run, write_bytes
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--files", type=Path, nargs="*", default=[], help="in the folder")
+    parser.add_argument("--output", type=Path, required=True, help="JSON, for manifest.py --sources")
+    args = parser.parse_args()
+    if not args.files:
+        raise DataError(f"{args.folder}: no .txt, .jsonl, .json (plain or .gz, .xz) or .parquet in it")
+    hashes = {str(path.relative_to(args.folder)): sha256(path) for path in args.files}
+    source = {"task": "folder", "source": args.folder.name, "licence": "not recorded", "sha256": hashes}
+    write_bytes(args.output, (json.dumps([source], indent=1, ensure_ascii=False) + "\n").encode())
+
+
+if __name__ == "__main__":
+    run(main)
