@@ -1,7 +1,7 @@
 """Parquet files of a data set on the Hugging Face hub, at a pinned revision, each checked by its SHA-256.
 
-They come into FOLDER under their paths on the hub; a later run goes on where an earlier one stopped. Out also:
-FOLDER/files.txt, the paths in order, and FOLDER/sources.json. $HF_ENDPOINT names another server of that kind.
+They come into FOLDER under their paths on the hub; a later run goes on where an earlier one stopped. Out
+also: FOLDER/files.txt, the paths in order, and FOLDER/sources.json. $HF_ENDPOINT names another server.
 """
 
 from __future__ import annotations

@@ -79,7 +79,7 @@ def urls(args: argparse.Namespace) -> dict[str, str]:
 
 
 def sides(folder: Path, dataset: str, iso: list[str]) -> tuple[Path, Path]:
-    """The two files of a dataset; its id ends with its languages, in either order and perhaps with a region."""
+    """The two files of a dataset; its id ends with its languages, in any order, perhaps with regions."""
     ends = dataset.split("-")[-2:]
     by_language = {end.split("_")[0]: folder / f"{dataset}.{end}" for end in ends}
     if set(by_language) != set(iso):

@@ -34,19 +34,17 @@ def files(name: str, langpair: str) -> tuple[Path, Path]:
     try:
         return Path(dataset.get_source_file(langpair)), Path(dataset.get_reference_files(langpair)[0])
     except (SystemExit, Exception) as error:  # sacrebleu and what it calls raise all sorts
-        discard_damaged(dataset)
+        discard(dataset)
         why = "checksum differs" if isinstance(error, SystemExit) else " ".join(str(error).split())
         raise DataError(
-            f"cannot get {name} {langpair} from {' '.join(dataset.data)}: {why}; look at the network, run again"
+            f"cannot get {name} {langpair} from {' '.join(dataset.data)}: {why}; run again"
         ) from None
 
 
-def discard_damaged(dataset: sacrebleu.dataset.base.Dataset) -> None:
-    """sacrebleu takes an archive that is there for whole, also one that it could not finish."""
-    for url, md5 in zip(dataset.data, dataset.md5 or [], strict=False):
-        archive = Path(dataset._rawdir, dataset._get_tarball_filename(url))
-        if archive.exists() and sacrebleu.utils.get_md5sum(archive) != md5:
-            archive.unlink()
+def discard(dataset: sacrebleu.dataset.base.Dataset) -> None:
+    """sacrebleu takes an archive that is there for whole and unpacked, also one that it could not finish."""
+    for url in dataset.data:
+        Path(dataset._rawdir, dataset._get_tarball_filename(url)).unlink(missing_ok=True)
 
 
 def get(args: argparse.Namespace) -> None:

@@ -65,7 +65,7 @@ def test_unknown_characters(scripts: Scripts) -> None:
     assert pieces[-3:] == ["<0xE4>", "<0xB8>", "<0xAD>"] and processor.decode(pieces) == "the \u4e2d"
 
 
-def test_empty_lines_stay_and_threads_change_nothing(scripts: Scripts) -> None:
+def test_empty_lines_stay_and_workers_change_nothing(scripts: Scripts) -> None:
     train(scripts, "a")
     assert encode(scripts, "a", "the file", "", "the model")[1] == ""
     scripts.write("x", *TEXT * 20)
@@ -78,7 +78,7 @@ def test_empty_lines_stay_and_threads_change_nothing(scripts: Scripts) -> None:
             "x",
             "--output",
             f"y{threads}",
-            "--threads",
+            "--workers",
             threads,
         )
     assert (scripts.folder / "y1").read_bytes() == (scripts.folder / "y3").read_bytes()
@@ -115,5 +115,7 @@ def test_errors(scripts: Scripts) -> None:
     )
     encoded = ["--model", "in.txt", "--input", "in.txt", "--output", "y"]
     assert "in.txt: not a sentencepiece model" in scripts.fails("encode_spm.py", *encoded)
-    assert "give one or two of each" in scripts.fails("encode_spm.py", *encoded, "z")
+    assert "give one or two inputs" in scripts.fails(
+        "encode_spm.py", *encoded, "z", "--input", *["in.txt"] * 2, "--output", "z"
+    )
     assert "none.model: No such file" in scripts.fails("encode_spm.py", *encoded, "--model", "none.model")
