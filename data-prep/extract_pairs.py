@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -60,7 +61,7 @@ def tree(sources: Path, folder: Path) -> Tree:
 
 
 def extract(args: argparse.Namespace, other: Language) -> None:
-    counts = Counter({"found": 0, "kept": 0, **dict.fromkeys((*REASONS, "duplicate"), 0)})
+    counts = Counter({"broken files": 0, "found": 0, "kept": 0, **dict.fromkeys((*REASONS, "duplicate"), 0)})
     seen = DigestSet(), DigestSet()
     chunks = in_chunks(find_all(tree(args.sources, args.folder), other), CHUNK)
     with atomic_writers([args.output]) as (file,):
@@ -82,7 +83,13 @@ def read_parts(other: Language, parts: list[Part]) -> tuple[Counter[str], list[R
     counts: Counter[str] = Counter()
     rows = []
     for part in parts:
-        for raw in part.read(*part.arguments):
+        try:
+            found = list(part.read(*part.arguments))
+        except DataError as error:  # one broken file among thousands
+            print(f"{error}; left out", file=sys.stderr)
+            counts["broken files"] += 1
+            continue
+        for raw in found:
             for pair in sentences(*raw, other):
                 counts["found"] += 1
                 source, target = clean(*pair)

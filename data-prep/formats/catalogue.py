@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,11 +13,13 @@ from babel.messages.pofile import PoFileError, read_po
 from textio import DataError
 
 BROKEN = (AttributeError, KeyError, LookupError, OSError, PoFileError, TypeError, ValueError, struct.error)
+DATE = re.compile(rb"P(OT-Creation-Date:|O-Revision-Date:)")
 
 
 def catalogue_pairs(path: Path) -> Iterator[tuple[str, str]]:
     """Singular and, where there is one, the plural with the last plural form. Fuzzy entries are left out."""
-    data = io.BytesIO(path.read_bytes())
+    # An empty date in the header would stop Babel: rename the fields, to names of the same length.
+    data = io.BytesIO(DATE.sub(rb"X\1", path.read_bytes()))
     try:
         catalogue = read_mo(data) if path.suffix == ".mo" else read_po(data, abort_invalid=True)
     except BROKEN as error:
