@@ -80,16 +80,16 @@ def help_pages(tree: Tree, language: Language) -> Iterator[Part]:
                     yield _aligned(read_docbook, path, other, "help", f"{name}/{within}")
 
 
-# English path below a package -> the other language's below any package; {} is a name of the language.
+# English path below a package, and what in it becomes what below any package; {} is a name of the language.
 MANUALS = {
-    "usr/share/debian-reference/*.en.html": (".en.html", ".{}.html"),
-    "usr/share/developers-reference/*.html": ("developers-reference/", "developers-reference-{}/"),
-    "usr/share/doc/debian/FAQ/*.en.html": (".en.html", ".{}.html"),
-    "usr/share/doc/installation-guide-amd64/en/*.html": ("/en/", "/{}/"),
-    "usr/share/doc/debian-handbook/html/en-US/*.html": ("/en-US/", "/{}/"),
-    "usr/share/doc/debian-edu-doc-en/**/*.html": ("debian-edu-doc-en", "debian-edu-doc-{}"),
-    "usr/share/doc/debmake-doc/html/*.en.html": (".en.html", ".{}.html"),
-    "usr/share/doc/maint-guide/html/*.en.html": (".en.html", ".{}.html"),
+    "usr/share/debian-reference/*.en.html": (r"\.en\.html", ".{}.html"),
+    "usr/share/developers-reference/*.html": (r"developers-reference/", "developers-reference/{}/"),
+    "usr/share/doc/debian/FAQ/*.en.html": (r"FAQ/(.*)\.en\.html", r"FAQ/{}/\1.{}.html"),
+    "usr/share/doc/maint-guide/html/*.en.html": (r"/html/(.*)\.en\.html", r"-{}/html/\1.{}.html"),
+    "usr/share/doc/debmake-doc/html/*.en.html": (r"\.en\.html", ".{}.html"),
+    "usr/share/doc/debian-edu-doc-en/**/*.html": (r"debian-edu-doc-en", "debian-edu-doc-{}"),
+    "usr/share/doc/debian-handbook/html/en-US/*.html": (r"/en-US/", "/{}/"),
+    "usr/share/doc/installation-guide-amd64/en/*.html": (r"/en/", "/{}/"),
 }
 
 
@@ -98,7 +98,7 @@ def manuals(tree: Tree, language: Language) -> Iterator[Part]:
     for pattern, (english, other) in MANUALS.items():
         for name, path in tree.files(pattern):
             within = str(path.relative_to(tree.packages[name]))
-            places = [within.replace(english, other.format(lang)) for lang in names]
+            places = [re.sub(english, other.replace("{}", lang), within) for lang in names]
             found = (root / place for place in places for root in tree.packages.values())
             if translation := next((p for p in found if p != path and p.is_file()), None):
                 yield _aligned(read_html, path, translation, name, f"{name}/{path.name}")

@@ -7,6 +7,7 @@
 #   all     also those under copyleft licences, and the descriptions of all packages
 #           (open and all need the package sources of a Debian or Ubuntu system, no root; nothing is installed)
 #   VOCAB_SIZE=8000                                  pieces
+#   MODULES="numpy scipy ..."                        installed packages whose docstrings to take; python: its own
 #   WITHOUT="name ..."                               packages to leave out (packages/lm.txt names them all)
 #   PACKAGES=data/packages                           where they are unpacked, shared by all corpora
 #   REFRESH=1                                        get the package indexes anew, so newer versions
@@ -26,14 +27,14 @@ case $TIER in
   all) TIERS=(open more descriptions) ;;
   *) echo "usage: bash data-prep/prepare_docs_lm.sh [small|open|all] [OUT]; got '$TIER'" >&2; exit 2 ;;
 esac
-MODULES=(numpy scipy sympy networkx torch matplotlib babel fairseq python)
+read -ra MODULES <<<"${MODULES:-numpy scipy sympy networkx torch matplotlib babel fairseq python}"
 OUT=${2:-$ROOT/data/docs-lm-$TIER}
 PACKAGES=${PACKAGES:-$ROOT/data/packages}
 VOCAB_SIZE=${VOCAB_SIZE:-8000}
 STEPS_DIR=$OUT/.steps
 STEP_PREFIX="[docs-lm $TIER]"
 export OMP_NUM_THREADS=1
-find_tools sentencepiece lxml "${MODULES[@]:0:8}"
+find_tools sentencepiece lxml
 lm_begin
 
 read -ra without <<<"${WITHOUT:-}"
@@ -62,6 +63,6 @@ step drop-near "$R/split".{train,valid,test} "$PREP"/{near_duplicates,pair_rules
   --output "$R/train.txt" --counts "$C/drop-near.json" --workers "$WORKERS"
 lm_split --input "$R/train.txt" --valid-input "$R/split.valid" --test-input "$R/split.test"
 lm_finish
-SETTINGS="tier=$TIER without=$(IFS=,; echo "${without[*]-}")"
+SETTINGS="tier=$TIER modules=$(IFS=,; echo "${MODULES[*]}") without=$(IFS=,; echo "${without[*]-}")"
 lm_manifest "$OUT/sources.json" lm "Technical English from docstrings and documentation, a paragraph a line" \
   lxml sentencepiece fairseq

@@ -21,7 +21,7 @@ NOT_PROSE = (">>>", "...", "..", "|", "+--", "$ ")  # examples, directives, tabl
 RULE = re.compile(r"\s*[-=~^*#+]+\s*")
 PARAMETER = re.compile(r"\s*[\w*, .\[\]{}'`]+ ?: ?\S")  # numpydoc's `name : type`
 FIELD = re.compile(r"\s*:\w+")  # Sphinx's `:param name:`
-ITEM = re.compile(r"\s*([-*•]|\d+\.)\s+")
+ITEM = re.compile(r"^\s*([-*•]|\d+\.)\s+")
 
 
 def read_docstrings(path: Path) -> Iterator[str]:

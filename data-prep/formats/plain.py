@@ -17,8 +17,9 @@ def read_pod(path: Path) -> Iterator[str]:
     """Ordinary paragraphs; not commands (=head1) nor verbatim ones (indented)."""
     for paragraph in read_text(path):
         if not paragraph.startswith((" ", "\t", "=")):
-            for _ in range(3):  # codes may be nested: B<I<text>>, L<text|target>
-                paragraph = re.sub(r"[A-Z]<(?:<+ )?([^<>|]*\|)?([^<>]*?)(?: >+)?>", r"\2", paragraph)
+            paragraph = re.sub(r"[A-Z](<<+)\s+(.*?)\s+>>+", r"\2", paragraph)
+            for _ in range(3):  # codes may be nested: B<I<text>>; a link may have a text: L<text|target>
+                paragraph = re.sub(r"[A-Z]<([^<>|]*)(\|[^<>]*)?>", r"\1", paragraph)
             yield paragraph
 
 

@@ -8,7 +8,9 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))  # for prep_scripts.py
 
-from prep_scripts import Scripts
+from prep_scripts import PREP, Scripts
+
+sys.path.append(str(PREP))  # its modules, for tests of single functions
 
 
 @pytest.fixture
