@@ -34,8 +34,10 @@ class Apt:
         self.lists = folder / "lists"
         for name in ("lists/partial", "cache/archives/partial"):
             (folder / name).mkdir(parents=True, exist_ok=True)
+        (folder / "status").touch()
         options = {
             "Dir::State": folder,
+            "Dir::State::Status": folder / "status",  # nothing is installed: only what is offered counts
             "Dir::State::Lists": self.lists,
             "Dir::Cache": folder / "cache",
             "Dir::Cache::pkgcache": "pkgcache.bin",

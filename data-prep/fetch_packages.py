@@ -35,6 +35,8 @@ def main() -> None:
     )
     parser.add_argument("--refresh", action="store_true", help="get the package indexes anew")
     args = parser.parse_args()
+    if args.lang:
+        language(args.lang)  # known, or an error
     fetch(args)
 
 
@@ -45,13 +47,15 @@ def wanted(args: argparse.Namespace) -> Iterator[tuple[int, str]]:
         cells = line.split()
         if not cells or line.startswith("#"):
             continue
+        if len(cells) < (3 if args.lang else 2):
+            raise DataError(
+                f"{args.list}:{number}: {len(cells)} columns; the file's first lines say its form"
+            )
+        tier, name = cells[0], cells[2 if args.lang else 1]
         if args.lang:
-            tier, languages, name, *_ = cells
-            if languages != "*" and args.lang not in languages.split(","):
+            if cells[1] != "*" and args.lang not in cells[1].split(","):
                 continue
             name = name.replace("{lang}", language(args.lang).in_packages)
-        else:
-            tier, name, *_ = cells
         if tier in args.tiers and name not in seen and not {name, *name.split("|")} & set(args.without):
             seen.add(name)
             yield number, name
