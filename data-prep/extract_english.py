@@ -28,7 +28,7 @@ from formats.manpage import read_manpage
 from formats.markup import read_docbook, read_html
 from formats.plain import read_glosses, read_pod, read_text
 from parallel import in_order
-from textio import DataError, atomic_writers, normalize, read_lines, run, write_bytes
+from textio import DataError, atomic_writers, in_chunks, normalize, read_lines, run, write_bytes
 
 File = tuple[str, str, Any]  # source, reader, and what that reads: a path, or texts
 STANDARD_LIBRARY = "python"
@@ -43,7 +43,8 @@ READERS: dict[str, Callable[[Any], Iterable[str]]] = {
     "docstrings": read_docstrings,
 }
 WORD = re.compile(r"[A-Za-z][a-z'’-]*[.,;:!?)]*")
-LEAST_WORDS, MOST_WORDS = 6, 400
+LEAST_WORDS, MOST_WORDS = 6, 400  # of a paragraph
+MOST_PARAGRAPHS = 500  # of a document; a longer file (a dictionary, say) becomes several
 
 
 def main() -> None:
@@ -79,11 +80,11 @@ def extract(args: argparse.Namespace) -> None:
             counts["not prose"] += refused
             new = [text for text in prose if seen.add(digest(re.sub(r"[\W\d_]+", "", text.casefold())))]
             counts["duplicate"] += len(prose) - len(new)
-            if new:
-                words = sum(len(text.split()) for text in new)
-                counts.update({"documents": 1, "paragraphs": len(new)})
-                counts.update({"words": words, f"{source} words": words})
-                output.write("\n".join(new) + "\n\n")
+            counts["paragraphs"] += len(new)
+            for part in in_chunks(new, MOST_PARAGRAPHS):
+                counts.update(documents=1, words=(words := sum(len(text.split()) for text in part)))
+                counts[f"{source} words"] += words
+                output.write("\n".join(part) + "\n\n")
         if not counts["documents"]:
             raise DataError("no English prose found; give --modules or --list")
     sources = [*(module.describe() for module in modules), *(packages.entries if packages else ())]

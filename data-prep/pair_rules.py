@@ -13,6 +13,7 @@ Pair = tuple[str, str]
 
 ACCELERATOR_IN_BRACKETS = re.compile(r"\s*[(（][_&~]\w[)）]")  # as Chinese puts it after the label
 CONTEXT = re.compile(r"^[\w .()-]{1,60}\^(?=\S)|^(?:[A-Za-z ]+\|)+(?=\S)")  # Wesnoth's, and old GTK's
+BREAK = re.compile(r"</?(?:para|p|br|nl|li|item|title)\b[^<>]*>")
 TAG = re.compile(r"</?[A-Za-z][^<>]{0,200}>")
 LEADING_MARKS = re.compile(r"^[-*•·.:,;|>\s]+(?=\w)")
 PLACEHOLDER = re.compile(
@@ -74,7 +75,7 @@ def clean(source: str, target: str) -> Pair:
 def _clean_side(text: str) -> str:
     text = re.sub(r"%[<>]", "'", text)  # GCC's quotes
     text = CONTEXT.sub("", ACCELERATOR_IN_BRACKETS.sub("", text))
-    return re.sub(r"\\[nt]", " ", TAG.sub("", html.unescape(text)))
+    return re.sub(r"\\[nt]", " ", TAG.sub("", BREAK.sub(" ", html.unescape(text))))
 
 
 def _drop_accelerators(sides: list[str], mark: str) -> list[str]:

@@ -20,6 +20,7 @@ from textio import DataError
         ("AT&T client", "Klient für AT&T", ("AT&T client", "Klient für AT&T")),
         ("%(a_b)s _saved", "%(a_b)s gesichert", ("%(a_b)s _saved", "%(a_b)s gesichert")),
         ("<b>Bold</b> &amp; done\\n", "<b>Fett</b> &amp; fertig", ("Bold & done", "Fett & fertig")),
+        ("<para>One.</para><para>Two.</para>", "Eins.<br/>Zwei.", ("One. Two.", "Eins. Zwei.")),
         ("female^I am here", "female^Ich bin hier", ("I am here", "Ich bin hier")),
         ("Stock label|Close", "Schließen", ("Close", "Schließen")),
         ("use of %<%T%>", "Benutzung von %<%T%>", ("use of '%T'", "Benutzung von '%T'")),
