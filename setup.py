@@ -41,6 +41,7 @@ setup(
         "bitarray<3",
         "fairscale>=0.4.13",
         "hydra-core>=1.3",
+        "lxml",
         "matplotlib",
         "numpy",
         "omegaconf>=2.3",

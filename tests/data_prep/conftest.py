@@ -9,7 +9,9 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))  # for prep_scripts.py and stand_ins.py
 
-from prep_scripts import PREPROCESS, Scripts
+from prep_scripts import PREP, PREPROCESS, Scripts
+
+sys.path.append(str(PREP))  # its modules, for tests of single functions
 
 
 @pytest.fixture

@@ -1,0 +1,66 @@
+#!/usr/bin/env bash
+# English and another language from Debian or Ubuntu packages: message catalogues, manual pages, help pages,
+# manuals and package descriptions. Needs the system's package sources, no root; nothing is installed.
+#
+#   bash data-prep/prepare_packages_mt.sh de|ru|uk|he|zh [--full] [OUT]     default OUT: data/packages-en-LANG[-full]
+#   VOCAB_SIZE=8000 VALID=1000 TEST=2000             pieces in both languages, about so many held-out pairs
+#   WITHOUT="name ..."                               packages to leave out (packages/mt.txt names them all)
+#   PACKAGES=data/packages                           where they are unpacked, shared by all corpora
+#   REFRESH=1                                        get the package indexes anew, so newer versions
+#   WORKERS=2                                        processes (default: all cores)
+#
+# MEASURED
+set -euo pipefail
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+PREP=$ROOT/data-prep
+. "$PREP/steps.sh"
+. "$PREP/mt_pipeline.sh"
+
+usage="usage: bash data-prep/prepare_packages_mt.sh de|ru|uk|he|zh [--full] [OUT]"
+case ${1:-} in de | ru | uk | he | zh) LANG_CODE=$1 ;; *)
+  echo "$usage; got '${1:-}'" >&2
+  exit 2 ;;
+esac
+shift
+TIERS=(core) SUFFIX=
+if [ "${1:-}" = --full ]; then
+  TIERS=(core full) SUFFIX=-full
+  shift
+fi
+case ${1:-} in -*) echo "$usage; got '$1'" >&2; exit 2 ;; esac
+OUT=${1:-$ROOT/data/packages-en-$LANG_CODE$SUFFIX}
+PACKAGES=${PACKAGES:-$ROOT/data/packages}
+VOCAB_SIZE=${VOCAB_SIZE:-8000}
+VALID=${VALID:-1000} TEST=${TEST:-2000}
+STEPS_DIR=$OUT/.steps
+STEP_PREFIX="[packages en-$LANG_CODE${SUFFIX/-/ }]"
+export OMP_NUM_THREADS=1
+find_tools sentencepiece babel lxml
+CLEAN=()
+if [ "$LANG_CODE" = zh ]; then
+  CLEAN=(--target-chars 0.33)
+  CHARACTER_COVERAGE=${CHARACTER_COVERAGE:-0.9995}
+fi
+mt_begin en "$LANG_CODE"
+
+# Get. Not a step: it looks for itself what is there, and leaves what it would not change.
+read -ra without <<<"${WITHOUT:-}"
+"$PYTHON" "$PREP/fetch_packages.py" --list "$PREP/packages/mt.txt" --tiers "${TIERS[@]}" --lang "$LANG_CODE" --task mt \
+  --folder "$PACKAGES" --sources-out "$OUT/sources.json" --without ${without[@]+"${without[@]}"} \
+  ${REFRESH:+--refresh} --counts "$C/fetch.json"
+code=("$PREP"/formats/*.py "$PREP"/{languages,pair_rules,parallel_sources}.py)
+step extract "$OUT/sources.json" "${code[@]}" -- "$R/pairs.tsv" "$C/extract.json" -- \
+  "$PYTHON" "$PREP/extract_pairs.py" --sources "$OUT/sources.json" --folder "$PACKAGES" --lang "$LANG_CODE" \
+  --output "$R/pairs.tsv" --counts "$C/extract.json" --workers "$WORKERS"
+step split "$R/pairs.tsv" "$PREP"/{near_duplicates,pair_rules}.py -- \
+  "$R/split".{train,valid,test}.{en,"$LANG_CODE"} "$C/split.json" -- \
+  "$PYTHON" "$PREP/split_pairs.py" --input "$R/pairs.tsv" --lang "$LANG_CODE" --out-prefix "$R/split" \
+  --valid "$VALID" --test "$TEST" --counts "$C/split.json" --workers "$WORKERS"
+
+mt_heldout valid "$R/split.valid"
+mt_heldout test "$R/split.test"
+mt_train "$R/split.train"
+mt_finish
+SETTINGS="tiers=$(IFS=,; echo "${TIERS[*]}") valid=$VALID test=$TEST without=$(IFS=,; echo "${without[*]-}")"
+mt_manifest "$OUT/sources.json" mt "English-$LANG_CODE: messages, manuals and descriptions from Debian packages" \
+  babel lxml sentencepiece fairseq
