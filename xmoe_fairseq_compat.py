@@ -305,6 +305,20 @@ def _copy_checkpoints_whole(module: Any) -> None:
     module.PathManager = PathManager
 
 
+@_mend("fairseq.models.ema.ema")
+def _average_floats_only(module: Any) -> None:
+    """--store-ema averages every entry of a state dict, tables of whole numbers too, which torch refuses."""
+    plain_init = module.EMA.__init__
+
+    def init(self: Any, model: Any, *args: Any, **kwargs: Any) -> None:
+        plain_init(self, model, *args, **kwargs)
+        entries = model.state_dict().items()
+        whole_numbers = {name for name, value in entries if not value.dtype.is_floating_point}
+        self.skip_keys = {*self.skip_keys, *whole_numbers}
+
+    module.EMA.__init__ = init
+
+
 @_mend("fairseq.modules.transformer_layer", when=lambda: _has("torch", 2))
 def _no_encoder_fast_path(module: Any) -> None:
     """In evaluation the encoder layer calls a private torch operation whose arguments changed in torch 2."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from xmoe_fairseq.moe import MoELayer, ThresholdRouter, TopKRouter
+from xmoe_fairseq.moe import ExpertChoiceRouter, HashRouter, MoELayer, ThresholdRouter, TopKRouter
 
 
 @dataclass
@@ -18,19 +18,20 @@ class Expected:
     margin: float  # distance to the closest decision that rounding could flip
 
 
-def reference_layer(layer: MoELayer, x_TD: Tensor) -> Expected:
+def reference_layer(layer: MoELayer, x_TD: Tensor, ids_T: Tensor | None = None) -> Expected:
     """What `layer` must compute for non-padding tokens; differentiable with respect to x and parameters."""
-    experts = layer.experts
-    num_tokens, num_experts = x_TD.size(0), experts.fc1_weight.size(0)
+    router, num_tokens, num_experts = layer.router, x_TD.size(0), layer.num_experts
     dtype = torch.promote_types(x_TD.dtype, torch.float32)
-    probs = [
-        torch.softmax(layer.router.weight.to(dtype) @ x_TD[t].to(dtype), dim=0) for t in range(num_tokens)
-    ]
-    choices, margins = [], [math.inf]
-    for p in probs:
-        chosen, margin = choose(layer, p.tolist())
-        choices.append(chosen)
-        margins.append(margin)
+    if isinstance(router, HashRouter):
+        choices, margin = [[int(router.table_V[i])] for i in ids_T], math.inf
+        probs = [torch.eye(num_experts, dtype=dtype)[e] for (e,) in choices]
+    else:
+        probs = [torch.softmax(router.weight.to(dtype) @ x_TD[t].to(dtype), dim=0) for t in range(num_tokens)]
+        if isinstance(router, ExpertChoiceRouter):
+            choices, margin = chosen_by_experts(router, [p.tolist() for p in probs])
+        else:
+            chosen = [choose(layer, p.tolist()) for p in probs]
+            choices, margin = [c for c, _ in chosen], min([math.inf, *(m for _, m in chosen)])
     kept = keep(layer, choices, [p.tolist() for p in probs], num_experts)
     y, weights = [], []
     for t in range(num_tokens):
@@ -44,9 +45,11 @@ def reference_layer(layer: MoELayer, x_TD: Tensor) -> Expected:
     return Expected(
         y_TD=torch.stack(y) if y else x_TD,
         weights_TE=torch.stack(weights) if y else x_TD.new_zeros(0, num_experts),
-        load_balance_loss=load_balance(probs, [chosen[0] for chosen in choices], num_experts),
+        load_balance_loss=torch.zeros(())
+        if isinstance(router, HashRouter | ExpertChoiceRouter)
+        else load_balance(probs, [chosen[0] for chosen in choices], num_experts),
         wanted=sum(len(chosen) for chosen in choices),
-        margin=min(margins),
+        margin=margin,
     )
 
 
@@ -66,6 +69,20 @@ def choose(layer: MoELayer, p: list[float]) -> tuple[list[int], float]:
         chosen.append(e)
         mass += p[e]
     return chosen[: router.max_experts_per_token or None], margin
+
+
+def chosen_by_experts(router: ExpertChoiceRouter, p: list[list[float]]) -> tuple[list[list[int]], float]:
+    """Each token's experts when every expert takes its best tokens, and how close the closest call was."""
+    takes = math.ceil(len(p) * router.experts_per_token / router.num_experts)
+    choices: list[list[int]] = [[] for _ in p]
+    margin = math.inf
+    for e in range(router.num_experts):
+        order = sorted(range(len(p)), key=lambda t: (-p[t][e], t))
+        for t in order[:takes]:
+            choices[t].append(e)
+        if takes < len(p):
+            margin = min(margin, p[order[takes - 1]][e] - p[order[takes]][e])
+    return choices, margin
 
 
 def keep(

@@ -7,7 +7,9 @@ from typing import Any
 
 from fairseq.dataclass import FairseqDataclass
 
-ROUTERS = ("threshold", "topk", "base")
+ROUTERS = ("threshold", "topk", "hash", "base", "expert_choice", "gshard")
+HASH_TABLES = ("balanced", "random")
+OWN_CAPACITY = ("expert_choice", "gshard")  # routers whose method includes a capacity
 
 
 def _flag(default: Any, text: str) -> Any:
@@ -22,8 +24,9 @@ class MoEConfig(FairseqDataclass):
     no_moe_encoder: bool = _flag(False, "keep the encoder dense")
     no_moe_decoder: bool = _flag(False, "keep the decoder dense")
     moe_router: str = _flag(
-        "threshold", "how a token chooses experts: threshold (XMoE), topk (k=1: Switch), base (BASE layers)"
-    )
+        "threshold", "how a token chooses experts: threshold (XMoE), topk (k=1: Switch), hash (by its id), "
+        "base (BASE layers), expert_choice (experts choose tokens; encoder only), gshard (fairscale's layer)"
+    )  # fmt: skip
     moe_num_experts: int = _flag(32, "number of experts E in an MoE layer, after the split")
     moe_ffn_split: int = _flag(4, "s: an expert is 1/s as wide as the dense FFN (--*-ffn-embed-dim / s)")
     moe_threshold: float = _flag(
@@ -31,8 +34,13 @@ class MoEConfig(FairseqDataclass):
         "0 = one expert, 1 = all"
     )  # fmt: skip
     moe_topk: int = _flag(
-        0, "topk router: experts per token; 0 = --moe-ffn-split, the FLOPs of the dense FFN"
-    )
+        0, "topk router: experts per token, expert_choice router: the same on average (its paper's capacity "
+        "factor); 0 = --moe-ffn-split, the FLOPs of the dense FFN"
+    )  # fmt: skip
+    moe_hash_table: str = _flag(
+        "balanced", "hash router: balanced (frequent tokens to the least loaded expert, by the dictionary's "
+        "counts) or random"
+    )  # fmt: skip
     moe_max_experts_per_token: int = _flag(
         -1, "threshold router: keep only a token's first choices; 0 = no limit, "
         "-1 = 2 x --moe-ffn-split, so never more than twice the dense FFN"
@@ -87,6 +95,7 @@ def read_moe_config(model_cfg: Any, sides: tuple[str, ...]) -> MoEConfig:
     for name, (rule, holds) in _RULES.items():
         if not holds(config):
             raise ValueError(f"{flag(name)} {rule}, got {getattr(config, name)}")
+    _check_router(config)
     for side in sides:
         if config.has_experts(side):
             _check_side(config, side, model_cfg)
@@ -117,8 +126,12 @@ _RULES: dict[str, tuple[str, Callable[[MoEConfig], bool]]] = {
     "moe_ffn_split": ("must be at least 1", lambda c: c.moe_ffn_split >= 1),
     "moe_threshold": ("must be in [0, 1]", lambda c: 0 <= c.moe_threshold <= 1),
     "moe_topk": (
-        "must be 0 (= --moe-ffn-split) or more, and only the topk router takes it (--moe-router topk)",
-        lambda c: c.moe_topk >= 0 and (c.moe_topk == 0 or c.moe_router == "topk"),
+        "must be 0 (= --moe-ffn-split) or more, and only --moe-router topk and expert_choice take it",
+        lambda c: c.moe_topk >= 0 and (c.moe_topk == 0 or c.moe_router in ("topk", "expert_choice")),
+    ),
+    "moe_hash_table": (
+        f"must be one of {', '.join(HASH_TABLES)}",
+        lambda c: c.moe_hash_table in HASH_TABLES,
     ),
     "moe_max_experts_per_token": (
         "must be -1 (= 2 x --moe-ffn-split), 0 (no limit) or more",
@@ -158,6 +171,20 @@ def expert_parallel_size(config: MoEConfig, world_size: int) -> int:
     return size
 
 
+def _check_router(config: MoEConfig) -> None:
+    """What the routers of other methods cannot be combined with."""
+    router = config.moe_router
+    for name in ("moe_capacity_factor", "moe_eval_capacity_factor"):
+        if router in OWN_CAPACITY and getattr(config, name):
+            rule = f"must be 0 with --moe-router {router}, which has a capacity of its own"
+            raise ValueError(f"{flag(name)} {rule}, got {getattr(config, name)}")
+    if router == "gshard" and config.moe_expert_parallel_size != 1:
+        rule = "must be 1 with --moe-router gshard (fairscale exchanges equal numbers of tokens only)"
+        raise ValueError(f"--moe-expert-parallel-size {rule}, got {config.moe_expert_parallel_size}")
+    if router == "gshard" and config.moe_num_experts < 2:
+        raise ValueError("--moe-num-experts must be at least 2 with --moe-router gshard, got 1")
+
+
 def _check_side(config: MoEConfig, side: str, model_cfg: Any) -> None:
     """Rules between the MoE flags and fairseq's own, for one side that has MoE layers."""
 
@@ -171,7 +198,12 @@ def _check_side(config: MoEConfig, side: str, model_cfg: Any) -> None:
     if config.moe_freq > num_layers:
         rule = f"must be at most --{side}-layers {num_layers} (0 = dense)"
         raise ValueError(f"--moe-freq {rule}, got {config.moe_freq}")
-    if config.moe_router == "topk" and config.k > config.moe_num_experts:
+    if config.moe_router == "expert_choice" and side == "decoder":
+        raise ValueError(
+            "--moe-router expert_choice cannot be used in a decoder: its experts choose among all tokens, so "
+            "a token would depend on later ones; add --no-moe-decoder or take another router"
+        )
+    if config.moe_router in ("topk", "expert_choice") and config.k > config.moe_num_experts:
         rule = f"must be at most --moe-num-experts {config.moe_num_experts}"
         raise ValueError(f"--moe-topk (default: --moe-ffn-split) {rule}, got {config.k}")
     for name in ("scale_fc", "quant_noise_pq", "quant_noise_scalar", "base_layers", f"{side}_layers_to_keep"):

@@ -7,14 +7,26 @@ from typing import Any
 
 import torch
 from fairseq import utils
+from fairseq.data import Dictionary
 from fairseq.models.transformer import TransformerConfig
 from fairseq.modules.transformer_layer import TransformerDecoderLayerBase, TransformerEncoderLayerBase
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from xmoe_fairseq.config import MoEConfig
-from xmoe_fairseq.moe import BaseRouter, MoELayer, Router, ThresholdRouter, TopKRouter
+from xmoe_fairseq.moe import (
+    BaseRouter,
+    ExpertChoiceRouter,
+    HashRouter,
+    MoELayer,
+    Router,
+    ThresholdRouter,
+    TopKRouter,
+    balanced_table,
+    random_table,
+)
 from xmoe_fairseq.parallel import ExpertParallel, expert_parallel, spread_experts
+from xmoe_fairseq.token_ids import TokenIds
 
 
 def install_experts(model: nn.Module, config: MoEConfig, sides: tuple[str, ...]) -> None:
@@ -37,8 +49,9 @@ def install_moe_layers(
     """
     if not config.has_experts(side):
         return
+    ids = TokenIds(stack, side) if config.moe_router == "hash" else None
     for index in range(config.moe_freq - 1, len(stack.layers), config.moe_freq):
-        moe = build_moe(stack.cfg, config, side, parallel, name=f"{side}.layers.{index}")
+        moe = build_moe(stack, config, side, parallel, name=f"{side}.layers.{index}")
         layer: nn.Module
         if side == "encoder":
             layer = MoEEncoderLayer(stack.cfg, moe)
@@ -46,36 +59,53 @@ def install_moe_layers(
             layer = MoEDecoderLayer(stack.cfg, moe, no_encoder_attn=stack.layers[index].encoder_attn is None)
         if stack.cfg.checkpoint_activations:
             checkpoint_activations(layer, offload_to_cpu=stack.cfg.offload_activations)
+        if ids:
+            ids.hand_to(layer)
         stack.layers[index] = layer
 
 
 def build_moe(
-    cfg: TransformerConfig, config: MoEConfig, side: str, parallel: ExpertParallel | None, name: str
+    stack: nn.Module, config: MoEConfig, side: str, parallel: ExpertParallel | None, name: str
 ) -> MoELayer:
-    sizes = getattr(cfg, side)
+    cfg: TransformerConfig = stack.cfg
+    model_dim, ffn_dim = getattr(cfg, side).embed_dim, getattr(cfg, side).ffn_embed_dim
+    common = {
+        "model_dim": model_dim,
+        "expert_dim": ffn_dim // config.moe_ffn_split,
+        "num_experts": config.moe_num_experts,
+        "activation": utils.get_activation_fn(cfg.activation_fn),
+        "activation_dropout": float(cfg.activation_dropout or cfg.relu_dropout or 0.0),
+        "dense_ffn_dim": ffn_dim,
+        "name": name,
+    }
+    if config.moe_router == "gshard":
+        from xmoe_fairseq.moe.gshard import GShardLayer  # fairscale's imports take a second
+
+        return GShardLayer(**common)
     return MoELayer(
-        model_dim=sizes.embed_dim,
-        expert_dim=sizes.ffn_embed_dim // config.moe_ffn_split,
-        num_experts=config.moe_num_experts,
-        router=build_router(sizes.embed_dim, config),
+        **common,
+        router=build_router(model_dim, config, stack.dictionary),
         capacity_factor=config.moe_capacity_factor,
         eval_capacity_factor=config.moe_eval_capacity_factor,
         min_capacity=config.moe_min_capacity,
-        activation=utils.get_activation_fn(cfg.activation_fn),
-        activation_dropout=float(cfg.activation_dropout or cfg.relu_dropout or 0.0),
-        dense_ffn_dim=sizes.ffn_embed_dim,
-        name=name,
         expert_parallel_group=parallel and parallel.expert_group,
     )
 
 
-def build_router(model_dim: int, config: MoEConfig) -> Router:
-    num_experts = config.moe_num_experts
-    if config.moe_router == "threshold":
-        return ThresholdRouter(model_dim, num_experts, config.moe_threshold, config.experts_per_token_limit)
-    if config.moe_router == "topk":
-        return TopKRouter(model_dim, num_experts, config.k)
-    return BaseRouter(model_dim, num_experts)
+def build_router(model_dim: int, config: MoEConfig, dictionary: Dictionary) -> Router | HashRouter:
+    sizes = (model_dim, config.moe_num_experts)
+    match config.moe_router:
+        case "threshold":
+            return ThresholdRouter(*sizes, config.moe_threshold, config.experts_per_token_limit)
+        case "topk":
+            return TopKRouter(*sizes, config.k)
+        case "expert_choice":
+            return ExpertChoiceRouter(*sizes, config.k)
+        case "hash" if config.moe_hash_table == "random":
+            return HashRouter(*sizes, random_table(len(dictionary), config.moe_num_experts))
+        case "hash":
+            return HashRouter(*sizes, balanced_table(dictionary.count, config.moe_num_experts))
+    return BaseRouter(*sizes)
 
 
 def checkpoint_activations(layer: nn.Module, offload_to_cpu: bool) -> None:
@@ -103,11 +133,15 @@ class _MoEFeedForward:
         self.fc1 = self.feed_forward
         self.fc2 = self.activation_fn = self.activation_dropout_module = nn.Identity()
         self._padding_mask: Tensor | None = None
+        self._token_ids: Tensor | None = None
 
     def feed_forward(self, x: Tensor) -> Tensor:
         """x: (length, batch, D)."""
         mask, self._padding_mask = self._padding_mask, None
-        y, _ = self.moe(x, None if mask is None else mask.transpose(0, 1))
+        ids, self._token_ids = self._token_ids, None
+        if ids is not None:
+            ids = ids[:, -x.size(0) :].transpose(0, 1)  # in incremental decoding x is the last token alone
+        y, _ = self.moe(x, None if mask is None else mask.transpose(0, 1), ids)
         return y
 
 
@@ -123,8 +157,14 @@ class MoEEncoderLayer(_MoEFeedForward, TransformerEncoderLayerBase):
             delattr(self, f"{module}_bias")
         self.can_use_fastpath = False
 
-    def forward(self, x: Tensor, encoder_padding_mask: Tensor | None, attn_mask: Tensor | None = None) -> Any:
-        self._padding_mask = encoder_padding_mask
+    def forward(
+        self,
+        x: Tensor,
+        encoder_padding_mask: Tensor | None,
+        attn_mask: Tensor | None = None,
+        token_ids: Tensor | None = None,
+    ) -> Any:
+        self._padding_mask, self._token_ids = encoder_padding_mask, token_ids
         return super().forward(x, encoder_padding_mask, attn_mask)
 
     def _load_from_state_dict(self, *args: Any) -> None:
@@ -139,6 +179,6 @@ class MoEDecoderLayer(_MoEFeedForward, TransformerDecoderLayerBase):
         super().__init__(cfg, no_encoder_attn)
         self.replace_ffn(moe)
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        self._padding_mask = kwargs.get("self_attn_padding_mask")
+    def forward(self, x: Tensor, *args: Any, token_ids: Tensor | None = None, **kwargs: Any) -> Any:
+        self._padding_mask, self._token_ids = kwargs.get("self_attn_padding_mask"), token_ids
         return super().forward(x, *args, **kwargs)

@@ -20,11 +20,14 @@ import torch.distributed as dist
 from fairseq import checkpoint_utils, options
 from fairseq.data import LanguagePairDataset, TokenBlockDataset, data_utils
 from fairseq.dataclass import FairseqDataclass
+from fairseq.dataclass.configs import EMAConfig
 from fairseq.distributed import utils as distributed_utils
 from fairseq.models import distributed_fairseq_model
+from fairseq.models.ema.ema import EMA
 from fairseq.models.transformer import TransformerConfig
 from fairseq.modules.dynamic_crf_layer import DynamicCRF
 from fairseq.modules.transformer_layer import TransformerEncoderLayerBase
+from torch import nn
 
 import xmoe_fairseq_compat as compat
 
@@ -48,6 +51,17 @@ def encoder_layer() -> TransformerEncoderLayerBase:
 def test_start_up_imports_no_library() -> None:
     seen = "import sys; print([m for m in ('fairseq', 'numpy', 'torch', 'xmoe_fairseq') if m in sys.modules])"
     assert subprocess.check_output([sys.executable, "-c", seen], text=True).strip() == "[]"
+
+
+def test_ema_averages_floats_and_copies_whole_numbers() -> None:
+    model = nn.BatchNorm1d(2)  # counts its batches
+    ema = EMA(model, EMAConfig(ema_decay=0.5))
+    with torch.no_grad():
+        model.weight.fill_(3.0)
+        model.num_batches_tracked.fill_(7)
+    ema.step(model)
+    assert ema.get_model().weight.tolist() == [2.0, 2.0]
+    assert ema.get_model().num_batches_tracked == 7
 
 
 def test_active_once_however_often_it_is_loaded() -> None:

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from reference import reference_layer
 from torch.testing import assert_close
 
-from xmoe_fairseq.moe import MoELayer, Router, ThresholdRouter, TopKRouter
+from xmoe_fairseq.moe import ExpertChoiceRouter, HashRouter, MoELayer, Router, ThresholdRouter, TopKRouter
 
 
 def layer_of(
@@ -32,9 +32,11 @@ def layer_of(
     )
 
 
-def check_against_oracle(layer: MoELayer, x: torch.Tensor, tolerance: float = 1e-5) -> None:
-    expected = reference_layer(layer, x)
-    y, routing = layer(x)
+def check_against_oracle(
+    layer: MoELayer, x: torch.Tensor, tolerance: float = 1e-5, ids: torch.Tensor | None = None
+) -> None:
+    expected = reference_layer(layer, x, ids)
+    y, routing = layer(x, token_ids=ids)
     assert_close(y, expected.y_TD.to(y.dtype), rtol=tolerance, atol=tolerance)
     assert_close(routing.combine_weights(), expected.weights_TE, rtol=tolerance, atol=tolerance)
     assert_close(
@@ -88,6 +90,28 @@ def test_random_layers(
     )
     x = torch.randn(num_tokens, model_dim, requires_grad=True)
     assume(reference_layer(layer.train(training), x).margin > 1e-5)  # rounding may flip a closer decision
+    check_against_oracle(layer, x)
+
+
+@pytest.mark.parametrize("capacity_factor", [0.0, 0.7])
+def test_hash(capacity_factor: float) -> None:
+    layer = MoELayer(8, 5, 4, HashRouter(8, 4, torch.randint(4, (30,))), capacity_factor, min_capacity=1)
+    x, ids = torch.randn(20, 8, requires_grad=True), torch.randint(30, (20,))
+    check_against_oracle(layer, x, ids=ids)
+
+
+@given(
+    num_tokens=st.integers(0, 24),
+    num_experts=st.integers(1, 9),
+    per_token=st.sampled_from([0.5, 1, 2.3, 4]),
+    seed=st.integers(0, 2**16),
+)
+@settings(max_examples=30, deadline=None)
+def test_expert_choice(num_tokens: int, num_experts: int, per_token: float, seed: int) -> None:
+    torch.manual_seed(seed)
+    layer = layer_of(ExpertChoiceRouter(6, num_experts, min(per_token, num_experts)), 4, logit_scale=3.0)
+    x = torch.randn(num_tokens, 6, requires_grad=True)
+    assume(reference_layer(layer, x).margin > 1e-5)
     check_against_oracle(layer, x)
 
 

@@ -18,7 +18,10 @@ from xmoe_fairseq.models.translation import XMoETransformerConfig, XMoETransform
 BAD = [
     ({"moe_freq": -1}, "--moe-freq must be 0 (dense) or more, got -1"),
     ({"moe_freq": 4}, "--moe-freq must be at most --decoder-layers 3 (0 = dense), got 4"),
-    ({"moe_router": "best"}, "--moe-router must be one of threshold, topk, base, got best"),
+    (
+        {"moe_router": "best"},
+        "--moe-router must be one of threshold, topk, hash, base, expert_choice, gshard, got best",
+    ),
     ({"moe_num_experts": 0}, "--moe-num-experts must be at least 1, got 0"),
     ({"moe_num_experts": 2.5}, "--moe-num-experts must be of type int, got 2.5"),
     ({"moe_ffn_split": 0}, "--moe-ffn-split must be at least 1, got 0"),
@@ -26,9 +29,30 @@ BAD = [
     ({"moe_threshold": 1.01}, "--moe-threshold must be in [0, 1], got 1.01"),
     ({"moe_threshold": float("nan")}, "--moe-threshold must be in [0, 1], got nan"),
     ({"moe_threshold": "0.5"}, "--moe-threshold must be of type float, got '0.5'"),
-    ({"moe_topk": 2}, "only the topk router takes it (--moe-router topk), got 2"),
+    ({"moe_topk": 2}, "only --moe-router topk and expert_choice take it, got 2"),
     ({"moe_router": "topk", "moe_topk": 9}, "must be at most --moe-num-experts 8, got 9"),
     ({"moe_router": "topk", "moe_topk": -1}, "--moe-topk must be 0 (= --moe-ffn-split) or more"),
+    ({"moe_hash_table": "perfect"}, "--moe-hash-table must be one of balanced, random, got perfect"),
+    (
+        {"moe_router": "expert_choice"},
+        "--moe-router expert_choice cannot be used in a decoder: its experts choose among all tokens",
+    ),
+    (
+        {"moe_router": "expert_choice", "moe_capacity_factor": 1.0},
+        "--moe-capacity-factor must be 0 with --moe-router expert_choice, which has a capacity of its own",
+    ),
+    (
+        {"moe_router": "gshard", "moe_eval_capacity_factor": 2.0},
+        "--moe-eval-capacity-factor must be 0 with --moe-router gshard, which has a capacity of its own",
+    ),
+    (
+        {"moe_router": "gshard", "moe_expert_parallel_size": -1},
+        "--moe-expert-parallel-size must be 1 with --moe-router gshard (fairscale",
+    ),
+    (
+        {"moe_router": "gshard", "moe_num_experts": 1},
+        "--moe-num-experts must be at least 2 with --moe-router gshard, got 1",
+    ),
     ({"moe_max_experts_per_token": -2}, "--moe-max-experts-per-token must be -1 (= 2 x --moe-ffn-split), 0"),
     ({"moe_capacity_factor": -0.5}, "--moe-capacity-factor must be 0 (dropless) or more, got -0.5"),
     (
@@ -59,7 +83,10 @@ def test_a_bad_value_is_refused_with_one_line(flags: dict, message: str) -> None
 @pytest.mark.parametrize(
     "flags, message",
     [
-        ({"moe_router": "best"}, "--moe-router must be one of threshold, topk, base, got best"),
+        (
+            {"moe_router": "best"},
+            "--moe-router must be one of threshold, topk, hash, base, expert_choice, gshard, got best",
+        ),
         ({"moe_threshold": 1.5}, "--moe-threshold must be in [0, 1], got 1.5"),
     ],
 )
@@ -83,6 +110,15 @@ def test_each_side_is_checked_by_its_own_sizes() -> None:
     translation_model(
         encoder_ffn_embed_dim=50, decoder_ffn_embed_dim=48, moe_ffn_split=4, no_moe_encoder=True
     )
+
+
+def test_experts_may_choose_tokens_in_the_encoder() -> None:
+    with pytest.raises(ValueError, match="--moe-router expert_choice cannot be used in a decoder"):
+        translation_model(moe_router="expert_choice")
+    with pytest.raises(ValueError, match="must be at most --moe-num-experts 8, got 9"):
+        translation_model(moe_router="expert_choice", no_moe_decoder=True, moe_topk=9)
+    model = translation_model(moe_router="expert_choice", no_moe_decoder=True, moe_topk=3)
+    assert model.encoder.layers[1].moe.router.experts_per_token == 3
 
 
 def test_defaults() -> None:

@@ -75,7 +75,10 @@ def test_threshold_and_k_can_be_changed_at_evaluation(
     [
         ("{'moe_threshold': -0.1}", "--moe-threshold must be in [0, 1], got -0.1"),
         ("{'moe_threshold': 'high'}", "--moe-threshold must be of type float, got 'high'"),
-        ("{'moe_router': 'best'}", "--moe-router must be one of threshold, topk, base, got best"),
+        (
+            "{'moe_router': 'best'}",
+            "--moe-router must be one of threshold, topk, hash, base, expert_choice, gshard, got best",
+        ),
     ],
 )
 def test_overrides_are_checked(

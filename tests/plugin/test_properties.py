@@ -28,6 +28,7 @@ ROUTERS = [
     {"moe_threshold": 1.0, "moe_max_experts_per_token": 0},
     {"moe_router": "topk", "moe_topk": 2},
     {"moe_router": "base"},
+    {"moe_router": "hash", "moe_hash_table": "random"},
 ]
 router_cases = pytest.mark.parametrize("router", ROUTERS, ids=lambda r: "-".join(str(v) for v in r.values()))
 

@@ -77,13 +77,12 @@ def layer_flops(layer: MoELayer, stats: RoutingStats) -> dict[str, Tensor]:
 
     The authors count the experts only; the router is what the saving costs.
     """
-    _, expert_dim, model_dim = layer.experts.fc1_weight.shape
-    per_row = 4 * model_dim * expert_dim
-    router = stats.tokens * (2 * model_dim * layer.router.num_experts)
+    per_row = 4 * layer.model_dim * layer.expert_dim
+    router = stats.tokens * layer.router_flops
     return {
-        "flops": router + stats.rows_kept * per_row,
-        "flops_all_experts": router + stats.tokens * (layer.router.num_experts * per_row),
-        "flops_dense_ffn": stats.tokens * (4 * model_dim * layer.dense_ffn_dim),
+        "flops": router + layer.rows_computed(stats) * per_row,
+        "flops_all_experts": router + stats.tokens * (layer.num_experts * per_row),
+        "flops_dense_ffn": stats.tokens * (4 * layer.model_dim * layer.dense_ffn_dim),
     }
 
 

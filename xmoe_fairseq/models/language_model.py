@@ -1,7 +1,7 @@
 """xmoe_transformer_lm: fairseq's decoder-only Transformer with MoE layers."""
 
 from argparse import Namespace
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from fairseq.models import register_model, register_model_architecture
@@ -14,13 +14,18 @@ from fairseq.models.transformer_lm import (
 )
 
 from xmoe_fairseq.config import MoEConfig, read_moe_config
+from xmoe_fairseq.initial import draw_normal
 from xmoe_fairseq.model_config import complete_namespace
 from xmoe_fairseq.transformer_layers import install_experts
 
 
 @dataclass
 class XMoETransformerLanguageModelConfig(MoEConfig, TransformerLanguageModelConfig):
-    pass
+    init_std: float = field(
+        default=0.0,
+        metadata={"help": "draw all weights from a normal distribution of this width (the paper: 0.014); "
+                  "0 = as fairseq does"},
+    )  # fmt: skip
 
 
 @register_model("xmoe_transformer_lm", dataclass=XMoETransformerLanguageModelConfig)
@@ -32,8 +37,12 @@ class XMoETransformerLanguageModel(TransformerLanguageModel):
         """Raises ValueError, naming the flag, if the configuration breaks a rule."""
         args = complete_namespace(cfg, XMoETransformerLanguageModelConfig, task)
         config = read_moe_config(args, sides=("decoder",))
+        if not 0 <= args.init_std < float("inf"):
+            raise ValueError(f"--init-std must be 0 (as fairseq does) or more, got {args.init_std}")
         model = super().build_model(args, task)
         install_experts(model, config, sides=("decoder",))
+        if args.init_std:
+            draw_normal(model, args.init_std)
         return model
 
 

@@ -3,20 +3,27 @@
 Nothing in here knows fairseq. Start reading at `layer.py`.
 """
 
+from xmoe_fairseq.moe.base_router import BaseRouter
+from xmoe_fairseq.moe.expert_choice import ExpertChoiceRouter
 from xmoe_fairseq.moe.experts import Experts
+from xmoe_fairseq.moe.hash_router import HashRouter, balanced_table, random_table
 from xmoe_fairseq.moe.layer import MoELayer, record_routing
-from xmoe_fairseq.moe.router import BaseRouter, Router, ThresholdRouter, TopKRouter
+from xmoe_fairseq.moe.router import Router, ThresholdRouter, TopKRouter
 from xmoe_fairseq.moe.routing import Routing
 from xmoe_fairseq.moe.stats import RoutingStats
 
 __all__ = [
     "BaseRouter",
+    "ExpertChoiceRouter",
     "Experts",
+    "HashRouter",
     "MoELayer",
     "Router",
     "Routing",
     "RoutingStats",
     "ThresholdRouter",
     "TopKRouter",
+    "balanced_table",
+    "random_table",
     "record_routing",
 ]

@@ -61,11 +61,14 @@ class Experts(nn.Module):
         self.fc2_bias = nn.Parameter(torch.empty(held, model_dim))
         self.reset_parameters()
 
-    def reset_parameters(self) -> None:
+    def reset_parameters(self, std: float = 0.0) -> None:
         """Draw every expert independently, as `nn.Linear` does, from a generator of its own.
 
         Expert e depends on torch's seed and on e alone, so a slice of the experts starts the same
         whoever holds it.
+
+        Args:
+            std: draw weights from N(0, std^2) instead, and set biases to 0.
         """
         base_seed = int(torch.randint(2**62, (1,), device="cpu"))
         bounds = [1 / math.sqrt(w.size(-1)) for w in (self.fc1_weight, self.fc2_weight)]
@@ -73,11 +76,14 @@ class Experts(nn.Module):
             for expert, (w1, b1, w2, b2) in enumerate(zip(*self.stacked(), strict=True), self.first):
                 generator = torch.Generator("cpu").manual_seed(base_seed + expert)
                 for parameter, bound in ((w1, bounds[0]), (b1, bounds[0]), (w2, bounds[1]), (b2, bounds[1])):
-                    parameter.copy_(
-                        torch.empty(parameter.shape, device="cpu").uniform_(
-                            -bound, bound, generator=generator
-                        )
-                    )
+                    drawn = torch.empty(parameter.shape, device="cpu")
+                    if not std:
+                        drawn.uniform_(-bound, bound, generator=generator)
+                    elif parameter.dim() > 1:
+                        drawn.normal_(0.0, std, generator=generator)
+                    else:
+                        drawn.zero_()
+                    parameter.copy_(drawn)
 
     def stacked(self) -> Stacks:
         return Stacks(self.fc1_weight, self.fc1_bias, self.fc2_weight, self.fc2_bias)

@@ -12,9 +12,11 @@ from xmoe_fairseq.moe.capacity import expert_capacity, keep_within_capacity
 from xmoe_fairseq.moe.dispatch import Dispatcher, LocalDispatcher
 from xmoe_fairseq.moe.expert_sums import Activation
 from xmoe_fairseq.moe.experts import Experts
+from xmoe_fairseq.moe.hash_router import HashRouter
 from xmoe_fairseq.moe.parallel_dispatch import ExpertParallelDispatcher
 from xmoe_fairseq.moe.router import Router
 from xmoe_fairseq.moe.routing import Routing
+from xmoe_fairseq.moe.stats import RoutingStats
 
 
 class MoELayer(nn.Module):
@@ -27,7 +29,7 @@ class MoELayer(nn.Module):
         model_dim: width D of a token.
         expert_dim: hidden width F of one expert.
         num_experts: number of experts E.
-        router: a Router for D and E.
+        router: for D and E.
         capacity_factor: in training an expert keeps at most ceil(T / E * capacity_factor) rows; 0 = all.
         eval_capacity_factor: the same in evaluation.
         min_capacity: an expert may always keep this many rows.
@@ -43,7 +45,7 @@ class MoELayer(nn.Module):
         model_dim: int,
         expert_dim: int,
         num_experts: int,
-        router: Router,
+        router: Router | HashRouter,
         capacity_factor: float = 0.0,
         eval_capacity_factor: float = 0.0,
         min_capacity: int = 4,
@@ -54,16 +56,16 @@ class MoELayer(nn.Module):
         expert_parallel_group: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__()
-        if tuple(router.weight.shape) != (num_experts, model_dim):
-            expected = (num_experts, model_dim)
-            raise ValueError(
-                f"router must be for (num_experts, model_dim) = {expected}, got {tuple(router.weight.shape)}"
-            )
+        given, expected = (router.num_experts, router.model_dim), (num_experts, model_dim)
+        if given != expected:
+            raise ValueError(f"router must be for (num_experts, model_dim) = {expected}, got {given}")
         if not all(value >= 0 for value in (capacity_factor, eval_capacity_factor, min_capacity)):  # nor NaN
             raise ValueError(
                 "capacity_factor, eval_capacity_factor and min_capacity must be 0 or more, "
                 f"got {capacity_factor}, {eval_capacity_factor}, {min_capacity}"
             )
+        self.model_dim, self.expert_dim, self.num_experts = model_dim, expert_dim, num_experts
+        self.router_flops = router.flops_per_token
         self.router = router
         self.dispatcher: Dispatcher = LocalDispatcher()
         part = (0, 1)
@@ -77,11 +79,14 @@ class MoELayer(nn.Module):
         self.dense_ffn_dim = dense_ffn_dim or expert_dim
         self.name = name
 
-    def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Routing]:
+    def forward(
+        self, x: Tensor, padding_mask: Tensor | None = None, token_ids: Tensor | None = None
+    ) -> tuple[Tensor, Routing]:
         """
         Args:
             x: (..., D) tokens.
             padding_mask: (...) bool, True = padding; None = no padding.
+            token_ids: (...) for a router that goes by them.
 
         Returns:
             y of x's shape and dtype, and the Routing of the non-padding tokens in row-major order.
@@ -90,8 +95,13 @@ class MoELayer(nn.Module):
             ValueError: shapes or mask type do not fit.
             FloatingPointError: a non-padding token holds NaN or inf.
         """
+        if token_ids is not None and token_ids.shape != x.shape[:-1]:
+            raise ValueError(
+                f"token_ids must be of shape {tuple(x.shape[:-1])}, got {tuple(token_ids.shape)}"
+            )
         if padding_mask is None:
-            y_TD, routing = self.forward_tokens(x.reshape(-1, x.size(-1)))
+            ids_T = None if token_ids is None else token_ids.reshape(-1)
+            y_TD, routing = self.forward_tokens(x.reshape(-1, x.size(-1)), ids_T)
             return y_TD.to(x.dtype).view(x.shape), routing
         if padding_mask.shape != x.shape[:-1] or padding_mask.dtype.is_floating_point:
             raise ValueError(
@@ -100,19 +110,20 @@ class MoELayer(nn.Module):
             )
         flat = x.reshape(-1, x.size(-1))
         (real_T,) = (~padding_mask.bool()).reshape(-1).nonzero(as_tuple=True)
-        y_TD, routing = self.forward_tokens(flat.index_select(0, real_T))
+        ids_T = None if token_ids is None else token_ids.reshape(-1).index_select(0, real_T)
+        y_TD, routing = self.forward_tokens(flat.index_select(0, real_T), ids_T)
         y = torch.zeros_like(flat).index_copy(0, real_T, y_TD.to(x.dtype))
         return y.view(x.shape), routing
 
-    def forward_tokens(self, x_TD: Tensor) -> tuple[Tensor, Routing]:
-        routing = self.limit(self.route(x_TD))
+    def forward_tokens(self, x_TD: Tensor, ids_T: Tensor | None = None) -> tuple[Tensor, Routing]:
+        routing = self.limit(self.route(x_TD, ids_T))
         x_SD, rows, way_back = self.dispatcher.dispatch(x_TD, routing)
         y_SD = self.experts(x_SD, rows)
         return self.dispatcher.combine(y_SD, way_back), routing
 
-    def route(self, x_TD: Tensor) -> Routing:
+    def route(self, x_TD: Tensor, ids_T: Tensor | None) -> Routing:
         try:
-            routing: Routing = self.router(x_TD)
+            routing: Routing = self.router(x_TD) if ids_T is None else self.router(x_TD, ids_T)
         except FloatingPointError as error:
             raise FloatingPointError(f"{self.name}: {error}") from None
         return routing
@@ -123,6 +134,10 @@ class MoELayer(nn.Module):
             return routing
         capacity = expert_capacity(routing.num_tokens, routing.num_experts, factor, self.min_capacity)
         return keep_within_capacity(routing, capacity)
+
+    def rows_computed(self, stats: RoutingStats) -> Tensor:
+        """Rows that the experts computed in a call with these statistics."""
+        return stats.rows_kept
 
     def extra_repr(self) -> str:
         return (

@@ -36,6 +36,14 @@ class Router(nn.Module):
     def num_experts(self) -> int:
         return self.weight.size(0)
 
+    @property
+    def model_dim(self) -> int:
+        return self.weight.size(1)
+
+    @property
+    def flops_per_token(self) -> int:
+        return 2 * self.weight.numel()
+
     def forward(self, x_TD: Tensor) -> Routing:
         """Route T non-padding tokens.
 
@@ -157,35 +165,3 @@ class TopKRouter(Router):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, k={self.k}"
-
-
-class BaseRouter(Router):
-    """BASE layers: one expert per token, weight sigmoid(score), no auxiliary loss.
-
-    In training tokens are assigned so that every expert gets ceil(T/E) at most and the sum of scores is
-    largest; in evaluation each token takes its best expert. Lewis et al. 2021, arXiv 2103.16716.
-    """
-
-    def choose(self, logits_TE: Tensor, probs_TE: Tensor) -> tuple[Tensor, Tensor]:
-        expert_T = balanced_assignment(logits_TE) if self.training else logits_TE.argmax(dim=-1)
-        return expert_T.unsqueeze(1), torch.ones_like(expert_T, dtype=torch.bool).unsqueeze(1)
-
-    def combine_weight(self, logits_TE: Tensor, probs_TE: Tensor) -> Tensor:
-        return torch.sigmoid(logits_TE)
-
-    def balance(self, probs_TE: Tensor, first_choice_T: Tensor) -> Tensor:
-        return probs_TE.sum() * 0.0
-
-
-def balanced_assignment(scores_TE: Tensor) -> Tensor:
-    """(T,) expert of each token: the assignment of largest total score with at most ceil(T/E) per expert.
-
-    Exact (scipy's linear sum assignment on the host), about cubic in T: for study, not for large batches.
-    """
-    from scipy.optimize import linear_sum_assignment  # only this router needs scipy
-
-    num_tokens, num_experts = scores_TE.shape
-    slots = -(-num_tokens // num_experts)
-    column_of_expert = scores_TE.cpu().double().numpy().repeat(slots, axis=1)  # column c is expert c // slots
-    _, column_T = linear_sum_assignment(column_of_expert, maximize=True)
-    return torch.as_tensor(column_T // max(slots, 1), device=scores_TE.device)

@@ -1,0 +1,19 @@
+"""Initial weights other than fairseq's."""
+
+from torch import nn
+
+from xmoe_fairseq.moe import Experts, Router
+
+
+def draw_normal(model: nn.Module, std: float) -> None:
+    """All weight matrices, embeddings, routers and experts from N(0, std^2), their biases 0; norms stay."""
+    for module in model.modules():
+        if isinstance(module, Experts):
+            module.reset_parameters(std)
+        elif isinstance(module, nn.Linear | nn.Embedding | Router):
+            nn.init.normal_(module.weight, std=std)
+            if getattr(module, "bias", None) is not None:
+                nn.init.zeros_(module.bias)  # type: ignore[arg-type]
+    for module in model.modules():  # last, because an output layer may share an embedding's weight
+        if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            nn.init.zeros_(module.weight[module.padding_idx])

@@ -1,0 +1,43 @@
+"""Expert choice: the experts choose tokens, not the tokens experts. For comparison."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from xmoe_fairseq.moe.router import Router, by_preference
+
+
+class ExpertChoiceRouter(Router):
+    """Every expert takes its `ceil(T * c / E)` most probable tokens. Zhou et al. 2022, arXiv 2202.09368.
+
+    c, the paper's capacity factor, is the mean number of experts per token; a single token may get none or
+    all of them. The load is even by construction, so there is no auxiliary loss. What a token gets depends
+    on the other tokens of its batch, later ones included: not for causal models, and not batch-invariant.
+
+    Args:
+        experts_per_token: c, in (0, E].
+    """
+
+    def __init__(self, model_dim: int, num_experts: int, experts_per_token: float = 1.0) -> None:
+        super().__init__(model_dim, num_experts)
+        if not 0 < experts_per_token <= num_experts:
+            raise ValueError(
+                f"experts_per_token must be in (0, num_experts = {num_experts}], got {experts_per_token}"
+            )
+        self.experts_per_token = experts_per_token
+
+    def choose(self, logits_TE: Tensor, probs_TE: Tensor) -> tuple[Tensor, Tensor]:
+        tokens_each = math.ceil(probs_TE.size(0) * self.experts_per_token / self.num_experts)
+        # Of equally probable tokens the earlier one.
+        token_TE = torch.sort(probs_TE, dim=0, descending=True, stable=True).indices
+        taken_TE = torch.zeros_like(probs_TE, dtype=torch.bool)
+        taken_TE.scatter_(0, token_TE[:tokens_each], True)
+        expert_TE = by_preference(probs_TE)[1]
+        return expert_TE, taken_TE.gather(1, expert_TE)
+
+    def balance(self, probs_TE: Tensor, first_choice_T: Tensor) -> Tensor:
+        return probs_TE.sum() * 0.0
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, experts_per_token={self.experts_per_token}"

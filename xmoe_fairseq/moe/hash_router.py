@@ -1,0 +1,75 @@
+"""Hash layers: the expert of a token is fixed by its id. For comparison."""
+
+import heapq
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from xmoe_fairseq.moe.routing import Routing
+
+
+class HashRouter(nn.Module):
+    """One expert per token, looked up by the token's id; weight 1, nothing to learn, no auxiliary loss.
+
+    The id is that of the input token, so it is known in time and the same in any batch. The table is a
+    buffer: a checkpoint brings its own. Roller et al. 2021, arXiv 2106.04426.
+
+    Args:
+        model_dim: width D of a token.
+        num_experts: number of experts E.
+        table_V: the expert of each of V token ids; see `random_table` and `balanced_table`.
+    """
+
+    flops_per_token = 0
+
+    def __init__(self, model_dim: int, num_experts: int, table_V: Tensor) -> None:
+        super().__init__()
+        if table_V.numel() == 0 or not 0 <= int(table_V.min()) <= int(table_V.max()) < num_experts:
+            raise ValueError(f"table_V must hold expert ids from 0 to {num_experts - 1}")
+        self.model_dim = model_dim
+        self.num_experts = num_experts
+        self.table_V: Tensor
+        self.register_buffer("table_V", table_V.long())
+
+    def forward(self, x_TD: Tensor, ids_T: Tensor | None = None) -> Routing:
+        """Raises ValueError without ids."""
+        if ids_T is None:
+            raise ValueError("a hash router needs the tokens' ids: call the layer with token_ids")
+        expert_T = self.table_V[ids_T]
+        dtype = torch.promote_types(x_TD.dtype, torch.float32)
+        nothing = x_TD.new_zeros((), dtype=dtype)
+        return Routing(
+            token_R=torch.arange(expert_T.numel(), device=expert_T.device),
+            expert_R=expert_T,
+            rank_R=torch.zeros_like(expert_T),
+            weight_R=torch.ones_like(expert_T, dtype=dtype),
+            probs_TE=F.one_hot(expert_T, self.num_experts).to(dtype),
+            rows_wanted=expert_T.numel(),
+            load_balance_loss=nothing,
+            z_loss=nothing,
+        )
+
+    def extra_repr(self) -> str:
+        return f"model_dim={self.model_dim}, num_experts={self.num_experts}, ids={self.table_V.numel()}"
+
+
+def random_table(num_ids: int, num_experts: int) -> Tensor:
+    """Every id to an expert drawn at random, from torch's seed."""
+    return torch.randint(num_experts, (num_ids,), device="cpu")
+
+
+def balanced_table(counts: Sequence[int], num_experts: int) -> Tensor:
+    """The most frequent id first, each to the expert with the smallest load so far (section 3.2 there).
+
+    Args:
+        counts: how often each id occurs in the training text.
+    """
+    loads = [(0, expert) for expert in range(num_experts)]  # a heap; of equals the lower expert
+    table_V = torch.empty(len(counts), dtype=torch.long)
+    for token in sorted(range(len(counts)), key=lambda i: -counts[i]):
+        load, expert = loads[0]
+        table_V[token] = expert
+        heapq.heapreplace(loads, (load + counts[token], expert))
+    return table_V
