@@ -33,7 +33,7 @@ class ExpertChoiceRouter(Router):
         token_TE = torch.sort(probs_TE, dim=0, descending=True, stable=True).indices
         taken_TE = torch.zeros_like(probs_TE, dtype=torch.bool)
         taken_TE.scatter_(0, token_TE[:tokens_each], True)
-        expert_TE = by_preference(probs_TE)[1]
+        expert_TE = by_preference(probs_TE, self.num_experts)[1]
         return expert_TE, taken_TE.gather(1, expert_TE)
 
     def balance(self, probs_TE: Tensor, first_choice_T: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from fairscale.nn.moe import MOELayer, Top2Gate
 from torch import Tensor, nn
 
-from xmoe_fairseq.moe.experts import Activation
+from xmoe_fairseq.moe.expert_sums import Activation
 from xmoe_fairseq.moe.layer import MoELayer
 from xmoe_fairseq.moe.losses import z_loss
 from xmoe_fairseq.moe.routing import Routing
