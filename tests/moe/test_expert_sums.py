@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.testing import assert_close
 
-from xmoe_fairseq.moe import Experts
+from xmoe_fairseq.moe import Experts, expert_loop
 from xmoe_fairseq.moe.dispatch import ExpertRows
 from xmoe_fairseq.moe.expert_grouped import can_group, expert_sums_grouped
-from xmoe_fairseq.moe.expert_loop import expert_sums_loop
+from xmoe_fairseq.moe.expert_loop import chunks, expert_sums_loop
 from xmoe_fairseq.moe.expert_sums import Stacks, expert_sums_plain
 
 SOURCES, MODEL_DIM, EXPERT_DIM = 9, 8, 16
@@ -54,12 +54,27 @@ def values_and_gradients(
 @pytest.mark.parametrize("load", LOADS)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("fast", FAST)
-def test_equals_plain_autograd(fast: str, activation: str, load: str, weighted: bool) -> None:
+def test_equals_plain_autograd(
+    fast: str, activation: str, load: str, weighted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(expert_loop, "CHUNK_ROWS", 5)  # several chunks, also of several experts
     rows, stacks, x_SD = rows_of(LOADS[load], weighted), stacks_of(4, torch.float32), torch.randn(9, 8)
     arguments = (x_SD, rows, stacks, ACTIVATIONS[activation])
     got = values_and_gradients(FAST[fast], *arguments)
     for mine, expected in zip(got, values_and_gradients(expert_sums_plain, *arguments), strict=True):
         assert_close(mine, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_chunks_by_hand() -> None:
+    counts = [100, 0, 150, 10, 300, 1, 2, 0]
+    found = [(chunk.experts, chunk.counts, chunk.rows) for chunk in chunks(counts)]
+    assert found == [
+        ([0, 2], [100, 150], slice(0, 250)),
+        ([3], [10], slice(250, 260)),
+        ([4], [300], slice(260, 560)),
+        ([5, 6], [1, 2], slice(560, 563)),
+    ]
+    assert not list(chunks([0, 0]))
 
 
 @pytest.mark.parametrize(
