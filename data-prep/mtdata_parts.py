@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import re
 import subprocess
 from collections import Counter
 from pathlib import Path
@@ -66,10 +68,14 @@ def run_mtdata(args: argparse.Namespace, *words: str) -> str:
             raise DataError(f"--mtdata {args.mtdata}: {error.strerror}") from None
         file.write(done.stdout)
     if done.returncode:
-        lines = [line for line in log.read_text("utf-8").splitlines() if line.strip()]
-        reasons = [line for line in lines if "Unable to add" in line or "Error" in line]
-        reason = (reasons or lines or ["no output"])[-1].strip()
-        raise DataError(f"mtdata {words[0]} failed: {reason} (all of it: {log}); run again, or leave it out")
+        text = log.read_text("utf-8")
+        reasons = re.findall(r"(?:Unable to add|Failed to download) .*", text) or re.findall(
+            r".*Error.*", text
+        )
+        reason = reasons[-1].strip() if reasons else f"exit status {done.returncode}"
+        raise DataError(
+            f"mtdata {words[0]}: {reason} (log: {log}); run again, or leave the dataset out: --skip"
+        )
     return done.stdout
 
 
@@ -106,7 +112,7 @@ def get(args: argparse.Namespace) -> None:
         for file, link in zip(found, links, strict=True):
             link.parent.mkdir(exist_ok=True)
             link.unlink(missing_ok=True)
-            link.symlink_to(file.resolve())
+            link.symlink_to(os.path.relpath(file, link.parent))
         if not held:
             prefixes.append(f"{prefix}\n")
         sources.append(

@@ -61,5 +61,6 @@ done
 mt_train "${parts[@]}"
 mt_finish
 SETTINGS="skip=$(IFS=,; echo "${skip[*]:-}") valid=${DEV:-${VALID// /,}} test=${TESTS// /,}"
+SETTINGS+=" mtdata=$("$MTDATA_TOOL" --version 2>/dev/null | awk 'NR == 1 { print $2 }')"
 MORE_SOURCES=("$R/sources.json") MORE_FILES=("$R/recipes.yml")
 mt_manifest "$PREP/sources.json" wmt23 "WMT23 $PAIR, constrained track" sentencepiece sacrebleu fairseq
