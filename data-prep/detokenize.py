@@ -9,9 +9,7 @@ _RULES = [
     (re.compile(r" ([,;:.!?%)\]}])"), r"\1"),
     (re.compile(r"([(\[{£$]) "), r"\1"),
     (re.compile(r'" ([^"]*?) "'), r'"\1"'),
-    (re.compile(r"(?<!\w)' ([^']*?) '(?!\w)"), r"'\1'"),
-    (re.compile(r" (n't|'(?:s|re|ve|ll|d|m))\b"), r"\1"),
-    (re.compile(r"(\w) ' s\b"), r"\1's"),
+    (re.compile(r" (n't|'(?:s|t|re|ve|ll|d|m))\b"), r"\1"),
     (re.compile(r"(\d) – (\d)"), r"\1–\2"),
 ]
 

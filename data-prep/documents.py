@@ -22,15 +22,15 @@ SENTENCES = 1000  # that make a document where the source has no marks between t
 TITLE = re.compile(r"^\s*= (?!=)[^\n]*[^=\s] =\s*$")
 
 
-def from_file(path: Path, form: str = "documents") -> Iterator[list[str]]:
+def read_documents(paths: Iterable[Path], form: str = "documents") -> Iterator[list[str]]:
     """Documents as lists of lines as they come: not normalised, and some may be empty."""
-    if form == "wikitext":
-        return _articles(_rows(path))
-    if form == "sentences":
-        return in_chunks(_rows(path), SENTENCES)
-    if _kind(path) == ".txt":
-        return _paragraphs(read_lines(path))
-    return (text.split("\n") for text in _rows(path))
+    if form == "documents":
+        for path in paths:
+            whole = _kind(path) == ".txt"
+            yield from _paragraphs(read_lines(path)) if whole else (text.split("\n") for text in _rows(path))
+    else:  # a document may go on in the next file
+        rows = (row for path in paths for row in _rows(path))
+        yield from _articles(rows) if form == "wikitext" else in_chunks(rows, SENTENCES)
 
 
 FORMS = {

@@ -9,11 +9,14 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import json
+import sys
 from collections import Counter
 from pathlib import Path
 
-import huggingface_hub as hub
 from counts import new_parser, report
+from huggingface_hub import HfApi, constants, snapshot_download
+from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils import disable_progress_bars
 from manifest import sha256
 from textio import DataError, run, write_bytes
 
@@ -33,23 +36,25 @@ def main() -> None:
     args = parser.parse_args()
     if args.first < 0:
         raise DataError(f"--first must be at least 0, got {args.first}")
+    if not sys.stderr.isatty():
+        disable_progress_bars()
     try:
         get(args)
     except DataError:
         raise
     except Exception as error:  # the hub's client, and what it calls, raise all sorts
-        place = f"{hub.constants.ENDPOINT}/datasets/{args.repo}"
+        place = f"{constants.ENDPOINT}/datasets/{args.repo}"
         why = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise DataError(f"cannot get {place}: {why}; what has come is kept, run again") from None
 
 
 def get(args: argparse.Namespace) -> None:
-    api = hub.HfApi()
+    api = HfApi()
     commit = api.dataset_info(args.repo, revision=args.revision).sha
     tree = api.list_repo_tree(args.repo, repo_type="dataset", revision=commit, recursive=True)
-    remote = {entry.path: entry for entry in tree if isinstance(entry, hub.hf_api.RepoFile)}
+    remote = {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
     chosen = [path for pattern in args.patterns for path in choose(sorted(remote), pattern, args.first)]
-    hub.snapshot_download(
+    snapshot_download(
         args.repo,
         repo_type="dataset",
         revision=commit,

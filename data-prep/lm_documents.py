@@ -19,7 +19,7 @@ from typing import NamedTuple
 from counts import add_workers, check_workers, new_parser, report
 from detokenize import wikitext
 from digests import DigestLog, DigestSet, copy_first, digest
-from documents import FORMS, from_file
+from documents import FORMS, read_documents
 from parallel import in_order
 from textio import DataError, atomic_writers, in_chunks, normalize, run, scratch
 
@@ -83,8 +83,7 @@ def read(args: argparse.Namespace) -> Iterator[tuple[str | None, list[Document]]
 
     own = {"test": args.test_input, "valid": args.valid_input, "train": args.input}
     for name, paths in own.items():
-        stream = (document for path in paths for document in from_file(path, args.form))
-        for chunk in in_order(work, in_chunks(stream, CHUNK), args.workers):
+        for chunk in in_order(work, in_chunks(read_documents(paths, args.form), CHUNK), args.workers):
             yield (name if args.valid_input else None), chunk
 
 

@@ -51,7 +51,7 @@ esac
 OUT=${2:-$ROOT/data/lm-$(basename "$NAME")}
 STEPS_DIR=$OUT/.steps
 STEP_PREFIX="[lm-$(basename "$NAME")]"
-export OMP_NUM_THREADS=1
+export OMP_NUM_THREADS=1 HF_HUB_DISABLE_TELEMETRY=1
 find_tools sentencepiece ${repo:+huggingface_hub pyarrow}
 lm_begin
 
