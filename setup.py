@@ -20,6 +20,9 @@ class BuildPyAndStartUpLine(build_py):
         Path(folder, "xmoe_fairseq_compat.pth").write_text(START_UP_LINE)
 
 
+# For data-prep/prepare_lm.sh: downloads from the Hugging Face hub, and the files that lie there.
+HUB = ["huggingface_hub>=1", "pyarrow"]
+
 setup(
     name="xmoe_fairseq",
     version="0.1.0",
@@ -51,7 +54,9 @@ setup(
         "tqdm",
     ],
     extras_require={
+        "hub": HUB,
         "dev": [
+            *HUB,
             "hypothesis",
             "mypy",
             "pytest",
