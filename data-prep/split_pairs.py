@@ -63,8 +63,9 @@ class Splitter:
         self.groups: Counter[tuple[str, str]] = Counter()  # (kind, group): pairs that could be held out
         for row in self.rows():
             self.groups[row[2], row[1]] += self.fits(row)
-        self.test = self.choose("test", args.test, set())
-        self.valid = self.choose("valid", args.valid, self.test)
+        # The smaller of the two first: fewer groups are small enough for it.
+        self.valid = self.choose("valid", args.valid, set())
+        self.test = self.choose("test", args.test, self.valid)
 
     def rows(self) -> Iterator[Row]:
         for number, line in enumerate(read_lines(self.args.input), 1):

@@ -97,7 +97,6 @@ def test_groups_stay_whole_and_training_has_nothing_near_the_test(scripts: Scrip
         (["x"], ["--test", 0], "--test must be at least 1, got 0"),
         (["x"], ["--similarity", 0], "--similarity must be above 0 and at most 1, got 0.0"),
         (["x"], ["--prose-percent", 101], "--prose-percent must be in 0 to 100, got 101.0"),
-        (["a\tb\tprose\tone two three\teins"], [], "no document group is small enough to hold out for valid"),
     ],
 )
 def test_split_errors(scripts: Scripts, lines: list[str], options: list[object], message: str) -> None:
