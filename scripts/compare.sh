@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# One table and one picture of runs that scripts/{wmt,lm}/train.sh trained and score.sh scored.
+#
+#   bash scripts/compare.sh RUN...          writes compare.md, compare.json, compare.png to OUT=runs/compare
+#   SCORES=average5                         those of averaged checkpoints (default: best)
+set -euo pipefail
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+PATH=${VENV:-$ROOT/.venv}/bin:$PATH
+exec python "$ROOT/scripts/tools/compare.py" "$@" --out "${OUT:-$ROOT/runs/compare}" --scores "${SCORES:-best}"

@@ -1,0 +1,60 @@
+"""The picture of compare.py: quality against MoE FLOPs, quality against seconds, learning curves."""
+
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402  (after the backend)
+
+# A family has a hue: black dense, blue threshold, orange top-k, a colour of its own for each other router.
+COLOURS = {
+    "dense": "#202020", "hash": "#2ca02c", "base": "#9467bd", "gshard": "#8c564b", "expert-choice": "#17a2a2",
+    "switch": "#fdae6b", "topk-s2": "#f08020", "topk-s4": "#c85a0a", "topk-s8": "#8a3b00",
+    "xmoe-s1": "#9ecae1", "xmoe-s2": "#5aa2d0", "xmoe-s4": "#2070b4", "xmoe-s8": "#08306b",
+}  # fmt: skip
+MARKERS = {"xmoe": "o", "topk": "s", "switch": "s", "dense": "X"}
+
+Curve = list[tuple[float, float]]
+
+
+def style(name: str) -> dict[str, str]:
+    """Of a row's name, which may begin with its preset."""
+    model = name.split()[-1]
+    return {"color": COLOURS[model], "marker": MARKERS.get(model.split("-")[0], "D")}
+
+
+def draw(
+    points: dict[str, dict[str, float]], curves: dict[str, list[Curve]], quality: str, path: Path
+) -> None:
+    """
+    Args:
+        points: by row, its values of MoE FLOPs, seconds and quality.
+        curves: by row, of each run (updates, validation quality).
+        quality: the column that says how good a model is.
+    """
+    figure, axes = plt.subplots(1, 3, figsize=(15, 4.6), layout="constrained")
+    lower = " (lower is better)" if quality.endswith("ppl") else ""
+    for panel, column in zip(axes, ("MoE FLOPs / dense FFN", "training seconds"), strict=False):
+        for name, values in points.items():
+            panel.scatter(values[column], values[quality], s=70, label=name, **style(name))
+        panel.set_xlabel(column)
+        panel.set_ylabel(quality + lower)
+        panel.margins(0.1)
+    axes[0].set_xlim(left=0)
+    axes[1].set_xlim(left=0)
+    for name, of_runs in curves.items():
+        for curve in filter(None, of_runs):  # none where validation was off
+            axes[2].plot(*zip(*curve, strict=True), markersize=3, linewidth=1.3, **style(name))
+    axes[2].set_xlabel("updates")
+    axes[2].set_ylabel(quality.replace("test", "validation") + lower)
+    if lower:
+        axes[2].set_yscale("log")
+    for panel in axes:
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.grid(alpha=0.25)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=8, frameon=False)
+    partial = path.with_suffix(".partial.png")
+    figure.savefig(partial, dpi=120)
+    plt.close(figure)
+    partial.rename(path)

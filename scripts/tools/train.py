@@ -1,0 +1,126 @@
+"""Trains a model of presets.py with fairseq-train: says what, notes it in RUN/run.json, logs to train.log.
+
+    python scripts/tools/train.py wmt|lm PRESET MODEL DATA RUN [FLAGS OF fairseq-train ...]
+
+DATA is a folder of data-prep (bin/, further shards bin1/ ..., text/). FLAGS come last, so they overrule the
+preset's. The same command again resumes. GPUS=n: processes (default: those there are); SEED=1.
+"""
+
+import argparse
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from presets import PRESETS, Plan
+from results import write_json
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def languages(binarised: Path) -> tuple[str, str]:
+    """Of binarised pairs, from the files' names: train.en-de.en.idx."""
+    for path in sorted(binarised.glob("train.*-*.*.idx")):
+        if found := re.fullmatch(r"train\.(\w+)-(\w+)\.\1\.idx", path.name):
+            return found[1], found[2]
+    raise ValueError(f"DATA must hold binarised pairs, bin/train.SRC-TGT.SRC.idx, got {binarised.parent}")
+
+
+def shards(data: Path, task: str) -> str:
+    """bin, bin1, bin2, ... as fairseq wants several folders of training data."""
+    first = data / "bin"
+    if not (first / ("dict.txt" if task == "lm" else ".")).exists():
+        raise ValueError(f"DATA must be a folder of data-prep with bin/ in it, got {data}")
+    further = [path for path in data.glob("bin*") if re.fullmatch(r"bin\d+", path.name)]
+    return ":".join(map(str, [first, *sorted(further, key=lambda path: int(path.name[3:]))]))
+
+
+def command(plan: Plan, data: Path, run: Path, seed: int, more: list[str]) -> list[str]:
+    trainer = [str(Path(sys.executable).parent / "fairseq-train")]
+    if plan.gpus > 1:
+        torchrun = str(Path(sys.executable).parent / "torchrun")
+        trainer = [torchrun, "--standalone", "--nproc_per_node", str(plan.gpus), *trainer]
+    elif not plan.size.on_cpu:
+        more = ["--distributed-world-size", "1", *more]  # fairseq would take every GPU that it sees
+    side = []
+    if plan.task == "wmt":
+        source, target = languages(data / "bin")
+        side = ["--source-lang", source, "--target-lang", target]
+    common = ["--user-dir", str(ROOT / "xmoe_fairseq"), "--log-format", "json", "--seed", str(seed)]
+    return [
+        *trainer, shards(data, plan.task), *common, *side, *plan.flags(), "--save-dir", str(run), *more
+    ]  # fmt: skip
+
+
+def describe(plan: Plan, data: Path, seed: int, words: list[str]) -> dict[str, Any]:
+    return {
+        "task": plan.task, "preset": plan.preset, "model": plan.model, "data": str(data), "seed": seed,
+        "gpus": plan.gpus, "about": plan.lines(), "command": words,
+        "versions": {name: version(name) for name in ("torch", "fairseq", "sacrebleu")},
+    }  # fmt: skip
+
+
+def note(run: Path, about: dict[str, Any]) -> None:
+    """Raises ValueError if another training is in this folder already."""
+    path = run / "run.json"
+    if path.exists():
+        there = json.loads(path.read_text())
+        for key in ("task", "preset", "model", "data", "seed"):
+            if there[key] != about[key]:
+                raise ValueError(
+                    f"RUN {run} holds a run with {key} {there[key]}, not {about[key]}; name a new one"
+                )
+    run.mkdir(parents=True, exist_ok=True)
+    write_json(path, about)
+
+
+def run_logged(words: list[str], log: Path) -> int:
+    with (
+        log.open("a", encoding="utf-8") as file,
+        subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process,
+    ):
+        assert process.stdout
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            file.write(line)
+    return process.returncode
+
+
+def integer(name: str, default: int) -> int:
+    value = os.environ.get(name, str(default))
+    if not value.isdigit():
+        raise ValueError(f"{name} must be a whole number, got {value}")
+    return int(value)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("task", choices=PRESETS)
+    parser.add_argument("preset")
+    parser.add_argument("model")
+    parser.add_argument("data", type=Path, help="folder of data-prep")
+    parser.add_argument("run", type=Path, help="folder for checkpoints and logs")
+    parser.add_argument("flags", nargs=argparse.REMAINDER, help="further flags of fairseq-train")
+    args = parser.parse_args()
+    try:
+        on_cpu = args.preset == "tiny"
+        gpus = 1 if on_cpu else integer("GPUS", max(torch.cuda.device_count(), 1))
+        plan, seed = Plan(args.task, args.preset, args.model, gpus).check(), integer("SEED", 1)
+        data, run = args.data.resolve(), args.run.resolve()
+        words = command(plan, data, run, seed, args.flags)
+        note(run, describe(plan, data, seed, words))
+    except ValueError as error:
+        raise SystemExit(f"train: {error}") from None
+    for line in [*plan.lines(), shlex.join(words)]:
+        print(f"[train] {line}", flush=True)
+    raise SystemExit(run_logged(words, run / "train.log"))
+
+
+if __name__ == "__main__":
+    main()
