@@ -1,0 +1,203 @@
+"""train.sh, score.sh and compare.sh: from binarised text to one table, on a corpus of a few words."""
+
+import json
+import math
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import average_checkpoints
+import compare
+import pytest
+import torch
+import train
+from commands import BIN, logged
+from sacrebleu.metrics import BLEU, CHRF
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+
+
+def script(name: str, *arguments: object, succeeds: bool = True, **env: str) -> str:
+    result = subprocess.run(
+        ["bash", str(SCRIPTS / name), *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=300,
+        env={"PATH": f"{BIN}:/usr/bin:/bin", "VENV": str(BIN.parent), "OMP_NUM_THREADS": "1", **env},
+    )
+    assert (result.returncode == 0) == succeeds, result.stdout[-3000:]
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def mt_data(corpus: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As data-prep leaves it: pieces in bin/, each a whole word, and text in text/."""
+    folder = tmp_path_factory.mktemp("mt")
+    shutil.copytree(corpus[0], folder / "bin")
+    for path in (folder / "bin").glob("dict.*.txt"):
+        path.write_text("".join(f"▁{line}\n" for line in path.read_text().splitlines()))
+    (folder / "text").mkdir()
+    for split in ("valid", "test"):
+        for language in ("en", "de"):
+            shutil.copy(corpus[0].parent / f"{split}.{language}", folder / "text")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def lm_data(corpus: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("lm")
+    shutil.copytree(corpus[1], folder / "bin")
+    (folder / "text").mkdir()
+    for split in ("valid", "test"):
+        shutil.copy(corpus[1].parent / f"{split}.en", folder / "text" / f"docs.{split}")
+    return folder
+
+
+SMALLER = ("--max-update", 4, "--save-interval-updates", 2, "--log-interval", 1, "--batch-size")
+
+
+def test_translation(mt_data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    output = script("wmt/train.sh", "tiny", "xmoe-s2", mt_data, run, *SMALLER, 16, SEED="3")
+    assert "8 experts x 128" in output and "= 600 tokens per update" in output
+    about = json.loads((run / "run.json").read_text())
+    assert (about["model"], about["seed"], about["gpus"]) == ("xmoe-s2", 3, 1)
+    assert logged(output, "valid")[-1]["valid_best_bleu"] >= 0  # the checkpoint is chosen by BLEU
+    script("wmt/score.sh", run)
+    scores = json.loads((run / "scores.best.json").read_text())
+    assert scores["checkpoint"] == "checkpoint_best.pt" and set(scores["splits"]) == {"valid", "test"}
+    found = [line.split("\t") for line in (run / "score.best/test.out").read_text().splitlines()]
+    texts = {int(line[0][2:]): line[2] for line in found if line[0].startswith("D-")}
+    assert not any("▁" in text for text in texts.values())  # detokenised
+    reference = (mt_data / "text/test.de").read_text().splitlines()
+    expected = {"bleu": BLEU(), "chrf++": CHRF(word_order=2), "chrf": CHRF()}
+    for name, metric in expected.items():
+        value = metric.corpus_score([texts[i] for i in range(len(reference))], [reference]).score
+        assert scores["splits"]["test"][name] == pytest.approx(value)
+    assert "nw:2" in scores["signatures"]["chrf++"]
+    assert 1 <= scores["splits"]["test"]["routing"]["encoder"]["experts"] <= 4
+    script("compare.sh", run, OUT=str(tmp_path / "out"))
+    assert "| xmoe-s2 | 1 |" in (tmp_path / "out/compare.md").read_text()
+
+
+def test_language_model(lm_data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    script("lm/train.sh", "tiny", "hash", lm_data, run, *SMALLER, 2)
+    script("lm/score.sh", run, "--average", 2)
+    scores = json.loads((run / "scores.average2.json").read_text())["splits"]["test"]
+    text = (lm_data / "text/docs.test").read_text()
+    assert (
+        scores["tokens"] == scores["words"] == len(text.split()) + text.count("\n")
+    )  # a piece is a word here
+    assert scores["perplexity_per_word"] == pytest.approx(scores["perplexity"])
+    assert scores["routing"] == {"decoder": {"experts": 1.0, "flops": 1.0}}
+
+    paths = sorted(run.glob("checkpoint_*_*.pt"))[-2:]
+    first, second, mean = (
+        torch.load(path, weights_only=True) for path in (*paths, run / "checkpoint_average2.pt")
+    )
+    assert "last_optimizer_state" not in mean
+    for name, value in mean["model"].items():
+        expected = first["model"][name]
+        if value.is_floating_point():
+            expected = (expected + second["model"][name]) / 2
+        torch.testing.assert_close(value, expected)
+    table = next(name for name in mean["model"] if name.endswith("table_V"))
+    second["model"][table] += 1
+    torch.save(second, run / "other.pt")
+    with pytest.raises(SystemExit, match=f"{table} differs between"):
+        average_checkpoints.average([paths[0], run / "other.pt"])
+    del second["model"][table]
+    torch.save(second, run / "other.pt")
+    with pytest.raises(SystemExit, match="are checkpoints of different models"):
+        average_checkpoints.average([paths[0], run / "other.pt"])
+
+
+def call(main: Any, monkeypatch: pytest.MonkeyPatch, *arguments: object) -> str:
+    """The one line with which a tool ends."""
+    monkeypatch.setattr(sys, "argv", ["tool", *map(str, arguments)])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert isinstance(ended.value.code, str) and "\n" not in ended.value.code
+    return ended.value.code
+
+
+def test_bad_arguments_of_train(lm_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tmp_path / "run"
+    bad = [
+        (("lm", "tiny", "best", lm_data, run), "MODEL must be one of dense"),
+        (("lm", "tiny", "dense", tmp_path, run), "DATA must be a folder of data-prep with bin/ in it"),
+        (("wmt", "tiny", "dense", lm_data, run), "DATA must hold binarised pairs, bin/train.SRC-TGT.SRC.idx"),
+    ]
+    for arguments, message in bad:
+        assert message in call(train.main, monkeypatch, *arguments)
+    assert not run.exists()
+    monkeypatch.setenv("SEED", "one")
+    assert "SEED must be a whole number, got one" in call(
+        train.main, monkeypatch, "lm", "tiny", "dense", lm_data, run
+    )
+    monkeypatch.setenv("SEED", "1")
+    run.mkdir()
+    there = {"task": "lm", "preset": "tiny", "model": "switch", "data": str(lm_data), "seed": 1}
+    (run / "run.json").write_text(json.dumps(there))
+    message = call(train.main, monkeypatch, "lm", "tiny", "dense", lm_data, run)
+    assert "holds a run with model switch, not dense; name a new one" in message
+
+
+def test_further_shards_are_training_data(lm_data: Path, tmp_path: Path) -> None:
+    for name in ("bin", "bin1", "bin2", "bin10", "binary"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "bin/dict.txt").touch()
+    assert [Path(p).name for p in train.shards(tmp_path, "lm").split(":")] == ["bin", "bin1", "bin2", "bin10"]
+
+
+def made_up_run(folder: Path, model: str, seed: int, perplexity: float, data: str = "data") -> Path:
+    folder.mkdir(parents=True)
+    about = {"task": "lm", "preset": "tiny", "model": model, "data": data, "seed": seed}
+    (folder / "run.json").write_text(json.dumps(about))
+    sides = {} if model == "dense" else {"decoder": {"experts": 2.5, "flops": 0.75}}
+    result = {"perplexity": perplexity, "perplexity_per_word": 2 * perplexity, "routing": sides}
+    (folder / "scores.best.json").write_text(json.dumps({"splits": {"valid": result, "test": result}}))
+    log = [
+        "| num. shared model params: 1,500,000 (num. trained: 1)",
+        "| num. expert model params: 500,000 (x)",
+    ]
+    log += [f'| train_inner | {{"num_updates": "{n}", "ups": "4", "ppl": "9"}}' for n in (50, 100)]
+    log += [f'| valid | {{"valid_num_updates": "{n}", "valid_ppl": "{900 / n}"}}' for n in (50, 100)]
+    (folder / "train.log").write_text("\n".join(log) + "\n")
+    return folder
+
+
+def test_compare_takes_seeds_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = [
+        made_up_run(tmp_path / "a", "xmoe-s2", 1, 20.0),
+        made_up_run(tmp_path / "b", "xmoe-s2", 2, 22.0),
+        made_up_run(tmp_path / "c", "dense", 1, 30.0),
+    ]
+    monkeypatch.setattr(sys, "argv", ["compare", *map(str, runs), "--out", str(tmp_path / "out")])
+    compare.main()
+    table = (tmp_path / "out/compare.md").read_text().splitlines()
+    cells = {row.split(" | ")[0][2:]: row.strip("| ").split(" | ") for row in table}
+    titles = cells["model"]
+    dense, xmoe = (dict(zip(titles, cells[name], strict=True)) for name in ("dense", "xmoe-s2"))
+    assert list(cells)[2:] == ["dense", "xmoe-s2"]
+    assert (xmoe["runs"], xmoe["test ppl"]) == ("2", "21.00 ± 1.41")
+    assert (dense["experts/token"], dense["MoE FLOPs / dense FFN"]) == ("-", "1.00")
+    assert (xmoe["experts/token"], xmoe["MoE FLOPs / dense FFN"]) == ("2.50", "0.75")
+    assert (xmoe["s/update"], xmoe["training seconds"], xmoe["parameters (M)"]) == ("0.250", "25", "2.0")
+    everything = json.loads((tmp_path / "out/compare.json").read_text())
+    assert everything[0]["curve"] == [[50, 18], [100, 9]]
+    assert (tmp_path / "out/compare.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_compare_refuses_what_cannot_be_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here, there = (made_up_run(tmp_path / name, "dense", 1, 30.0, data=name) for name in ("here", "there"))
+    out = ("--out", tmp_path / "out")
+    assert "runs must be of the same data" in call(compare.main, monkeypatch, here, there, *out)
+    missing = call(compare.main, monkeypatch, here, *out, "--scores", "average3")
+    assert "scores.average3.json: No such file" in missing and "train and score each run first" in missing
+    assert not (tmp_path / "out").exists()
+    assert math.isnan(compare.load(here, "best").values["experts/token"])
