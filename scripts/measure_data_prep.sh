@@ -45,5 +45,5 @@ PYTHON
   [ -f m.model ] || prep "train sentencepiece" train_spm.py --input b.en --model-prefix m --vocab-size 8000
   prep "encode pairs" encode_spm.py --model m.model --input b.en b.de --output c.en c.de --workers "$WORKERS"
   measure "binarise one side" fairseq-preprocess --only-source --srcdict m.dict.txt --trainpref c.en \
-    --destdir "bin-$lines" --workers "$WORKERS"
+    --destdir "bin-$lines" --workers $((WORKERS + 1))
 done
