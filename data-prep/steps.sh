@@ -106,9 +106,11 @@ unpack() { # ARCHIVE PREFIX MEMBER.LANG...: members of a .tgz as PREFIX.LANG
 }
 
 binarize() { # DESTDIR ARGUMENTS...: fairseq-preprocess into a new folder that appears when it is whole
-  local folder=$1; shift
+  local folder=$1 parts=1; shift
+  # fairseq makes the first part by itself, after its other processes have made theirs: hence one part more.
+  [ "$WORKERS" = 1 ] || parts=$((WORKERS + 1))
   rm -rf "$folder.partial"
-  if ! fairseq-preprocess "$@" --destdir "$folder.partial" --workers "$WORKERS" >"$folder.log" 2>&1; then
+  if ! fairseq-preprocess "$@" --destdir "$folder.partial" --workers "$parts" >"$folder.log" 2>&1; then
     echo "fairseq-preprocess failed: $(tail -n 1 "$folder.log") (all of it: $folder.log)" >&2
     return 1
   fi
