@@ -1,8 +1,8 @@
 """Clean parallel text: pairs of files in, one pair of files out, in the same order.
 
 Each side is normalised (NFC, invisible characters away, whitespace runs to one space). Then pairs are
-dropped for the first of these reasons that holds, and every reason is counted: an empty side, too many
-words, lengths out of proportion, a side that occurs in a held-out file, a pair seen before.
+dropped for the first of these reasons that holds, and every reason is counted: an empty side, a character
+U+FFFD, too many words, lengths out of proportion, a side that occurs in a held-out file, a pair seen before.
 Memory does not grow with the text but for a bit a pair and 14 to 27 bytes a held-out line; on the disk, what
 is left waits beside the output until the duplicates are known.
 """
@@ -28,7 +28,7 @@ from textio import (
 )
 
 CHUNK = 2000  # pairs given to a process at once
-REASONS = ("empty side", "too long", "length ratio", "in held-out text", "duplicate")
+REASONS = ("empty side", "not decoded", "too long", "length ratio", "in held-out text", "duplicate")
 
 
 def main() -> None:
@@ -106,6 +106,8 @@ class Filter:
         args = self.args
         if not source or not target:
             return "empty side"
+        if "\ufffd" in source or "\ufffd" in target:  # where somebody read text in the wrong encoding
+            return "not decoded"
         if max(source.count(" "), target.count(" ")) >= args.max_words:
             return "too long"
         ratio = (len(target) + 10) / (len(source) * args.target_chars + 10)

@@ -6,11 +6,12 @@ writes the fairseq dictionary of all pieces, for `fairseq-preprocess --srcdict`.
 
 from __future__ import annotations
 
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
+from typing import Any
 
 from counts import new_parser
 from encode_spm import add_arguments, check, encode
-from fairseq.data.encoders.gpt2_bpe_utils import Encoder, get_encoder
 from textio import DataError, run, write_bytes
 from train_spm import padding
 
@@ -42,9 +43,22 @@ def main() -> None:
     encode(args, encode_line, "<unk>")  # which never occurs: every byte is a piece
 
 
-def load(encoder_json: Path, vocab_bpe: Path) -> Encoder:
+def fairseq_bpe() -> Any:
+    """fairseq.data.encoders.gpt2_bpe_utils without the package around it, which takes torch and seconds."""
+    package = find_spec("fairseq")
+    if package is None or not package.submodule_search_locations:
+        raise DataError("fairseq not found; run: bash scripts/setup.sh")
+    path = Path(package.submodule_search_locations[0], "data", "encoders", "gpt2_bpe_utils.py")
+    spec = spec_from_file_location("gpt2_bpe_utils", path)
+    assert spec and spec.loader
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def load(encoder_json: Path, vocab_bpe: Path) -> Any:
     try:
-        bpe = get_encoder(str(encoder_json), str(vocab_bpe))
+        bpe = fairseq_bpe().get_encoder(str(encoder_json), str(vocab_bpe))
     except (ValueError, UnicodeDecodeError):
         raise DataError(f"{encoder_json}, {vocab_bpe}: not GPT-2's encoder.json and vocab.bpe") from None
     spelt = {"".join(pair) for pair in bpe.bpe_ranks} | set(bpe.byte_encoder.values())

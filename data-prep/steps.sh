@@ -94,16 +94,15 @@ fetch() { # URL FILE: what an earlier call left is taken up; the file gets its n
 }
 
 unpack() { # ARCHIVE PREFIX MEMBER.LANG...: members of a .tgz as PREFIX.LANG
-  local archive=$1 prefix=$2 member; shift 2
+  local archive=$1 prefix=$2 member reason; shift 2
   for member in "$@"; do
-    if ! tar -xzOf "$archive" "$member" >"$prefix.${member##*.}.partial" 2>"$prefix.log"; then
+    if ! reason=$(tar -xzOf "$archive" "$member" 2>&1 >"$prefix.${member##*.}.partial"); then
       rm -f "$prefix".*.partial
-      echo "$archive: cannot unpack $member: $(head -n 1 "$prefix.log"); delete it, it is fetched again" >&2
+      echo "$archive: cannot unpack $member: ${reason%%$'\n'*}; delete it, it is fetched again" >&2
       return 1
     fi
   done
   for member in "$@"; do mv "$prefix.${member##*.}.partial" "$prefix.${member##*.}"; done
-  rm -f "$prefix.log"
 }
 
 binarize() { # DESTDIR ARGUMENTS...: fairseq-preprocess into a new folder that appears when it is whole

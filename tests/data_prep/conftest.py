@@ -1,14 +1,15 @@
 from __future__ import annotations
 
 import os
+import stat
 import sys
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))  # for prep_scripts.py
+sys.path.insert(0, str(Path(__file__).parent))  # for prep_scripts.py and stand_ins.py
 
-from prep_scripts import PREP, Scripts
+from prep_scripts import PREP, PREPROCESS, Scripts
 
 sys.path.append(str(PREP))  # its modules, for tests of single functions
 
@@ -21,4 +22,18 @@ def scripts(tmp_path: Path) -> Scripts:
 @pytest.fixture(scope="session")
 def environment() -> dict[str, str]:
     """For the shell scripts: the interpreter that runs the tests."""
-    return {**os.environ, "VENV": sys.prefix}
+    return {**os.environ, "VENV": sys.prefix, "WORKERS": "1"}
+
+
+@pytest.fixture
+def stubbed(tmp_path: Path, environment: dict[str, str]) -> dict[str, str]:
+    """An environment whose fairseq-preprocess is instant."""
+    tools = tmp_path / "venv" / "bin"
+    tools.mkdir(parents=True)
+    for name, text in (
+        ("fairseq-preprocess", PREPROCESS),
+        ("python", f'#!/usr/bin/env bash\nexec "{sys.executable}" "$@"\n'),
+    ):
+        (tools / name).write_text(text)
+        (tools / name).chmod(stat.S_IRWXU)
+    return {**environment, "VENV": str(tools.parent)}

@@ -8,6 +8,25 @@ from pathlib import Path
 
 PREP = Path(__file__).parents[2] / "data-prep"
 
+PREPROCESS = """#!/usr/bin/env bash
+# Stands in for fairseq-preprocess, which takes seconds to import: files under the right names.
+languages=("") pair=""
+while [ $# -gt 0 ]; do
+  case $1 in
+    --destdir) dest=$2;; --srcdict) dict=$2;;
+    --source-lang) languages=(."$2");; --target-lang) languages+=(."$2") pair=${languages[0]}-$2;;
+    --trainpref) splits=train;; --validpref) splits+=" valid";;
+    --testpref) n=""; for t in ${2//,/ }; do splits+=" test$n"; n=$((n + 1)); done;;
+  esac
+  shift
+done
+mkdir -p "$dest"
+for language in "${languages[@]}"; do
+  cp "$dict" "$dest/dict$language.txt"
+  for split in $splits; do for kind in bin idx; do cp "$dict" "$dest/$split$pair$language.$kind"; done; done
+done
+"""
+
 
 class Scripts:
     def __init__(self, folder: Path) -> None:

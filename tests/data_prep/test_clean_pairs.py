@@ -34,6 +34,7 @@ def test_every_reason_is_counted_and_order_is_kept(scripts: Scripts) -> None:
         ("good one", "gut eins"),
         ("", "leer"),
         ("leer", " \u00a0"),
+        ("M\ufffdller", "Müller"),
         ("a " * 251, "b " * 251),
         ("x", "y" * 60),
         ("good one", "gut eins"),
@@ -52,7 +53,7 @@ def test_every_reason_is_counted_and_order_is_kept(scripts: Scripts) -> None:
         "test.de",
     )
     assert printed == (
-        "clean_pairs: read 9, kept 2, empty side 2, too long 1, length ratio 1, "
+        "clean_pairs: read 10, kept 2, empty side 2, not decoded 1, too long 1, length ratio 1, "
         "in held-out text 2, duplicate 1\n"
     )
     assert output(scripts) == [("good one", "gut eins"), ("good two", "gut zwei")]

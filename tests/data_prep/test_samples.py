@@ -5,11 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import lzma
-import os
 import shutil
-import stat
 import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -17,11 +14,6 @@ import pytest
 from prep_scripts import PREP
 
 SAMPLE = PREP / "sample"
-STUB = """#!/usr/bin/env bash
-# Stands in for fairseq-preprocess, which takes seconds to import: files under the right names.
-while [ $# -gt 0 ]; do case $1 in --destdir) dest=$2;; --srcdict) dict=$2;; esac; shift; done
-mkdir -p "$dest"; for name in NAMES; do cp "$dict" "$dest/$name"; done
-"""
 
 
 def prepare(
@@ -33,26 +25,6 @@ def prepare(
 
 def lines(path: Path) -> list[str]:
     return path.read_text("utf-8").splitlines()
-
-
-@pytest.fixture
-def stubbed(tmp_path: Path) -> dict[str, str]:
-    """An environment whose fairseq-preprocess is instant."""
-    names = [
-        f"{split}.en-de.{lang}.{kind}"
-        for split in ("train", "valid", "test", "test1")
-        for lang in ("en", "de")
-        for kind in ("bin", "idx")
-    ] + ["dict.en.txt", "dict.de.txt"]
-    tools = tmp_path / "venv" / "bin"
-    tools.mkdir(parents=True)
-    for name, text in (
-        ("fairseq-preprocess", STUB.replace("NAMES", " ".join(names))),
-        ("python", f'#!/usr/bin/env bash\nexec "{sys.executable}" "$@"\n'),
-    ):
-        (tools / name).write_text(text)
-        (tools / name).chmod(stat.S_IRWXU)
-    return {**os.environ, "VENV": str(tools.parent), "CLDR_PAIRS": "300", "VOCAB_SIZE": "500"}
 
 
 @pytest.fixture(scope="session")
@@ -160,6 +132,7 @@ def test_documents_are_apart_in_language_model_data(lm: Path) -> None:
 
 
 def test_an_interrupted_run_resumes_to_the_same_bytes(stubbed: dict[str, str], tmp_path: Path) -> None:
+    stubbed |= {"CLDR_PAIRS": "300", "VOCAB_SIZE": "500"}
     tool = Path(stubbed["VENV"]) / "bin" / "fairseq-preprocess"
     working = tool.read_text()
     tool.write_text('#!/usr/bin/env bash\necho "disk is full"; exit 3\n')
