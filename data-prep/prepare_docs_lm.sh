@@ -13,7 +13,12 @@
 #   REFRESH=1                                        get the package indexes anew, so newer versions
 #   WORKERS=2                                        processes (default: all cores)
 #
-# MEASURED
+# Expected, training text and its pieces (2 cores, packages downloaded before; Debian 12, Python 3.11):
+#   small    1.52 M words    2.16 M    86 s
+#   open     8.40 M words   12.42 M   308 s     85 MB of packages
+#   all     18.18 M words   27.52 M   477 s    285 MB of packages
+#   valid and test: 5 % of documents each; dictionary 8,008 symbols; unknown characters are spelt as bytes
+# docs/data.md says how documents are made and held out.
 set -euo pipefail
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 PREP=$ROOT/data-prep

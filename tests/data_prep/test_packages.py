@@ -231,9 +231,12 @@ def test_the_translation_corpus_from_packages_to_binarised_data(tmp_path: Path) 
     assert again.stdout.count("\n") == 2 and "steps already done: 11" in again.stdout
 
 
-def test_the_english_corpus_from_docstrings_to_binarised_data(tmp_path: Path) -> None:
+def test_the_english_corpus_from_docstrings_to_binarised_data(
+    tmp_path: Path, stubbed: dict[str, str]
+) -> None:
     out = tmp_path / "out"
-    done = prepare("prepare_docs_lm.sh", "small", out, MODULES="fairseq", VOCAB_SIZE="600")
+    settings = {**stubbed, "MODULES": "fairseq", "VOCAB_SIZE": "600"}
+    done = prepare("prepare_docs_lm.sh", "small", out, **settings)
     assert done.returncode == 0, done.stderr
     counts = {path.stem: json.loads(path.read_text()) for path in (out / "counts").iterdir()}
     assert counts["extract"]["words"] == counts["extract"]["fairseq words"] > 20_000
