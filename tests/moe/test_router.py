@@ -149,3 +149,10 @@ def test_bad_padding_mask_gets_one_clear_line() -> None:
         ValueError, match=r"padding_mask must be bool of shape \(2, 3\), got torch.bool of shape \(3, 2\)"
     ):
         layer(torch.randn(2, 3, 4), torch.zeros(3, 2, dtype=torch.bool))
+
+
+def test_scores_whose_sum_overflows_are_finite_all_the_same() -> None:
+    router = TopKRouter(4, 3)
+    torch.nn.init.ones_(router.weight)
+    logits_TE = router.score(torch.full((5, 4), 5e37))
+    assert torch.isinf(logits_TE.sum()) and torch.isfinite(logits_TE).all()
