@@ -1,7 +1,8 @@
-"""What the training scripts train: the models of the paper's tables at three sizes, as fairseq-train's flags.
+"""What the training scripts train: the models of the paper's tables at four sizes, as fairseq-train's flags.
 
-tiny: the demo's size, on the CPU in minutes. small: one GPU, sized for about an hour. paper: the paper's
-settings (arXiv 2403.18926), with its capacity factors and without a cap on experts per token.
+tiny: the demo's size, on the CPU in minutes. claims: the CPU too, the grid of docs/results.md. small: one GPU,
+sized for about an hour. paper: the paper's settings (arXiv 2403.18926), with its capacity factors and without
+a cap on experts per token.
 """
 
 import json
@@ -9,11 +10,17 @@ import shlex
 from dataclasses import dataclass
 
 ADAM = "--optimizer adam --lr-scheduler"
+CLAIMS = (
+    f"{ADAM} polynomial_decay --lr 2e-3 --warmup-updates 100 --total-num-update 1000 --max-update 1000 "
+    "--save-interval-updates 250 --keep-interval-updates 1 --validate-interval 1000000 "
+    "--no-epoch-checkpoints --log-interval 25"
+)
 INTERVALS = "--validate-interval 1000000 --no-epoch-checkpoints --keep-interval-updates 5"
 
 # The split s of the dense FFN, and the router. Each computes as much for a token as the dense FFN, or less.
 MODELS = {
     "dense": (1, "--moe-freq 0"),
+    "dense-wide": (1, "--moe-freq 0"),  # as many parameters as the models with experts, in wider FFNs
     "switch": (1, "--moe-router topk --moe-topk 1"),
     "hash": (1, "--moe-router hash"),
     "base": (1, "--moe-router base"),
@@ -45,20 +52,27 @@ class Preset:
     flags: str
     on_cpu: bool = False
     as_paper: bool = False  # its capacity factors, no cap
-    beam: int = 5  # translation
+    wide_ffn: int = 0  # of dense-wide, where the preset has it
+    beam: int = 5  # translation,
+    eval_bleu: bool = True  # and whether each validation translates, to choose the best checkpoint by BLEU
     context: int = 0  # language models: tokens per sample,
     seen: int = 0  # and how many of these are context only when it is scored
 
 
 TASK_FLAGS = {
-    # Only the encoder has experts, as in the paper. The best checkpoint is that of the best BLEU of text:
-    # sentencepiece's pieces are joined, and sacreBLEU tokenises (13a).
+    # Only the encoder has experts, as in the paper.
     "wmt": "--task translation --criterion moe_label_smoothed_cross_entropy --label-smoothing 0.1 "
-    "--adam-betas '(0.9, 0.98)' --no-moe-decoder --share-all-embeddings --eval-bleu "
-    "--eval-bleu-remove-bpe sentencepiece --best-checkpoint-metric bleu --maximize-best-checkpoint-metric",
+    "--adam-betas '(0.9, 0.98)' --no-moe-decoder --share-all-embeddings",
     "lm": "--task language_modeling --criterion moe_cross_entropy --adam-betas '(0.9, 0.95)' "
     "--weight-decay 0.1 --clip-norm 1.0 --share-decoder-input-output-embed",
 }
+
+# The best checkpoint is that of the best BLEU of text: sentencepiece's pieces are joined, and sacreBLEU
+# tokenises (13a).
+BEST_BY_BLEU = (
+    "--eval-bleu --eval-bleu-remove-bpe sentencepiece --best-checkpoint-metric bleu "
+    "--maximize-best-checkpoint-metric"
+)
 
 PRESETS = {
     "wmt": {
@@ -69,6 +83,13 @@ PRESETS = {
             f"--decoder-normalize-before --dropout 0 --clip-norm 1.0 {ADAM} polynomial_decay --lr 2e-3 "
             "--warmup-updates 150 --total-num-update 1000 --max-update 1000 --save-interval-updates 250 "
             f"{INTERVALS} --log-interval 25", on_cpu=True, beam=2,
+        ),
+        "claims": Preset(
+            "4+1 layers, width 128, MoE in encoder layers 2, 4", 512, 8, 640, 640, "1,000 updates", 0.9,
+            "--arch xmoe_transformer_tiny --encoder-layers 4 --decoder-layers 1 --encoder-embed-dim 128 "
+            "--encoder-ffn-embed-dim 512 --decoder-ffn-embed-dim 256 --encoder-attention-heads 4 "
+            "--decoder-attention-heads 4 --encoder-normalize-before --decoder-normalize-before --dropout 0 "
+            f"--clip-norm 1.0 {CLAIMS}", on_cpu=True, wide_ffn=1984, beam=2, eval_bleu=False,
         ),
         "small": Preset(
             "6+6 layers, width 512, MoE in encoder layers 2, 4, 6", 2048, 8,
@@ -92,6 +113,12 @@ PRESETS = {
             f"--decoder-attention-heads 4 --dropout 0 {ADAM} polynomial_decay --lr 6e-3 --warmup-updates 100 "
             f"--total-num-update 1000 --max-update 1000 --save-interval-updates 250 {INTERVALS} "
             "--log-interval 25", on_cpu=True, context=128, seen=96,
+        ),
+        "claims": Preset(
+            "4 layers, width 128, MoE in layers 2, 4", 512, 8, 640, 640, "1,000 updates", 0.9,
+            "--arch xmoe_transformer_lm_tiny --decoder-layers 4 --decoder-embed-dim 128 "
+            f"--decoder-ffn-embed-dim 512 --decoder-attention-heads 4 --dropout 0 {CLAIMS}", on_cpu=True,
+            wide_ffn=1984, context=128, seen=96,
         ),
         "small": Preset(
             "12 layers, width 768, MoE in every 2nd layer", 3072, 8, 16384, 65536, "4,000 updates", 0.9,
@@ -125,6 +152,10 @@ class Plan:
         return PRESETS[self.task][self.preset]
 
     @property
+    def is_dense(self) -> bool:
+        return self.model.startswith("dense")
+
+    @property
     def split(self) -> int:
         return MODELS[self.model][0]
 
@@ -146,6 +177,8 @@ class Plan:
                 raise ValueError(f"{what} must be one of {', '.join(known)}, got {value}")
         if self.task == "lm" and self.model == "expert-choice":
             raise ValueError("expert-choice cannot be used in a language model: a token would see later ones")
+        if self.model == "dense-wide" and not self.size.wide_ffn:
+            raise ValueError(f"dense-wide is a model of the preset claims, got {self.preset}")
         if self.gpus < 1 or self.size.tokens_per_update % (self.gpus * self.batch):
             whole = f"{self.size.tokens_per_update:,} tokens per update into batches of {self.batch:,}"
             raise ValueError(f"GPUS must divide {whole}, got {self.gpus}")
@@ -155,10 +188,11 @@ class Plan:
         """What will be trained, and how many tokens an update has."""
         size, experts = self.size, self.size.experts * self.split
         width = size.ffn_dim // self.split
-        layer = "dense" if self.model == "dense" else f"{experts} experts x {width}"
+        layer = "dense" if self.is_dense else f"{experts} experts x {width}"
         device = "process on the CPU" if size.on_cpu else "GPU" + "s" * (self.gpus > 1)
+        ffn = size.wide_ffn if self.model == "dense-wide" else size.ffn_dim
         return [
-            f"{self.model}: {size.shape}, FFN {size.ffn_dim}; {layer}",
+            f"{self.model}: {size.shape}, FFN {ffn}; {layer}",
             f"{self.gpus} {device} x {self.batch:,} tokens x update-freq {self.update_freq} = "
             f"{self.gpus * self.batch * self.update_freq:,} tokens per update; {size.length}",
         ]
@@ -166,7 +200,10 @@ class Plan:
     def flags(self) -> list[str]:
         size, (split, router) = self.size, MODELS[self.model]
         words = f"{TASK_FLAGS[self.task]} {size.flags} {router} --update-freq {self.update_freq}"
-        if self.model != "dense":
+        if self.model == "dense-wide":
+            side = "encoder" if self.task == "wmt" else "decoder"
+            words += f" --{side}-ffn-embed-dim {size.wide_ffn}"
+        if not self.is_dense:
             words += f" --moe-num-experts {size.experts * split} --moe-ffn-split {split}"
         if self.model.startswith("xmoe"):
             words += f" --moe-threshold {size.threshold}"
@@ -177,7 +214,9 @@ class Plan:
         if self.task == "wmt":
             # Lengths as in fairseq's examples: an untrained model would go on to the limit.
             search = json.dumps({"beam": size.beam, "max_len_a": 1.2, "max_len_b": 10})
-            words += f" --max-tokens {self.batch} --eval-bleu-args {shlex.quote(search)}"
+            words += f" --max-tokens {self.batch}"
+            if size.eval_bleu:
+                words += f" {BEST_BY_BLEU} --eval-bleu-args {shlex.quote(search)}"
         else:
             words += f" --tokens-per-sample {size.context} --batch-size {self.batch // size.context}"
         return shlex.split(words)

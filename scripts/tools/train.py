@@ -109,9 +109,10 @@ def main() -> None:
     parser.add_argument("flags", nargs=argparse.REMAINDER, help="further flags of fairseq-train")
     args = parser.parse_args()
     try:
-        on_cpu = args.preset == "tiny"
-        gpus = 1 if on_cpu else integer("GPUS", max(torch.cuda.device_count(), 1))
-        plan, seed = Plan(args.task, args.preset, args.model, gpus).check(), integer("SEED", 1)
+        plan, seed = Plan(args.task, args.preset, args.model, 1).check(), integer("SEED", 1)
+        if not plan.size.on_cpu:
+            gpus = integer("GPUS", max(torch.cuda.device_count(), 1))
+            plan = Plan(args.task, args.preset, args.model, gpus).check()
         data, run = args.data.resolve(), args.run.resolve()
         words = command(plan, data, run, seed, args.flags)
         note(run, describe(plan, data, seed, words))
