@@ -22,11 +22,12 @@ CHUNK_ROWS = 256
 
 def expert_sums_loop(x_SD: Tensor, rows: ExpertRows, stacks: Stacks, activation: Activation) -> Tensor:
     """As `expert_sums_plain`, to rounding; gradients of first order only."""
-    counts = rows.counts_E.tolist()
-    keep = torch.is_grad_enabled()
+    plan = list(chunks(rows.counts_E.tolist()))
     with torch.autocast(x_SD.device.type, enabled=False):
+        if not torch.is_grad_enabled():
+            return _sums(x_SD, rows.weight_R, stacks, rows.source_R, plan, activation)[0]
         y_SD: Tensor = _ExpertLoop.apply(  # type: ignore[no-untyped-call]
-            x_SD, rows.weight_R, *stacks, rows.source_R, counts, activation, keep
+            x_SD, rows.weight_R, *stacks, rows.source_R, plan, activation
         )
     return y_SD
 
@@ -57,6 +58,38 @@ def chunks(counts: list[int]) -> Iterator[Chunk]:
         yield Chunk(experts, sizes, slice(start, start + sum(sizes)))
 
 
+def _sums(
+    x_SD: Tensor,
+    weight_R: Tensor | None,
+    stacks: Stacks,
+    source_R: Tensor,
+    plan: list[Chunk],
+    activation: Activation,
+) -> tuple[Tensor, Tensor]:
+    """(S, D) the sums, and (R, F) the hidden layer: relu's output, any other activation's input."""
+    fc1_weight, fc1_bias, fc2_weight, fc2_bias = stacks
+    y_SD = x_SD.new_zeros(x_SD.shape, dtype=None if weight_R is None else weight_R.dtype)
+    w1, w2 = fc1_weight.transpose(1, 2), fc2_weight.transpose(1, 2)
+    inner_RF = x_SD.new_empty(source_R.numel(), fc1_weight.size(1))
+    x_buffer, y_buffer = _buffer(x_SD, plan), _buffer(x_SD, plan)
+    sum_buffer = y_buffer if y_SD.dtype == x_SD.dtype else _buffer(y_SD, plan)
+    for chunk in plan:
+        source, inner_rF = source_R[chunk.rows], inner_RF[chunk.rows]
+        x_rD = torch.index_select(x_SD, 0, source, out=x_buffer[: source.numel()])
+        # w1[e], not unbind: of few tokens few experts have rows.
+        for e, x, inner in zip(chunk.experts, chunk.of(x_rD), chunk.of(inner_rF), strict=True):
+            torch.addmm(fc1_bias[e], x, w1[e], out=inner)
+        hidden_rF = inner_rF.relu_() if activation is F.relu else activation(inner_rF)
+        y_rD = y_buffer[: source.numel()]
+        for e, hidden, y in zip(chunk.experts, chunk.of(hidden_rF), chunk.of(y_rD), strict=True):
+            torch.addmm(fc2_bias[e], hidden, w2[e], out=y)
+        if weight_R is not None:
+            weight_r1 = weight_R[chunk.rows].unsqueeze(1)
+            y_rD = torch.mul(y_rD, weight_r1, out=sum_buffer[: source.numel()])
+        y_SD.index_add_(0, source, y_rD)
+    return y_SD, inner_RF
+
+
 class _ExpertLoop(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -68,33 +101,13 @@ class _ExpertLoop(torch.autograd.Function):
         fc2_weight: Tensor,
         fc2_bias: Tensor,
         source_R: Tensor,
-        counts: list[int],
+        plan: list[Chunk],
         activation: Activation,
-        keep: bool,
     ) -> Tensor:
-        plan = list(chunks(counts))
-        y_SD = x_SD.new_zeros(x_SD.shape, dtype=None if weight_R is None else weight_R.dtype)
-        w1, w2 = (weight.transpose(1, 2).unbind() for weight in (fc1_weight, fc2_weight))
-        b1, b2 = fc1_bias.unbind(), fc2_bias.unbind()
-        inner_RF = x_SD.new_empty(source_R.numel(), fc1_weight.size(1))  # relu's output, others' input
-        x_buffer, y_buffer = _buffer(x_SD, plan), _buffer(x_SD, plan)
-        sum_buffer = y_buffer if y_SD.dtype == x_SD.dtype else _buffer(y_SD, plan)
-        for chunk in plan:
-            source, inner_rF = source_R[chunk.rows], inner_RF[chunk.rows]
-            x_rD = torch.index_select(x_SD, 0, source, out=x_buffer[: source.numel()])
-            for e, x, inner in zip(chunk.experts, chunk.of(x_rD), chunk.of(inner_rF), strict=True):
-                torch.addmm(b1[e], x, w1[e], out=inner)
-            hidden_rF = inner_rF.relu_() if activation is F.relu else activation(inner_rF)
-            y_rD = y_buffer[: source.numel()]
-            for e, hidden, y in zip(chunk.experts, chunk.of(hidden_rF), chunk.of(y_rD), strict=True):
-                torch.addmm(b2[e], hidden, w2[e], out=y)
-            if weight_R is not None:
-                weight_r1 = weight_R[chunk.rows].unsqueeze(1)
-                y_rD = torch.mul(y_rD, weight_r1, out=sum_buffer[: source.numel()])
-            y_SD.index_add_(0, source, y_rD)
-        if keep:
-            ctx.plan, ctx.activation = plan, activation
-            ctx.save_for_backward(x_SD, weight_R, fc1_weight, fc2_weight, fc2_bias, source_R, inner_RF)
+        stacks = Stacks(fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+        y_SD, inner_RF = _sums(x_SD, weight_R, stacks, source_R, plan, activation)
+        ctx.plan, ctx.activation = plan, activation
+        ctx.save_for_backward(x_SD, weight_R, fc1_weight, fc2_weight, fc2_bias, source_R, inner_RF)
         return y_SD
 
     @staticmethod
@@ -143,7 +156,7 @@ class _ExpertLoop(torch.autograd.Function):
             grad_x_SD.index_add_(0, source, x_rD)
         # without weights None, without rows an empty one
         grad_weight_R = torch.cat(grad_weights).to(weight_R.dtype) if grad_weights else weight_R
-        return grad_x_SD, grad_weight_R, *grads, None, None, None, None
+        return grad_x_SD, grad_weight_R, *grads, None, None, None
 
 
 def _activate(activation: Activation, inner_rF: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
