@@ -2,8 +2,8 @@
 
     python scripts/tools/grid.py wmt|lm PRESET DATA OUT --models dense switch ... [--seeds 1 2 3]
 
-A run is OUT/MODEL-SEED; one that is scored is left alone, one that was stopped goes on from its last checkpoint.
-All models' first seeds come first. As many runs at a time as this process may use cores (see taskset).
+A run is OUT/MODEL-SEED; one that is scored is left alone, one that was stopped goes on from its last
+checkpoint. All models' first seeds come first. As many runs at a time as this process may use cores (see taskset).
 """
 
 import argparse
@@ -25,7 +25,10 @@ def train_and_score(task: str, preset: str, model: str, seed: int, data: Path, r
     env = os.environ | {"OMP_NUM_THREADS": "1", "SEED": str(seed)}
     commands = [
         ["taskset", "-c", str(core), sys.executable, str(TOOLS / name), task, *words]
-        for name, words in (("train.py", [preset, model, str(data), str(run)]), ("score.py", [str(run)]))
+        for name, words in (
+            ("train.py", [preset, model, str(data), str(run)]),
+            ("score.py", [str(run), "--splits", "test"]),
+        )
     ]
     with run.with_name(run.name + ".log").open("a", encoding="utf-8") as log:
         try:
@@ -33,7 +36,9 @@ def train_and_score(task: str, preset: str, model: str, seed: int, data: Path, r
         except BlockingIOError:
             print(f"[grid] {run.name}: another process is at it", flush=True)
             return True
-        return all(subprocess.run(words, stdout=log, stderr=log, env=env).returncode == 0 for words in commands)
+        return all(
+            subprocess.run(words, stdout=log, stderr=log, env=env).returncode == 0 for words in commands
+        )
 
 
 def work(queue: "Queue[tuple[str, int]]", args: argparse.Namespace, core: int, failed: list[str]) -> None:
@@ -80,7 +85,9 @@ def main() -> None:
     for worker in workers:
         worker.join()
     if failed:
-        raise SystemExit(f"grid: {len(failed)} runs failed: {', '.join(failed)}; the same command tries again")
+        raise SystemExit(
+            f"grid: {len(failed)} runs failed: {', '.join(failed)}; the same command tries again"
+        )
 
 
 if __name__ == "__main__":

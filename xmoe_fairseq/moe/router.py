@@ -6,6 +6,7 @@ mass of the threshold router would be wrong in its second digit.
 """
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -69,8 +70,8 @@ class Router(nn.Module):
                 weight_R=self.combine_weight(logits_TE, probs_TE)[token_R, expert_R],
                 probs_TE=probs_TE,
                 rows_wanted=token_R.numel(),
-                load_balance_loss=self.balance(probs_TE, expert_TK[:, 0]),
-                z_loss=z_loss(logits_TE),
+                load_balance_of=partial(self.balance, probs_TE, expert_TK[:, 0]),
+                z_loss_of=partial(z_loss, logits_TE),
             )
 
     def score(self, x_TD: Tensor) -> Tensor:
@@ -79,7 +80,7 @@ class Router(nn.Module):
         if self.temperature != 1.0:
             logits_TE = logits_TE / self.temperature
         # A sum of all is quick, and finite only if every score is; if it is not, it may just have overflowed.
-        if not torch.isfinite(logits_TE.detach().sum()):
+        if not math.isfinite(logits_TE.detach().sum().item()):
             finite_T = torch.isfinite(logits_TE.detach()).all(dim=-1)
             if finite_T.all():
                 return logits_TE
@@ -104,10 +105,13 @@ class Router(nn.Module):
         return f"model_dim={self.weight.size(1)}, num_experts={self.num_experts}"
 
 
+FEW = 1024  # probabilities that are sorted sooner than packed
+
+
 def by_preference(probs_TE: Tensor, limit: int) -> tuple[Tensor, Tensor]:
     """The `limit` largest probabilities, descending, and their experts; of equals the lower id first."""
     num_experts = probs_TE.size(1)
-    if probs_TE.dtype != torch.float32:
+    if probs_TE.dtype != torch.float32 or probs_TE.numel() <= FEW:
         sorted_TE, expert_TE = torch.sort(probs_TE, dim=1, descending=True, stable=True)
         return sorted_TE[:, :limit], expert_TE[:, :limit]
     # A stable sort of all experts takes twice as long as the top few of distinct integers: the bits of a
