@@ -42,11 +42,11 @@ class Budget(nn.Module):
     def take(self, mass_before_TK: Tensor) -> Tensor:
         """(T, K) bool: the choices that t allows. In training they are counted, taken or not."""
         if self.training and self.counting:
-            self._count(mass_before_TK)
+            self.count(mass_before_TK)
         # A rounded sum may reach 1 before the last expert.
         return (mass_before_TK < self.threshold) | (self.threshold >= 1)
 
-    def _count(self, mass_before_TK: Tensor) -> None:
+    def count(self, mass_before_TK: Tensor) -> None:
         if self._counts_B is None:
             self._counts_B = mass_before_TK.new_zeros(BINS + 1, dtype=torch.long)
         # The first choice is taken anyway.

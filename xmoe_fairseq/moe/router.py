@@ -168,9 +168,13 @@ class ThresholdRouter(Router):
     def threshold_in_use(self) -> Tensor | float:
         return self.threshold if self.budget is None else self.budget.threshold
 
-    def choose(self, logits_TE: Tensor, probs_TE: Tensor) -> tuple[Tensor, Tensor]:
+    def candidates(self, probs_TE: Tensor) -> tuple[Tensor, Tensor]:
+        """The probability of the better choices together, and the expert, of each that a token may take."""
         sorted_TK, expert_TK = by_preference(probs_TE, self.limit)
-        mass_before_TK = F.pad(sorted_TK.cumsum(dim=1)[:, :-1], (1, 0))
+        return F.pad(sorted_TK.cumsum(dim=1)[:, :-1], (1, 0)), expert_TK
+
+    def choose(self, logits_TE: Tensor, probs_TE: Tensor) -> tuple[Tensor, Tensor]:
+        mass_before_TK, expert_TK = self.candidates(probs_TE)
         if self.budget is not None:
             chosen_TK = self.budget.take(mass_before_TK)
         elif self.threshold == 1.0:  # a rounded sum may reach 1 before the last expert
