@@ -19,8 +19,8 @@ Curve = list[tuple[float, float]]
 
 
 def style(name: str) -> dict[str, str]:
-    """Of a row's name, which may begin with its preset."""
-    model = name.split()[-1]
+    """Of a row's name, which holds its model, perhaps with the preset before it and flags after it."""
+    model = next(word for word in name.split() if word in COLOURS)
     return {"color": COLOURS[model], "marker": MARKERS.get(model.split("-")[0], "D")}
 
 
@@ -30,7 +30,7 @@ def draw(
     """
     Args:
         points: by row, its values of MoE FLOPs, seconds and quality.
-        curves: by row, of each run (updates, validation quality).
+        curves: by row, of each run (updates, perplexity in validation).
         quality: the column that says how good a model is.
     """
     figure, axes = plt.subplots(1, 3, figsize=(15, 4.6), layout="constrained")
@@ -47,9 +47,8 @@ def draw(
         for curve in filter(None, of_runs):  # none where validation was off
             axes[2].plot(*zip(*curve, strict=True), markersize=3, linewidth=1.3, **style(name))
     axes[2].set_xlabel("updates")
-    axes[2].set_ylabel(quality.replace("test", "validation") + lower)
-    if lower:
-        axes[2].set_yscale("log")
+    axes[2].set_ylabel("validation ppl (lower is better)")
+    axes[2].set_yscale("log")
     for panel in axes:
         panel.spines[["top", "right"]].set_visible(False)
         panel.grid(alpha=0.25)

@@ -1,8 +1,8 @@
 """What the training scripts train: the models of the paper's tables at four sizes, as fairseq-train's flags.
 
 tiny: the demo's size, on the CPU in minutes. claims: the CPU too, the grid of docs/results.md. small: one
-GPU, sized for about an hour. paper: the paper's settings (arXiv 2403.18926), with its capacity factors and without
-a cap on experts per token.
+GPU, sized for about an hour. paper: the paper's settings (arXiv 2403.18926), with its capacity factors and
+without a cap on experts per token.
 """
 
 import json
@@ -89,8 +89,9 @@ PRESETS = {
         "claims": Preset(
             "4+1 layers, width 128, MoE in encoder layers 2, 4", 512, 8, 640, 640, "1,000 updates", 0.9,
             "--lr 3e-3 --arch xmoe_transformer_tiny --encoder-layers 4 --decoder-layers 1 "
-            "--encoder-embed-dim 128 --encoder-ffn-embed-dim 512 --decoder-ffn-embed-dim 256 --encoder-attention-heads 4 "
-            "--decoder-attention-heads 4 --encoder-normalize-before --decoder-normalize-before --dropout 0 "
+            "--encoder-embed-dim 128 --encoder-ffn-embed-dim 512 --decoder-ffn-embed-dim 256 "
+            "--encoder-attention-heads 4 --decoder-attention-heads 4 --encoder-normalize-before "
+            "--decoder-normalize-before --dropout 0 "
             f"--clip-norm 1.0 {CLAIMS}", on_cpu=True, wide_ffn=1984, beam=1, eval_bleu=False,
         ),
         "small": Preset(
