@@ -7,11 +7,13 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (after the backend)
 
-# A family has a hue: black dense, blue threshold, orange top-k, a colour of its own for each other router.
+# A family has a hue: black dense, blue threshold (pink with a budget), orange top-k, a colour of its own for
+# each other router.
 COLOURS = {
     "dense": "#202020", "hash": "#2ca02c", "base": "#9467bd", "gshard": "#8c564b", "expert-choice": "#17a2a2",
     "switch": "#fdae6b", "topk-s2": "#f08020", "topk-s4": "#c85a0a", "topk-s8": "#8a3b00",
     "xmoe-s1": "#9ecae1", "xmoe-s2": "#5aa2d0", "xmoe-s4": "#2070b4", "xmoe-s8": "#08306b",
+    "xmoe-s4-budget": "#e377c2", "xmoe-s8-budget": "#a3267f",
 }  # fmt: skip
 MARKERS = {"xmoe": "o", "topk": "s", "switch": "s", "dense": "X"}
 

@@ -33,6 +33,9 @@ MODELS = {
     "xmoe-s2": (2, "--moe-router threshold"),
     "xmoe-s4": (4, "--moe-router threshold"),
     "xmoe-s8": (8, "--moe-router threshold"),
+    # Half the dense FFN's FLOPs, from the first update on.
+    "xmoe-s4-budget": (4, "--moe-router threshold --moe-target-experts-per-token 2"),
+    "xmoe-s8-budget": (8, "--moe-router threshold --moe-target-experts-per-token 4"),
 }
 # gshard's memory grows with the square of the tokens in a batch, base's assignment takes their cube in time.
 MAX_BATCH = {"gshard": 4096, "base": 1024}

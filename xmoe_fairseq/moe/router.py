@@ -7,11 +7,13 @@ mass of the threshold router would be wrong in its second digit.
 
 import math
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from xmoe_fairseq.moe.budget import Budget
 from xmoe_fairseq.moe.losses import load_balance_loss, z_loss
 from xmoe_fairseq.moe.routing import Routing
 
@@ -22,7 +24,11 @@ class Router(nn.Module):
     Args:
         model_dim: width D of a token.
         num_experts: number of experts E.
+
+    `temperature` divides the scores: below 1 a router is more decisive.
     """
+
+    temperature = 1.0
 
     def __init__(self, model_dim: int, num_experts: int) -> None:
         super().__init__()
@@ -71,6 +77,8 @@ class Router(nn.Module):
     def score(self, x_TD: Tensor) -> Tensor:
         dtype = torch.promote_types(x_TD.dtype, torch.float32)
         logits_TE = F.linear(x_TD.to(dtype), self.weight.to(dtype))
+        if self.temperature != 1.0:
+            logits_TE = logits_TE / self.temperature
         # A sum of all is quick, and finite only if every score is; if it is not, it may just have overflowed.
         if not math.isfinite(logits_TE.detach().sum().item()):
             finite_T = torch.isfinite(logits_TE.detach()).all(dim=-1)
@@ -124,10 +132,16 @@ class ThresholdRouter(Router):
         threshold: t in [0, 1].
         max_experts_per_token: keep only a token's first choices; 0 = no limit. Unlike capacity it
             depends on the token alone, so it is causal and the same in any batch.
+        target_experts_per_token: steer t to this average instead (see `budget.py`); 0 = `threshold` as it is.
     """
 
     def __init__(
-        self, model_dim: int, num_experts: int, threshold: float = 0.9, max_experts_per_token: int = 0
+        self,
+        model_dim: int,
+        num_experts: int,
+        threshold: float = 0.9,
+        max_experts_per_token: int = 0,
+        target_experts_per_token: float = 0.0,
     ) -> None:
         super().__init__(model_dim, num_experts)
         if not 0.0 <= threshold <= 1.0:
@@ -138,20 +152,44 @@ class ThresholdRouter(Router):
             )
         self.threshold = threshold
         self.max_experts_per_token = max_experts_per_token
+        if target_experts_per_token and not 1 <= target_experts_per_token <= self.limit:
+            raise ValueError(
+                "target_experts_per_token must be 0 (none) or from 1 to the experts that a token may take, "
+                f"{self.limit}, got {target_experts_per_token}"
+            )
+        self.budget = Budget(target_experts_per_token, num_experts) if target_experts_per_token else None
+
+    @property
+    def limit(self) -> int:
+        """Experts that a token may take."""
+        return min(self.max_experts_per_token or self.num_experts, self.num_experts)
+
+    @property
+    def threshold_in_use(self) -> Tensor | float:
+        return self.threshold if self.budget is None else self.budget.threshold
 
     def choose(self, logits_TE: Tensor, probs_TE: Tensor) -> tuple[Tensor, Tensor]:
-        limit = min(self.max_experts_per_token or self.num_experts, self.num_experts)
-        sorted_TK, expert_TK = by_preference(probs_TE, limit)
+        sorted_TK, expert_TK = by_preference(probs_TE, self.limit)
         mass_before_TK = F.pad(sorted_TK.cumsum(dim=1)[:, :-1], (1, 0))
-        chosen_TK = mass_before_TK < self.threshold
-        if self.threshold == 1.0:  # a rounded sum may reach 1 before the last expert
-            chosen_TK = torch.ones_like(chosen_TK)
+        if self.budget is not None:
+            chosen_TK = self.budget.take(mass_before_TK)
+        elif self.threshold == 1.0:  # a rounded sum may reach 1 before the last expert
+            chosen_TK = torch.ones_like(mass_before_TK, dtype=torch.bool)
+        else:
+            chosen_TK = mass_before_TK < self.threshold
         chosen_TK[:, 0] = True
         return expert_TK, chosen_TK
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """The checkpoint of a model that was trained with a budget may be used with a t of one's own."""
+        if self.budget is None:
+            state_dict.pop(f"{prefix}budget.threshold", None)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def extra_repr(self) -> str:
         limit = self.max_experts_per_token or "none"
-        return f"{super().extra_repr()}, threshold={self.threshold}, max_experts_per_token={limit}"
+        threshold = self.threshold if self.budget is None else "steered"
+        return f"{super().extra_repr()}, threshold={threshold}, max_experts_per_token={limit}"
 
 
 class TopKRouter(Router):
