@@ -10,4 +10,4 @@ set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 PATH=$(cd "${VENV:-$root/.venv}" && pwd)/bin:$PATH
 export OMP_NUM_THREADS=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=8000000000   # docs/performance.md, Freed memory
-PYTHONWARNINGS=ignore exec python "$root/scripts/benchmarks/checkpoints.py" "$@"
+PYTHONWARNINGS=ignore exec python "$root/scripts/benchmarks/trained_layers.py" "$@"

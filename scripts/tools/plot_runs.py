@@ -13,7 +13,7 @@ COLOURS = {
     "dense": "#202020", "hash": "#2ca02c", "base": "#9467bd", "gshard": "#8c564b", "expert-choice": "#17a2a2",
     "switch": "#fdae6b", "topk-s2": "#f08020", "topk-s4": "#c85a0a", "topk-s8": "#8a3b00",
     "xmoe-s1": "#9ecae1", "xmoe-s2": "#5aa2d0", "xmoe-s4": "#2070b4", "xmoe-s8": "#08306b",
-    "xmoe-s4-budget": "#e377c2", "xmoe-s8-budget": "#a3267f",
+    "dense-wide": "#7f7f7f", "split-s8": "#bcbd22", "xmoe-s4-budget": "#e377c2", "xmoe-s8-budget": "#a3267f",
 }  # fmt: skip
 MARKERS = {"xmoe": "o", "topk": "s", "switch": "s", "dense": "X"}
 

@@ -33,6 +33,8 @@ MODELS = {
     "xmoe-s2": (2, "--moe-router threshold"),
     "xmoe-s4": (4, "--moe-router threshold"),
     "xmoe-s8": (8, "--moe-router threshold"),
+    # The dense FFN itself cut into parts, all of which are used in training: t is lowered afterwards.
+    "split-s8": (8, "--moe-router threshold --moe-threshold 1 --moe-max-experts-per-token 0"),
     # Half the dense FFN's FLOPs, from the first update on.
     "xmoe-s4-budget": (4, "--moe-router threshold --moe-target-experts-per-token 2"),
     "xmoe-s8-budget": (8, "--moe-router threshold --moe-target-experts-per-token 4"),
@@ -166,6 +168,10 @@ class Plan:
         return MODELS[self.model][0]
 
     @property
+    def num_experts(self) -> int:
+        return self.split * (1 if self.model.startswith("split") else self.size.experts)
+
+    @property
     def batch(self) -> int:
         return min(self.size.batch, MAX_BATCH.get(self.model, self.size.batch))
 
@@ -192,7 +198,7 @@ class Plan:
 
     def lines(self) -> list[str]:
         """What will be trained, and how many tokens an update has."""
-        size, experts = self.size, self.size.experts * self.split
+        size, experts = self.size, self.num_experts
         width = size.ffn_dim // self.split
         layer = "dense" if self.is_dense else f"{experts} experts x {width}"
         device = "process on the CPU" if size.on_cpu else "GPU" + "s" * (self.gpus > 1)
@@ -210,7 +216,7 @@ class Plan:
             side = "encoder" if self.task == "wmt" else "decoder"
             words += f" --{side}-ffn-embed-dim {size.wide_ffn}"
         if not self.is_dense:
-            words += f" --moe-num-experts {size.experts * split} --moe-ffn-split {split}"
+            words += f" --moe-num-experts {self.num_experts} --moe-ffn-split {split}"
         if self.model.startswith("xmoe"):
             words += f" --moe-threshold {size.threshold}"
             words += " --moe-max-experts-per-token 0" if size.as_paper else ""

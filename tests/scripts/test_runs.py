@@ -13,10 +13,9 @@ import compare
 import pytest
 import torch
 import train
+import trained_layers
 from commands import BIN, logged
 from sacrebleu.metrics import BLEU, CHRF
-
-import checkpoints
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 
@@ -96,8 +95,8 @@ def test_language_model(lm_data: Path, tmp_path: Path, monkeypatch: pytest.Monke
     )  # a piece is a word here
     assert scores["perplexity_per_word"] == pytest.approx(scores["perplexity"])
     assert scores["routing"] == {"decoder": {"experts": 1.0, "flops": 1.0}}
-    monkeypatch.setattr(sys, "argv", ["checkpoints", str(run), str(run), "--rounds", "3"])
-    checkpoints.main()
+    monkeypatch.setattr(sys, "argv", ["trained_layers", str(run), str(run), "--rounds", "3"])
+    trained_layers.main()
     assert json.loads((run / "seconds.json").read_text())["ratio"] > 0
 
     paths = sorted(run.glob("checkpoint_*_*.pt"))[-2:]
