@@ -56,7 +56,7 @@ class Picker:
         """The largest t at which a token takes at most `budget` experts on average."""
         if not 1 <= budget <= self.meter.limit:
             raise ResultError(
-                f"--budget must be from 1 to what a token may take, {self.meter.limit} experts, got {budget:g}"
+                f"--budget must be from 1 to {self.meter.limit}, what a token may take, got {budget:g}"
             )
         if self.per_layer:
             return self.at(budget)

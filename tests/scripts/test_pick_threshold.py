@@ -111,7 +111,10 @@ def test_errors(
         ((topk, *here), "CHECKPOINT must be of a model with --moe-router threshold"),
         ((checkpoint, *here, "--output", checkpoint), "--output must be another file than CHECKPOINT"),
         ((checkpoint, *here, "--output", tmp_path / "no/new.pt"), "--output: there is no folder"),
-        ((checkpoint, "--data", data, "--budget", 9), "--budget must be from 1 to what a token may take, 4"),
+        (
+            (checkpoint, "--data", data, "--budget", 9),
+            "--budget must be from 1 to 4, what a token may take, got 9",
+        ),
         ((checkpoint, "--data", data, "--budget", 0.5), "--budget must be from 1 to"),
         (
             (checkpoint, "--data", data, "--max-loss", -1),

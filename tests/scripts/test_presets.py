@@ -72,6 +72,7 @@ def test_fairseq_takes_the_flags(task: str, preset: str) -> None:
         as_paper = preset == "paper" and model.startswith(("xmoe", "topk", "switch"))
         assert config.moe_capacity_factor == (plan.split if as_paper else 0)
         assert config.moe_eval_capacity_factor == 0
+        assert config.moe_target_experts_per_token == (plan.split / 2 if "budget" in model else 0)
         if preset == "paper" and model.startswith("xmoe"):
             assert (config.moe_threshold, config.experts_per_token_limit) == (0.9, 0)
         rows = args.max_tokens if task == "wmt" else args.batch_size * args.tokens_per_sample
