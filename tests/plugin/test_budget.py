@@ -8,6 +8,7 @@ import pytest
 import torch
 from commands import TINY_LM, TRAIN, logged, run
 from fairseq import checkpoint_utils
+from parallel_runs import LM, train
 from toy import language_model, sentences
 
 from xmoe_fairseq.budget_trainer import BudgetTrainer
@@ -56,8 +57,8 @@ def test_resuming_follows_the_same_thresholds(
     trained: tuple[Path, list[dict]], corpus: tuple[Path, Path], tmp_path: Path
 ) -> None:
     (middle,) = trained[0].glob("checkpoint_*_4.pt")
-    flags = (corpus[1], *TINY_LM, *TRAIN, *BUDGET, "--update-freq", 2, "--max-update", 6)
-    run("fairseq-train", *flags, "--save-dir", tmp_path, "--restore-file", middle)
+    flags = (corpus[1], *LM, *TRAIN, *BUDGET, "--update-freq", 2, "--max-update", 6)
+    train(1, *flags, "--save-dir", tmp_path, "--restore-file", middle)
     expected = steered(trained[0] / "checkpoint_last.pt")
     assert expected and steered(tmp_path / "checkpoint_last.pt") == expected
     assert steered(middle) != expected
