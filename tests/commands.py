@@ -33,9 +33,10 @@ TINY_LM = (
 
 
 DEADLINE = 300.0  # seconds for one command; only one that hangs comes near it
-# Importing torch and fairseq takes 5 s of a core. One process does it; each command is a fork of it.
+# Importing torch and fairseq takes 5 s of a core, what optimizers import at their first step 3 s more. One
+# process does it; each command is a fork of it.
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["__main__", "torch", "fairseq"])
+FORKS.set_forkserver_preload(["__main__", "torch", "torch._dynamo", "fairseq"])
 
 
 def run(tool: str, *arguments: object, succeeds: bool = True, stdin: str = "", **env: str) -> str:
