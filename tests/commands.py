@@ -1,12 +1,16 @@
 """Runs the stock console scripts as a user would, on a corpus small enough for tests."""
 
 import json
+import multiprocessing
 import os
 import random
 import re
-import socket
+import runpy
 import subprocess
 import sys
+import tempfile
+import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 BIN = Path(sys.executable).parent
@@ -28,25 +32,95 @@ TINY_LM = (
 )  # fmt: skip
 
 
-def run(tool: str, *arguments: object, succeeds: bool = True, stdin: str | None = None, **env: str) -> str:
-    """stdout and stderr together; asserts the exit status."""
+DEADLINE = 300.0  # seconds for one command; only one that hangs comes near it
+# Importing torch and fairseq takes 5 s of a core, what optimizers import at their first step 3 s more. One
+# process does it; each command is a fork of it.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["__main__", "torch", "torch._dynamo", "fairseq"])
+
+
+def run(tool: str, *arguments: object, succeeds: bool = True, stdin: str = "", **env: str) -> str:
+    """stdout and stderr together; asserts the exit status. The script's process is a fork that has
+    imported torch and fairseq, and nothing of this package but its mends."""
+    return _run_forks(tool, arguments, [env], succeeds, stdin)[0]
+
+
+def run_as_torchrun(ranks: int, tool: str, *arguments: object) -> str:
+    """As `run`, on ranks that find one another by torchrun's variables; what rank after rank printed."""
+    from torch.distributed import TCPStore
+
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    common = {
+        "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }  # fmt: skip
+    each = [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
+    return "".join(_run_forks(tool, arguments, each, True, ""))
+
+
+def run_anew(tool: str, *arguments: object) -> str:
+    """As `run`, in a new Python process, with all that happens when one starts."""
     result = subprocess.run(
         [str(BIN / tool), *map(str, arguments)],
-        input=stdin,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=300,
-        env=os.environ | {"OMP_NUM_THREADS": "1"} | env,
+        timeout=DEADLINE,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
-    assert (result.returncode == 0) == succeeds, result.stdout[-4000:]
+    assert result.returncode == 0, result.stdout[-4000:]
     return result.stdout
 
 
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
+def _run_forks(
+    tool: str, arguments: tuple[object, ...], environments: list[dict[str, str]], succeeds: bool, stdin: str
+) -> list[str]:
+    """A process per environment; what each printed."""
+    command = [str(BIN / tool), *map(str, arguments)]
+    with tempfile.TemporaryDirectory() as folder:
+        read = Path(folder, "stdin")
+        read.write_text(stdin)
+        printed = [Path(folder, f"rank{rank}") for rank in range(len(environments))]
+        forks = [
+            FORKS.Process(target=_script, args=(command, os.environ | env, read, output))
+            for env, output in zip(environments, printed, strict=True)
+        ]
+        hung = _run_all(forks)
+        outputs = [output.read_text() for output in printed]
+        for fork, output in zip(forks, outputs, strict=True):
+            assert (fork.exitcode == 0) == succeeds, output[-4000:]
+        assert not hung, f"{tool} did not end within {DEADLINE:.0f} s"
+    return outputs
+
+
+def _run_all(forks: list[BaseProcess]) -> bool:
+    """Whether some had to be killed."""
+    for fork in forks:
+        fork.start()
+    end = time.monotonic() + DEADLINE
+    try:
+        for fork in forks:
+            fork.join(max(0.0, end - time.monotonic()))
+        return any(fork.is_alive() for fork in forks)
+    finally:
+        for fork in forks:
+            fork.kill()
+            fork.join()
+
+
+def _script(command: list[str], environment: dict[str, str], read: Path, printed: Path) -> None:
+    """The fork: what Python does with a script."""
+    import torch
+
+    torch.set_num_threads(1)
+    os.environ.clear()
+    os.environ.update(environment)
+    output = os.open(printed, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for number in (1, 2):
+        os.dup2(output, number)
+    sys.stdin = read.open()  # multiprocessing closed it
+    sys.argv = command
+    runpy.run_path(command[0], run_name="__main__")
 
 
 def logged(output: str, group: str) -> list[dict[str, float]]:

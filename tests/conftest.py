@@ -2,7 +2,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 sys.path.insert(0, str(Path(__file__).parent))  # tests share reference.py, toy.py and commands.py
 
@@ -11,6 +10,8 @@ from commands import write_corpus
 
 @pytest.fixture(autouse=True)
 def _reproducible() -> None:
+    import torch  # not above: each pytest-xdist controller would import it for nothing
+
     torch.set_num_threads(1)
     torch.manual_seed(1)
 

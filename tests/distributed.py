@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 
-def run_ranks(world_size: int, function: Callable[[], Any], timeout: float = 90) -> list[Any]:
+def run_ranks(world_size: int, function: Callable[[], Any], timeout: float = 300) -> list[Any]:
     """What `function()` returns on each rank; None for a rank that left without a word.
 
     The processes are forks, so that torch need not be imported again and `function` may be a closure. With

@@ -9,6 +9,7 @@ from unittest.mock import patch
 
 import fairseq_cli.train
 import torch
+import torch._dynamo  # noqa: F401  (optimizers import it at their first step: 3 s of a core in every rank)
 import torch.distributed as dist
 from commands import PLUGIN, TINY_LM, TINY_MT, TRAIN
 from distributed import run_ranks

@@ -10,17 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from report import write_report
 from rich.progress import track
 from subjects import (
     DenseFFN,
     Floor,
     PaperStyleExperts,
+    SlotExperts,
     fairscale_layer,
     moe_layer,
     output_of,
     transformers_block,
 )
+from tables import write_report
 from timing import forward, forward_backward, in_turn, leaves_of, machine
 from torch import Tensor, nn
 
@@ -30,6 +31,8 @@ TOKENS, MODEL_DIM, NUM_EXPERTS, EXPERT_DIM = 2048, 512, 64, 256  # reference poi
 PER_TOKEN = (2, 4, 6, 8, 16)
 GRANULARITY = (8, 32, 64, 128, 256)  # experts, E / 8 of them per token: the FLOPs of a dense FFN of 2,048
 PAPER_CAPACITY = 8.0
+EVERY_SLOT = {"paper's way, capacity 8": PaperStyleExperts, "its slots, no needless copies": SlotExperts}
+SECTIONS = ("cost follows computation", "fine granularity", "against others", "decoding")
 Row = dict[str, Any]
 
 
@@ -71,13 +74,17 @@ def against_others(per_token: int, rounds: int) -> Row:
     """The layer, then what else computes as many FLOPs (the paper's way: more)."""
     x, grad_y = tokens(), torch.randn(TOKENS, MODEL_DIM)
     layer = moe_layer(x, NUM_EXPERTS, EXPERT_DIM, per_token)
-    paper = paper_style(layer)
+    slots = {name: every_slot(layer, way) for name, way in EVERY_SLOT.items()}
     with torch.no_grad():
-        torch.testing.assert_close(paper(x)[0], layer(x)[0], rtol=1e-4, atol=1e-4)
+        for other in slots.values():
+            torch.testing.assert_close(other(x)[0], layer(x)[0], rtol=1e-4, atol=1e-4)
     dense = DenseFFN(MODEL_DIM, per_token * EXPERT_DIM)
     functions = {
         "XMoE layer": forward_backward(output_of(layer, x), leaves_of(layer, x), grad_y),
-        "paper's way, capacity 8": forward_backward(output_of(paper, x), leaves_of(paper, x), grad_y),
+        **{
+            name: forward_backward(output_of(other, x), leaves_of(other, x), grad_y)
+            for name, other in slots.items()
+        },
         "dense FFN of equal active width": forward_backward(lambda: dense(x), leaves_of(dense, x), grad_y),
     }
     x3 = x.detach().view(NUM_EXPERTS, -1, MODEL_DIM).requires_grad_()  # fairscale's rule
@@ -88,10 +95,10 @@ def against_others(per_token: int, rounds: int) -> Row:
     return {"per token": per_token, "forward + backward": in_turn(functions, rounds)}
 
 
-def paper_style(layer: MoELayer) -> MoELayer:
+def every_slot(layer: MoELayer, way: type[PaperStyleExperts]) -> MoELayer:
     """The same router and experts, with capacity slots for the tokens that fit; equal outputs if all do."""
     other = MoELayer(MODEL_DIM, EXPERT_DIM, NUM_EXPERTS, layer.router)
-    other.experts = PaperStyleExperts(layer.experts, PAPER_CAPACITY)
+    other.experts = way(layer.experts, PAPER_CAPACITY)
     return other
 
 
@@ -150,7 +157,7 @@ def memory_mark(name: str) -> float:
     return int(line.split()[1]) / 1000
 
 
-def measure(rounds: int, quick: bool) -> dict[str, list[Row]]:
+def measure(rounds: int, quick: bool, sections: list[str]) -> dict[str, list[Row]]:
     def jobs() -> Iterator[tuple[str, Callable[[], Row]]]:
         for per_token in PER_TOKEN[1:3] if quick else PER_TOKEN:
             yield (
@@ -166,7 +173,8 @@ def measure(rounds: int, quick: bool) -> dict[str, list[Row]]:
             yield "decoding", partial(decoding, count, 3 * rounds)
 
     results: dict[str, list[Row]] = {}
-    for name, job in track(list(jobs()), description=f"{torch.get_num_threads()} thread(s)"):
+    chosen = [(name, job) for name, job in jobs() if name in (sections or SECTIONS)]
+    for name, job in track(chosen, description=f"{torch.get_num_threads()} thread(s)"):
         torch.manual_seed(1)
         results.setdefault(name, []).append(job())
     return results
@@ -177,6 +185,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--rounds", type=int, default=7, help="counted repetitions (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="fewer cases")
+    parser.add_argument(
+        "--only", nargs="+", choices=SECTIONS, default=[], metavar="SECTION", help=f"of {SECTIONS}"
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/benchmark_layer"), help="folder")
     parser.add_argument("--memory-of", choices=["layer", "dense"], help="print this one's peak only")
     args = parser.parse_args()
@@ -186,7 +197,7 @@ def main() -> None:
     results: dict[str, Any] = {"machine": machine(), "threads": {}}
     for threads in args.threads:
         torch.set_num_threads(threads)
-        results["threads"][threads] = measure(args.rounds, args.quick)
+        results["threads"][threads] = measure(args.rounds, args.quick, args.only)
     results["peak memory, MB"] = {what: peak_memory(what) for what in ("layer", "dense")}
     write_report(results, args.out)
 

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from xmoe_fairseq.moe import Experts, MoELayer, ThresholdRouter
 from xmoe_fairseq.moe.dispatch import ExpertRows
-from xmoe_fairseq.moe.expert_sums import expert_sums_plain
 
 MAX_PER_TOKEN = 32  # cap of the layer's router, so that sorting costs what it costs in practice
 
@@ -43,43 +42,65 @@ class Floor(nn.Module):
 
 
 class PaperStyleExperts(nn.Module):
-    """In place of Experts: every expert computes `capacity_factor * T / E` slots, used or not, one by one."""
+    """In place of Experts, as in the authors' code: one expert after the other takes its `capacity_factor *
+    T / E` most probable tokens, computes all of them and adds them with a weight, 0 where nobody chose it.
+
+    A parameter per expert, as in a list of nn.Linear, in the stacks' memory.
+    """
 
     def __init__(self, experts: Experts, capacity_factor: float) -> None:
         super().__init__()
-        self.experts, self.capacity_factor = experts, capacity_factor
-        self.fc1_weight = experts.fc1_weight  # what the criterion reads the sizes from
+        self.capacity_factor, self.activation = capacity_factor, experts.activation
+        self.stacks = nn.ModuleList(
+            nn.ParameterList(map(nn.Parameter, stack.detach().unbind())) for stack in experts.stacked()
+        )
 
     def forward(self, x_SD: Tensor, rows: ExpertRows) -> Tensor:
         num_experts = rows.counts_E.numel()
-        capacity = math.ceil(x_SD.size(0) / num_experts * self.capacity_factor)
+        capacity = min(math.ceil(x_SD.size(0) / num_experts * self.capacity_factor), x_SD.size(0))
         expert_R = torch.repeat_interleave(rows.counts_E, output_size=rows.source_R.numel())
-        first_E = rows.counts_E.cumsum(0) - rows.counts_E
-        place_R = torch.arange(expert_R.numel()) - first_E[expert_R]
-        kept_R = place_R < capacity
-        slot_R = (expert_R * capacity + place_R)[kept_R]
-        slots = x_SD.new_zeros(num_experts * capacity, x_SD.size(1))
-        slots = slots.index_copy(0, slot_R, x_SD.index_select(0, rows.source_R[kept_R]))
-        all_slots = ExpertRows(
-            torch.arange(slots.size(0)), None, torch.full((num_experts,), capacity, dtype=torch.long)
-        )
-        out = expert_sums_plain(slots, all_slots, self.experts.stacked(), self.experts.activation)
-        weighted_RD = out.index_select(0, slot_R) * rows.weight_R[kept_R].unsqueeze(1)
-        return torch.zeros_like(x_SD).index_add(0, rows.source_R[kept_R], weighted_RD)
+        weight_SE = rows.weight_R.new_zeros(x_SD.size(0), num_experts)
+        weight_SE = weight_SE.index_put((rows.source_R, expert_R), rows.weight_R)
+        return self.compute(x_SD, weight_SE, weight_SE.detach().topk(capacity, dim=0).indices)
+
+    def compute(self, x_SD: Tensor, weight_SE: Tensor, source_CE: Tensor) -> Tensor:
+        y_SD = torch.zeros_like(x_SD)
+        for e, weights in enumerate(zip(*self.stacks, strict=True)):
+            source = source_CE[:, e]
+            y_SD[source] += self.expert(x_SD[source], *weights) * weight_SE[:, e][source].unsqueeze(1)
+        return y_SD
+
+    def expert(self, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
+        return F.linear(self.activation(F.linear(x, w1, b1)), w2, b2)
+
+
+class SlotExperts(PaperStyleExperts):
+    """The same slots without needless copies: gathered at once, and added at once."""
+
+    def compute(self, x_SD: Tensor, weight_SE: Tensor, source_CE: Tensor) -> Tensor:
+        source_R = source_CE.t().reshape(-1)
+        slots = x_SD.index_select(0, source_R).split(source_CE.size(0))
+        parts = [self.expert(x, *weights) for x, *weights in zip(slots, *self.stacks, strict=True)]
+        weight_R1 = weight_SE.gather(0, source_CE).t().reshape(-1, 1)
+        return torch.zeros_like(x_SD).index_add(0, source_R, torch.cat(parts) * weight_R1)
 
 
 def moe_layer(x_TD: Tensor, num_experts: int, expert_dim: int, per_token: float) -> MoELayer:
     """A threshold layer whose t is such that these tokens take `per_token` experts on average."""
     router = ThresholdRouter(x_TD.size(1), num_experts, 0.5, min(MAX_PER_TOKEN, num_experts))
-    with torch.no_grad():
-        router.weight.mul_(3.0)  # more decisive than at the start of training
+    set_experts_per_token(router, x_TD, per_token)
+    return MoELayer(x_TD.size(1), expert_dim, num_experts, router)
+
+
+def set_experts_per_token(router: ThresholdRouter, x_TD: Tensor, per_token: float) -> None:
+    """Choose t such that these tokens take `per_token` experts on average."""
     low, high = 0.0, 1.0
     with torch.no_grad():
+        router.weight.mul_(3.0)  # more decisive than at the start of training
         for _ in range(16):
             router.threshold = (low + high) / 2
             enough = router(x_TD).experts_per_token >= per_token
             low, high = (low, router.threshold) if enough else (router.threshold, high)
-    return MoELayer(x_TD.size(1), expert_dim, num_experts, router)
 
 
 def output_of(layer: MoELayer, x: Tensor) -> Callable[[], Tensor]:

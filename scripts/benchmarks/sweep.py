@@ -37,10 +37,11 @@ def measure(run: Path, thresholds: list[float]) -> list[dict[str, float]]:
 
 
 def at(model: nn.Module, threshold: float, work: Callable[[], None]) -> Callable[[], None]:
+    routers = [module for module in model.modules() if isinstance(module, ThresholdRouter)]
+
     def run() -> None:
-        for module in model.modules():
-            if isinstance(module, ThresholdRouter):
-                module.threshold, module.budget = threshold, None
+        for router in routers:
+            router.threshold, router.budget = threshold, None
         work()
 
     return run
@@ -77,6 +78,7 @@ def plot(rows: list[Row], titles: list[str], dense: list[float], path: Path) -> 
             panel.axhline(statistics.mean(dense), color="#202020", linestyle="--", label="dense")
             panel.legend(frameon=False)
         panel.set_xlabel(title)
+        panel.margins(0.1)
         panel.set_xlim(left=0)
         panel.spines[["top", "right"]].set_visible(False)
         panel.grid(alpha=0.25)

@@ -25,16 +25,23 @@ class Timing:
         return f"{self.milliseconds:.1f} ms, {self.ratio:.2f} x ({self.low:.2f} to {self.high:.2f})"
 
 
-def in_turn(functions: dict[str, Callable[[], object]], rounds: int) -> dict[str, Timing]:
-    """Each function's time, and its ratio to the first one's."""
+def in_turn(
+    functions: dict[str, Callable[[], object]], rounds: int, calls: int = 1, warm_up: int = WARM_UP
+) -> dict[str, Timing]:
+    """Each function's time, and its ratio to the first one's.
+
+    Args:
+        calls: of a function in each of its turns; a GPU may fall behind the host within a turn.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in functions}
-    for round_number in range(WARM_UP + rounds):
+    for round_number in range(warm_up + rounds):
         for name, function in functions.items():
             start = time.perf_counter()
-            function()
+            for _ in range(calls):
+                function()
             finish_device()
-            if round_number >= WARM_UP:
-                seconds[name].append(time.perf_counter() - start)
+            if round_number >= warm_up:
+                seconds[name].append((time.perf_counter() - start) / calls)
     first = next(iter(seconds.values()))
     return {name: _summary(times, first) for name, times in seconds.items()}
 

@@ -2,12 +2,11 @@
 
 import os
 import re
-import subprocess
 from pathlib import Path
 
 import pytest
 import torch
-from commands import BIN, free_port, run
+from commands import run, run_anew, run_as_torchrun
 from fairseq.checkpoint_utils import load_checkpoint_to_cpu
 
 TINY = (
@@ -39,7 +38,9 @@ def updates(checkpoint: Path) -> int:
 def checkpoint(corpus: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """fairseq's transformer after four updates."""
     folder = tmp_path_factory.mktemp("translation")
-    output = run("fairseq-train", corpus[0], *TRANSFORMER, "--max-update", 4, "--bf16", "--save-dir", folder)
+    output = run_anew(
+        "fairseq-train", corpus[0], *TRANSFORMER, "--max-update", 4, "--bf16", "--save-dir", folder
+    )
     assert "Warning" not in output, output
     return folder / "checkpoint_last.pt"
 
@@ -116,18 +117,9 @@ def test_hydra_train(corpus: tuple[Path, Path], tmp_path: Path) -> None:
 
 
 def test_two_processes_train_and_resume(corpus: tuple[Path, Path], tmp_path: Path) -> None:
-    torchrun = (
-        "--nproc-per-node",
-        2,
-        "--master-port",
-        free_port(),
-        BIN / "fairseq-train",
-        corpus[0],
-        *TRANSFORMER,
-    )
-    two = (*torchrun, "--distributed-backend", "gloo", "--save-dir", tmp_path)
-    run("torchrun", *two, "--max-update", 3, "--ddp-backend", "pytorch_ddp")
-    output = run("torchrun", *two, "--max-update", 5, "--ddp-backend", "legacy_ddp")
+    train = (corpus[0], *TRANSFORMER, "--distributed-backend", "gloo", "--save-dir", tmp_path)
+    run_as_torchrun(2, "fairseq-train", *train, "--max-update", 3, "--ddp-backend", "pytorch_ddp")
+    output = run_as_torchrun(2, "fairseq-train", *train, "--max-update", 5, "--ddp-backend", "legacy_ddp")
     assert "training on 2 devices" in output
     assert re.search(r"Loaded checkpoint .* @ 3 updates\)", output)
     assert updates(tmp_path / "checkpoint_last.pt") == 5
@@ -149,15 +141,11 @@ def test_refused_checkpoint_ends_a_command_with_one_line(
     state = load_checkpoint_to_cpu(str(checkpoint))
     state["extra_state"]["payload"] = MakesFolder(tmp_path / "made")
     torch.save(state, tmp_path / "unsafe.pt")
-    result = subprocess.run(
-        [BIN / "fairseq-interactive", corpus[0], "--path", tmp_path / "unsafe.pt", "--cpu"],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "1"},
-        capture_output=True,
-        text=True,
-        input="",
-    )
-    assert result.returncode == 1
-    lines = [line for line in result.stderr.splitlines() if "| INFO |" not in line]
+    output = run(
+        "fairseq-interactive", corpus[0], "--path", tmp_path / "unsafe.pt", "--cpu",
+        succeeds=False, TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD="1",
+    )  # fmt: skip
+    lines = [line for line in output.splitlines() if "| INFO |" not in line]
     assert len(lines) == 1 and lines[0].startswith(
         f"cannot load checkpoint {tmp_path / 'unsafe.pt'}: it holds"
     )

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from commands import DEADLINE
 from prep_scripts import PREP, Scripts
 
 
@@ -142,8 +143,8 @@ def test_a_kill_leaves_nothing_under_the_final_name(scripts: Scripts) -> None:
     assert output(scripts) == [("a", "x")] and not list(scripts.folder.glob("*.partial"))
 
 
-def wait_for(condition: object, seconds: float = 20) -> None:
-    end = time.monotonic() + seconds
+def wait_for(condition: object) -> None:
+    end = time.monotonic() + DEADLINE
     while time.monotonic() < end:
         try:
             if condition():  # type: ignore[operator]

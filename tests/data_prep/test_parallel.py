@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from commands import DEADLINE
 from prep_scripts import PREP
 
 IN_ORDER = f"""
@@ -20,7 +21,8 @@ from textio import run
 
 
 def python(body: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", IN_ORDER + body], capture_output=True, text=True, timeout=60)
+    command = [sys.executable, "-c", IN_ORDER + body]
+    return subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE)
 
 
 def test_results_are_in_order_and_few_items_wait() -> None:
@@ -62,7 +64,7 @@ list(in_order(work, range(2), 2))
         assert process.stdout is not None
         workers = [int(process.stdout.readline()) for _ in range(2)]
         process.send_signal(signal.SIGKILL)
-        end = time.monotonic() + 20
+        end = time.monotonic() + DEADLINE
         while any(map(alive, workers)) and time.monotonic() < end:
             time.sleep(0.05)
         assert not any(map(alive, workers))

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from commands import DEADLINE
 from prep_scripts import PREP
 
 SCRIPT = f"""
@@ -42,7 +43,7 @@ class Runner:
 
     def steps(self) -> list[str]:
         process = self.start()
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=DEADLINE)
         assert process.returncode == 0, err
         return out.replace("[t] ", "").splitlines()
 
@@ -59,8 +60,8 @@ def test_a_second_run_does_nothing(runner: Runner) -> None:
 
 
 def test_a_killed_step_is_done_again_and_finished_ones_are_not(runner: Runner) -> None:
-    process = runner.start(SLOW="60")
-    end = time.monotonic() + 20
+    process = runner.start(SLOW="600")
+    end = time.monotonic() + DEADLINE
     while not (runner.folder / "c.partial").exists():
         assert time.monotonic() < end and process.poll() is None
         time.sleep(0.02)
@@ -98,7 +99,7 @@ def test_a_failing_step_stops_the_script_and_leaves_no_stamp(runner: Runner) -> 
     (runner.folder / "d").mkdir()
     (runner.folder / "d" / "c").mkdir()  # so cp c d fails
     process = runner.start()
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=DEADLINE)
     assert process.returncode != 0 and "skipped" not in out
     assert "[t] third failed" in err and not (runner.folder / ".steps" / "third").exists()
 
@@ -106,6 +107,6 @@ def test_a_failing_step_stops_the_script_and_leaves_no_stamp(runner: Runner) -> 
 def test_a_missing_input_is_named(runner: Runner) -> None:
     (runner.folder / "a").unlink()
     process = runner.start()
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=DEADLINE)
     assert process.returncode != 0
     assert err.count("\n") == 1 and "first: an input is missing" in err and "'a'" in err

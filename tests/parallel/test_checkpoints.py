@@ -238,7 +238,7 @@ def test_a_kill_while_saving_leaves_the_previous_checkpoint_whole(
                 "--save-dir", folder, "--max-update", 8,
             )  # fmt: skip
 
-    assert run_ranks(2, ranks, timeout=60) == [None, None]
+    assert run_ranks(2, ranks) == [None, None]
     state = checkpoint_utils.load_checkpoint_to_cpu(str(folder / "checkpoint_last.pt"))
     # Update 3 ends the epoch, and saves one file only: the first copy is made at update 4.
     whole = UPDATES + 1 if call == "shutil.copyfile" else UPDATES

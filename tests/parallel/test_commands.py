@@ -1,12 +1,11 @@
-"""The commands as a user types them: torchrun trains, one process or several generate."""
+"""The commands as a user types them: several ranks train, one process or several generate."""
 
 import re
 from pathlib import Path
 
 import pytest
-from commands import BIN, PLUGIN, TINY_LM, TINY_MT, TRAIN, logged, run
+from commands import PLUGIN, TINY_LM, TINY_MT, TRAIN, logged, run, run_as_torchrun
 
-RANKS = ("--nproc_per_node", 2, "--standalone")
 CPU = ("--distributed-backend", "gloo")
 
 
@@ -20,8 +19,8 @@ def test_translation_from_sharded_experts(corpus: tuple[Path, Path], tmp_path: P
 
     3 batches for 2 ranks: the one that has finished must not keep the other from going on.
     """
-    output = run(
-        "torchrun", *RANKS, BIN / "fairseq-train", corpus[0], *TINY_MT, *TRAIN, *CPU, "--max-update", 6,
+    output = run_as_torchrun(
+        2, "fairseq-train", corpus[0], *TINY_MT, *TRAIN, *CPU, "--max-update", 6,
         "--moe-expert-parallel-size", 2, "--moe-sharded-checkpoints", "--save-dir", tmp_path,
     )  # fmt: skip
     assert logged(output, "train")[-1]["train_moe_encoder_experts_per_token"] >= 1
@@ -33,7 +32,7 @@ def test_translation_from_sharded_experts(corpus: tuple[Path, Path], tmp_path: P
     one = hypotheses(run("fairseq-generate", *generate))
     assert len(one) == 12
     results = tmp_path / "results"
-    run("torchrun", *RANKS, BIN / "fairseq-generate", *generate, *CPU, "--results-path", results)
+    run_as_torchrun(2, "fairseq-generate", *generate, *CPU, "--results-path", results)
     shares = [hypotheses((results / f"rank{rank}" / "generate-test.txt").read_text()) for rank in range(2)]
     assert sorted(map(len, shares)) == [4, 8]  # each sentence once
     assert shares[0] | shares[1] == one
@@ -50,13 +49,13 @@ def test_scoring_holds_all_experts_whoever_trained(corpus: tuple[Path, Path], tm
         "fairseq-eval-lm", corpus[1], *PLUGIN, "--cpu", "--path", tmp_path / "checkpoint_last.pt",
         "--tokens-per-sample", 32, "--batch-size", 1, "--required-batch-size-multiple", 1, "--num-workers", 0,
     )  # fmt: skip
-    run(score[0], *score[1:])
-    run("torchrun", *RANKS, BIN / score[0], *score[1:], *CPU)
+    run(*score)
+    run_as_torchrun(2, *score, *CPU)
 
 
 def test_a_language_model_from_gathered_experts(corpus: tuple[Path, Path], tmp_path: Path) -> None:
-    run(
-        "torchrun", *RANKS, BIN / "fairseq-train", corpus[1], *TINY_LM, *TRAIN, *CPU, "--max-update", 4,
+    run_as_torchrun(
+        2, "fairseq-train", corpus[1], *TINY_LM, *TRAIN, *CPU, "--max-update", 4,
         "--moe-expert-parallel-size", -1, "--disable-validation", "--save-dir", tmp_path,
     )  # fmt: skip
     output = run(

@@ -13,7 +13,7 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.distributed as dist
-from commands import BIN, TINY_LM, TRAIN, logged
+from commands import BIN, DEADLINE, TINY_LM, TRAIN, logged
 from distributed import run_ranks
 from fairseq.tasks import FairseqTask
 from parallel_runs import EXACT, MT, fairseq_train
@@ -57,7 +57,7 @@ def test_others_end_and_say_who_is_missing(how: str, corpus: tuple[Path, Path], 
         with patch.object(FairseqTask, "train_step", step):
             return last_words(corpus[0], tmp_path)
 
-    first, second = run_ranks(2, ranks, timeout=60)
+    first, second = run_ranks(2, ranks)
     assert first.startswith("rank 0 of 2, update 3: ")
     if how == "dies":
         assert first.endswith("no answer from ranks [1]")
@@ -68,8 +68,8 @@ def test_others_end_and_say_who_is_missing(how: str, corpus: tuple[Path, Path], 
     assert not (tmp_path / "crash.pt").exists()
 
 
-def wait_until(condition: Callable[[], bool], timeout: float = 60) -> None:
-    deadline = time.monotonic() + timeout
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + DEADLINE
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -87,7 +87,7 @@ def test_a_death_while_saving_is_named_too(corpus: tuple[Path, Path], tmp_path: 
         with patch.object(ExpertParallelTrainer, "_gather", gather):
             return last_words(corpus[0], tmp_path)
 
-    first, second = run_ranks(2, ranks, timeout=60)
+    first, second = run_ranks(2, ranks)
     assert first.startswith("rank 0 of 2, saving after update 2: ")
     assert first.endswith("no answer from ranks [1]")
     assert second is None
@@ -109,7 +109,7 @@ def test_torchrun_goes_on_after_a_rank_was_killed(corpus: tuple[Path, Path], tmp
         wait_until((tmp_path / "checkpoint_last.pt").exists)
         children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
         os.kill(int(children[-1]), signal.SIGKILL)
-        launcher.wait(timeout=90)
+        launcher.wait(DEADLINE)
     finally:
         launcher.terminate()  # torchrun ends its ranks
     output = log.read_text()

@@ -56,7 +56,7 @@ def compare(counts: list[int], make: Callable[[Any], MoELayer]) -> None:
         x_TD = tokens(rank, counts[rank])
         return forward_backward(make(dist.group.WORLD), x_TD, torch.full((counts[rank],), float(rank)))
 
-    results = run_ranks(len(counts), ranks, timeout=30)
+    results = run_ranks(len(counts), ranks)
     x_TD = torch.cat([tokens(rank, count) for rank, count in enumerate(counts)])
     rank_of_T = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts)).float()
     expected = forward_backward(make(None), x_TD, rank_of_T)
@@ -85,7 +85,7 @@ def test_a_part_holds_what_the_whole_holds_and_leaves_the_random_state_alike() -
 
     whole = layer().state_dict()
     after = torch.rand(1)
-    results = run_ranks(2, ranks, timeout=30)
+    results = run_ranks(2, ranks)
     for name, value in whole.items():
         parts = [state[name] for state, _ in results]
         assert torch.equal(parts[0] if name == "router.weight" else torch.cat(parts), value), name
@@ -101,7 +101,7 @@ def test_whole_state_dicts_load_into_any_part() -> None:
         moe.load_state_dict(moe.state_dict())  # and its own part
         return moe.experts.fc1_weight.detach()
 
-    parts = run_ranks(2, ranks, timeout=30)
+    parts = run_ranks(2, ranks)
     assert torch.equal(torch.cat(parts), whole["experts.fc1_weight"])
     wrong = {**whole, "experts.fc1_weight": torch.zeros(6, 6, MODEL_DIM)}
     with pytest.raises(RuntimeError, match="experts.fc1_weight"):
@@ -120,6 +120,6 @@ def test_every_rank_takes_part_in_the_backward_exchange(dtype: torch.dtype) -> N
         received_RD.float().sum().backward()
         return received_RD.detach(), rows_RD.grad
 
-    (first, no_gradient), (second, gradient) = run_ranks(2, ranks, timeout=30)
+    (first, no_gradient), (second, gradient) = run_ranks(2, ranks)
     assert first.tolist() == [[0, 1]] and second.tolist() == [[2, 3], [4, 5]]
     assert no_gradient is None and gradient is not None and gradient.shape == (0, 2)

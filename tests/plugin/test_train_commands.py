@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import BIN, PLUGIN, TINY_LM, TINY_MT, TRAIN, free_port, logged, run
+from commands import PLUGIN, TINY_LM, TINY_MT, TRAIN, logged, run, run_as_torchrun
 
 MOE_KEYS = (
     "load_balance_loss", "experts_per_token", "flops_vs_all_experts", "flops_vs_dense_ffn", "dropped_share",
@@ -104,11 +104,9 @@ def test_low_precision_trains(precision: str, corpus: tuple[Path, Path], tmp_pat
 
 @pytest.mark.parametrize("backend", ["legacy_ddp", "pytorch_ddp"])
 def test_two_processes_train(backend: str, corpus: tuple[Path, Path], tmp_path: Path) -> None:
-    output = run(
-        "torchrun", "--nproc_per_node", 2, "--master_port", free_port(),
-        BIN / "fairseq-train",
-        corpus[0], *TINY_MT, *TRAIN, "--max-update", 3, "--distributed-backend", "gloo", "--ddp-backend",
-        backend, "--save-dir", tmp_path,
+    output = run_as_torchrun(
+        2, "fairseq-train", corpus[0], *TINY_MT, *TRAIN, "--max-update", 3, "--distributed-backend", "gloo",
+        "--ddp-backend", backend, "--save-dir", tmp_path,
     )  # fmt: skip
     record = logged(output, "train")[-1]
     assert record["train_num_updates"] == 3

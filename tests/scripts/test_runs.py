@@ -11,6 +11,7 @@ from typing import Any
 import average_checkpoints
 import compare
 import pytest
+import sweep
 import torch
 import train
 import trained_layers
@@ -60,7 +61,7 @@ def lm_data(corpus: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory)
 SMALLER = ("--max-update", 4, "--save-interval-updates", 2, "--log-interval", 1, "--batch-size")
 
 
-def test_translation(mt_data: Path, tmp_path: Path) -> None:
+def test_translation(mt_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = tmp_path / "run"
     output = script("wmt/train.sh", "tiny", "xmoe-s2", mt_data, run, *SMALLER, 16, SEED="3")
     assert "8 experts x 128" in output and "= 600 tokens per update" in output
@@ -82,6 +83,15 @@ def test_translation(mt_data: Path, tmp_path: Path) -> None:
     assert 1 <= scores["splits"]["test"]["routing"]["encoder"]["experts"] <= 4
     script("compare.sh", run, OUT=str(tmp_path / "out"))
     assert "| xmoe-s2 --" in (tmp_path / "out/compare.md").read_text()
+
+    words = [run, "--dense", run, "--thresholds", 1, 0.2, "--rounds", 3, "--out", tmp_path / "sweep"]
+    monkeypatch.setattr(sys, "argv", ["sweep", *map(str, words)])
+    sweep.main()
+    low, high = json.loads((tmp_path / "sweep/sweep.json").read_text())["rows"]
+    assert (low["t"], high["t"]) == ([0.2], [1.0])
+    assert low["experts/token"] < high["experts/token"] == [4]  # the limit, 2s
+    assert low["MoE FLOPs / dense FFN"] < high["MoE FLOPs / dense FFN"]
+    assert (tmp_path / "sweep/sweep.md").read_text().splitlines()[-1].startswith("| dense | ")
 
 
 def test_language_model(lm_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,7 +33,10 @@ class RoutingStats:
     @classmethod
     def of(cls, routing: Routing) -> "RoutingStats":
         probs_TE = routing.probs_TE.detach()
-        number = probs_TE.new_tensor
+
+        def number(value: float) -> Tensor:  # not new_tensor, for whose copy a GPU would wait
+            return probs_TE.new_full((), value)
+
         sums = {
             "calls": number(float(routing.num_tokens > 0)),
             "tokens": number(float(routing.num_tokens)),

@@ -1,7 +1,7 @@
 """What a benchmark found, as a Markdown table, as JSON and as a plot."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -12,13 +12,19 @@ Results = dict[str, Any]
 
 
 def write_report(results: Results, folder: Path) -> None:
+    write_table(results, markdown(results), folder)
+    if all("cost follows computation" in sections for sections in results["threads"].values()):
+        plot(results, folder / "benchmark.png")
+        print(f"{folder}/benchmark.png")
+
+
+def write_table(results: Results, lines: Iterable[str], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    table = "\n".join(markdown(results)) + "\n"
+    table = "\n".join(lines) + "\n"
     _replace(folder / "benchmark.json", json.dumps(results, indent=1, default=_plain) + "\n")
     _replace(folder / "benchmark.md", table)
-    plot(results, folder / "benchmark.png")
     print(table, end="")
-    print(f"{folder}/benchmark.md, .json, .png")
+    print(f"{folder}/benchmark.md, .json")
 
 
 def _replace(path: Path, text: str) -> None:
@@ -35,8 +41,7 @@ def _plain(value: Any) -> Any:
 
 def markdown(results: Results) -> Iterator[str]:
     """Ratios are to the first of a row, round by round: median (quartiles)."""
-    machine = results["machine"]
-    yield ", ".join(f"{name} {value}" for name, value in machine.items())
+    yield about(results["machine"])
     yield ""
     yield "| threads | what | case | first | the others: ms, ratio (quartiles) |"
     yield "|---|---|---|---|---|"
@@ -57,6 +62,10 @@ def markdown(results: Results) -> Iterator[str]:
             f"Peak memory of forward + backward: layer {memory['layer']:.0f} MB, dense FFN on as many rows "
             f"{memory['dense']:.0f} MB ({ratio:.2f} x)"
         )
+
+
+def about(machine: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in machine.items())
 
 
 def _line(threads: Any, what: str, case: str, timings: dict[str, Timing]) -> str:

@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# An MoE layer on a GPU: its rate as a share of the dense products' of the same FLOPs, beside loops over experts,
+# torchtitan's way, MegaBlocks and Hugging Face's block (the latter two where installed); host waits in the forward;
+# router and permutation with and without torch.compile.
+#
+#   bash scripts/benchmark_gpu.sh [--tokens 16384] [--out FOLDER]                 (--help: all)
+# To try it without a GPU:
+#   bash scripts/benchmark_gpu.sh --device cpu --tokens 64 --model-dim 64 --expert-dim 32 --rounds 2 --calls 1
+#
+# bf16, T 16,384, D 768, 64 experts of width 384, 8 experts per token. Aim: 75 % of the dense products' rate.
+# Not measured yet: docs/performance.md.
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+PATH=$(cd "${VENV:-$root/.venv}" && pwd)/bin:$PATH
+exec python "$root/scripts/benchmarks/gpu.py" --out "$root/runs/benchmark_gpu" "$@"

@@ -1,0 +1,88 @@
+"""Other ways to execute the same experts, and other people's layers, for a GPU."""
+
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from xmoe_fairseq.moe import Experts
+from xmoe_fairseq.moe.dispatch import ExpertRows
+from xmoe_fairseq.moe.expert_sums import Activation, Stacks, expert_sums_plain
+
+PADDED_TO = 16  # rows; torchtitan pads an expert's rows to a multiple of 8 (bf16) to 32
+
+
+class ExpertsBy(nn.Module):
+    """In place of Experts: the same parameters, computed by one of the functions with this signature."""
+
+    def __init__(self, experts: Experts, compute: Any) -> None:
+        super().__init__()
+        self.experts, self.compute = experts, compute
+
+    def forward(self, x_SD: Tensor, rows: ExpertRows) -> Tensor:
+        return self.compute(x_SD, rows, self.experts.stacked(), self.experts.activation)
+
+
+def expert_sums_padded(x_SD: Tensor, rows: ExpertRows, stacks: Stacks, activation: Activation) -> Tensor:
+    """torchtitan's way: rows in the experts' order, each expert's padded with rows of zeros to a multiple.
+
+    The buffer is as large as could be needed, so that the host need not know the counts; its end belongs to
+    the last expert. Padding is read from, and its result added to, a row of zeros past the last source.
+    """
+    num_experts, num_rows = rows.counts_E.numel(), rows.source_R.numel()
+    if num_rows == 0:  # the product's backward raises without rows
+        return expert_sums_plain(x_SD, rows, stacks, activation)
+    padded_E = (rows.counts_E + PADDED_TO - 1) // PADDED_TO * PADDED_TO
+    size = num_rows + num_experts * (PADDED_TO - 1)
+    ends_E = padded_E.cumsum(0)
+    expert_R = torch.repeat_interleave(rows.counts_E, output_size=num_rows)
+    moved_E = (ends_E - padded_E) - (rows.counts_E.cumsum(0) - rows.counts_E)
+    place_R = torch.arange(num_rows, device=x_SD.device) + moved_E[expert_R]
+    source_P = torch.full((size,), x_SD.size(0), device=x_SD.device).index_copy(0, place_R, rows.source_R)
+    expert_P = torch.full((size,), num_experts - 1, device=x_SD.device).index_copy(0, place_R, expert_R)
+    offsets_E = torch.cat([ends_E[:-1], ends_E.new_full((1,), size)]).to(torch.int32)
+    x_PD = F.pad(x_SD, (0, 0, 0, 1)).index_select(0, source_P)
+    inner_PF = F.grouped_mm(x_PD, stacks.fc1_weight.transpose(1, 2), offs=offsets_E)
+    hidden_PF = activation(inner_PF + stacks.fc1_bias.index_select(0, expert_P))
+    y_PD = F.grouped_mm(hidden_PF, stacks.fc2_weight.transpose(1, 2), offs=offsets_E)
+    y_RD = y_PD.index_select(0, place_R) + stacks.fc2_bias.index_select(0, expert_R)
+    if rows.weight_R is not None:
+        y_RD = y_RD * rows.weight_R.unsqueeze(1)
+    return y_RD.new_zeros(x_SD.shape).index_add(0, rows.source_R, y_RD)
+
+
+class MegaBlocks(nn.Module):
+    """MegaBlocks' dropless layer, top-k, ReLU; its load-balance loss is left out."""
+
+    def __init__(self, layer: nn.Module, clear_losses: Any) -> None:
+        super().__init__()
+        self.layer, self.clear_losses = layer, clear_losses
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        y = self.layer(x_TD.unsqueeze(1))
+        self.clear_losses()  # kept for the end of a step, with their graphs
+        return (y[0] if isinstance(y, tuple) else y).view(x_TD.shape)
+
+
+def megablocks_layer(
+    model_dim: int, num_experts: int, expert_dim: int, per_token: int, device: torch.device, way: str
+) -> nn.Module | None:
+    """None where MegaBlocks, or what it needs for this way, is not installed."""
+    try:
+        from megablocks.layers.arguments import Arguments
+        from megablocks.layers.dmoe import dMoE
+        from megablocks.layers.moe import clear_load_balancing_loss
+
+        normal = partial(nn.init.normal_, std=model_dim**-0.5)
+        arguments = Arguments(
+            hidden_size=model_dim, ffn_hidden_size=expert_dim, moe_num_experts=num_experts,
+            moe_top_k=per_token, activation_fn=F.relu, mlp_type="mlp", mlp_impl=way, bias=False,
+            return_bias=False, fp16=False, bf16=True, device=device,
+            init_method=normal, output_layer_init_method=normal,
+        )  # fmt: skip
+        layer = dMoE(arguments)
+    except (ImportError, AssertionError, RuntimeError):  # asks for grouped_gemm or stk only when built
+        return None
+    return MegaBlocks(layer.to(device, torch.bfloat16), clear_load_balancing_loss)
