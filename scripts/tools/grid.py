@@ -18,7 +18,8 @@ import threading
 from pathlib import Path
 from queue import Empty, Queue
 
-from presets import MODELS, PRESETS, Plan
+from plan import Plan
+from presets import MODELS, PRESETS
 
 TOOLS = Path(__file__).resolve().parent
 

@@ -5,8 +5,6 @@ GPU, sized for about an hour. paper: the paper's settings (arXiv 2403.18926), wi
 without a cap on experts per token.
 """
 
-import json
-import shlex
 from dataclasses import dataclass
 
 ADAM = "--optimizer adam --lr-scheduler"
@@ -144,90 +142,3 @@ PRESETS = {
         ),
     },
 }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Plan:
-    """One model at one size on so many GPUs: the arithmetic, and the flags."""
-
-    task: str
-    preset: str
-    model: str
-    gpus: int  # processes; 1 on the CPU
-
-    @property
-    def size(self) -> Preset:
-        return PRESETS[self.task][self.preset]
-
-    @property
-    def is_dense(self) -> bool:
-        return self.model.startswith("dense")
-
-    @property
-    def split(self) -> int:
-        return MODELS[self.model][0]
-
-    @property
-    def num_experts(self) -> int:
-        return self.split * (1 if self.model.startswith("split") else self.size.experts)
-
-    @property
-    def batch(self) -> int:
-        return min(self.size.batch, MAX_BATCH.get(self.model, self.size.batch))
-
-    @property
-    def update_freq(self) -> int:
-        return self.size.tokens_per_update // (self.gpus * self.batch)
-
-    def check(self) -> "Plan":
-        """Raises ValueError: one line that names the rule."""
-        for what, value, known in (
-            ("PRESET", self.preset, PRESETS[self.task]),
-            ("MODEL", self.model, MODELS),
-        ):
-            if value not in known:
-                raise ValueError(f"{what} must be one of {', '.join(known)}, got {value}")
-        if self.task == "lm" and self.model == "expert-choice":
-            raise ValueError("expert-choice cannot be used in a language model: a token would see later ones")
-        if self.model == "dense-wide" and not self.size.wide_ffn:
-            raise ValueError(f"dense-wide is a model of the preset claims, got {self.preset}")
-        if self.gpus < 1 or self.size.tokens_per_update % (self.gpus * self.batch):
-            whole = f"{self.size.tokens_per_update:,} tokens per update into batches of {self.batch:,}"
-            raise ValueError(f"GPUS must divide {whole}, got {self.gpus}")
-        return self
-
-    def lines(self) -> list[str]:
-        """What will be trained, and how many tokens an update has."""
-        size, experts = self.size, self.num_experts
-        width = size.ffn_dim // self.split
-        layer = "dense" if self.is_dense else f"{experts} experts x {width}"
-        device = "process on the CPU" if size.on_cpu else "GPU" + "s" * (self.gpus > 1)
-        ffn = size.wide_ffn if self.model == "dense-wide" else size.ffn_dim
-        return [
-            f"{self.model}: {size.shape}, FFN {ffn}; {layer}",
-            f"{self.gpus} {device} x {self.batch:,} tokens x update-freq {self.update_freq} = "
-            f"{self.gpus * self.batch * self.update_freq:,} tokens per update; {size.length}",
-        ]
-
-    def flags(self) -> list[str]:
-        size, (split, router) = self.size, MODELS[self.model]
-        words = f"{TASK_FLAGS[self.task]} {size.flags} {router} --update-freq {self.update_freq}"
-        if self.model == "dense-wide":
-            side = "encoder" if self.task == "wmt" else "decoder"
-            words += f" --{side}-ffn-embed-dim {size.wide_ffn}"
-        if not self.is_dense:
-            words += f" --moe-num-experts {self.num_experts} --moe-ffn-split {split}"
-        if self.model.startswith("xmoe"):
-            words += f" --moe-threshold {size.threshold}"
-            words += " --moe-max-experts-per-token 0" if size.as_paper else ""
-        if size.as_paper and self.model.startswith(("xmoe", "topk", "switch")):
-            words += f" --moe-capacity-factor {split}"
-        words += " --cpu --num-workers 0" if size.on_cpu else " --bf16"
-        if self.task == "wmt":
-            search = json.dumps({"beam": size.beam, **LENGTHS})
-            words += f" --max-tokens {self.batch}"
-            if size.eval_bleu:
-                words += f" {BEST_BY_BLEU} --eval-bleu-args {shlex.quote(search)}"
-        else:
-            words += f" --tokens-per-sample {size.context} --batch-size {self.batch // size.context}"
-        return shlex.split(words)

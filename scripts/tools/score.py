@@ -17,7 +17,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from presets import LENGTHS, PRESETS, Plan
+from plan import Plan
+from presets import LENGTHS, PRESETS
 from results import ResultError, hypotheses, lines, read, record, routing, score, write_json
 from train import ROOT, languages
 

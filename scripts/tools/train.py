@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from presets import PRESETS, Plan
+from plan import Plan
+from presets import PRESETS
 from results import write_json
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -2,7 +2,8 @@
 
 import pytest
 from fairseq import options
-from presets import MODELS, PRESETS, Plan
+from plan import Plan
+from presets import MODELS, PRESETS
 
 import xmoe_fairseq  # noqa: F401  (registers the models)
 from xmoe_fairseq.config import read_moe_config
