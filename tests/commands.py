@@ -1,5 +1,6 @@
 """Runs the stock console scripts as a user would, on a corpus small enough for tests."""
 
+import gc
 import json
 import multiprocessing
 import os
@@ -113,6 +114,7 @@ def _script(command: list[str], environment: dict[str, str], read: Path, printed
     import torch
 
     torch.set_num_threads(1)
+    gc.freeze()  # or a collection would touch, and so copy, all that the parent has imported
     os.environ.clear()
     os.environ.update(environment)
     output = os.open(printed, os.O_WRONLY | os.O_CREAT | os.O_APPEND)

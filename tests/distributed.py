@@ -1,5 +1,6 @@
 """Runs a function on several real processes (gloo on CPU), with a deadline."""
 
+import gc
 import multiprocessing
 import os
 import tempfile
@@ -47,6 +48,7 @@ def run_ranks(world_size: int, function: Callable[[], Any], timeout: float = 300
 
 def _rank(rank: int, world_size: int, function: Callable[[], Any], folder: Path, timeout: float) -> None:
     torch.set_num_threads(1)
+    gc.freeze()  # or a collection would touch, and so copy, all that the parent has imported
     try:
         if world_size > 1:
             init = f"file://{folder}/rendezvous"

@@ -4,6 +4,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 from unittest.mock import patch
 
@@ -18,6 +19,7 @@ from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq.distributed import utils as distributed_utils
 from fairseq.optim import FairseqOptimizer
 from fairseq.trainer import Trainer
+from omegaconf import DictConfig
 from torch.testing import assert_close
 
 import xmoe_fairseq  # noqa: F401  (registers the models)
@@ -37,6 +39,8 @@ def train(world_size: int, *flags: object) -> list[Run]:
     """Each rank's record: per update its gradients before clipping, their norm and the logged sums; the
     weights at the end; names of the experts."""
 
+    configured(*map(str, flags))  # once for all ranks: it takes longer than the training
+
     def rank() -> Run:
         with recorded() as run:
             fairseq_train(*flags)
@@ -45,17 +49,21 @@ def train(world_size: int, *flags: object) -> list[Run]:
     return run_ranks(world_size, rank)
 
 
+@cache
+def configured(*arguments: str) -> DictConfig:
+    parsed = options.parse_args_and_arch(options.get_training_parser(), list(arguments))
+    return convert_namespace_to_omegaconf(parsed)
+
+
 def fairseq_train(*flags: object) -> None:
     """In this process, which is one rank of the process group if there is one."""
-    arguments = [str(flag) for flag in flags]
+    cfg = configured(*map(str, flags))
     if dist.is_initialized():
-        arguments += [
-            "--distributed-world-size", str(dist.get_world_size()),
-            "--distributed-rank", str(dist.get_rank()), "--distributed-init-method", "env://",
-            "--distributed-no-spawn", "--distributed-backend", "gloo",
-        ]  # fmt: skip
-    parsed = options.parse_args_and_arch(options.get_training_parser(), arguments)
-    distributed_utils.call_main(convert_namespace_to_omegaconf(parsed), fairseq_cli.train.main)
+        ranks = cfg.distributed_training
+        ranks.distributed_world_size, ranks.distributed_rank = dist.get_world_size(), dist.get_rank()
+        ranks.distributed_init_method, ranks.distributed_backend = "env://", "gloo"
+        ranks.distributed_no_spawn = True
+    distributed_utils.call_main(cfg, fairseq_cli.train.main)
 
 
 @contextmanager

@@ -49,8 +49,9 @@ def checkpoint(corpus: tuple[Path, Path], tmp_path_factory: pytest.TempPathFacto
 def hypotheses(corpus: tuple[Path, Path], checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The test set as fairseq-generate translates it, with its references beside it."""
     output = run(
-        "fairseq-generate", corpus[0], "--path", checkpoint, "--cpu", "--beam", 2, "--batch-size", 12
-    )
+        "fairseq-generate", corpus[0], "--path", checkpoint, "--cpu", "--beam", 2, "--batch-size", 12,
+        "--max-len-b", 10,
+    )  # fmt: skip
     folder = tmp_path_factory.mktemp("scored")
     found = sorted(re.findall(r"^H-(\d+)\t\S+\t(.*)$", output, flags=re.M))
     references = sorted(re.findall(r"^T-(\d+)\t(.*)$", output, flags=re.M))
@@ -76,7 +77,7 @@ def test_validate(corpus: tuple[Path, Path], checkpoint: Path) -> None:
 
 
 def test_interactive(corpus: tuple[Path, Path], checkpoint: Path) -> None:
-    arguments = ("--path", checkpoint, "--cpu", "--beam", 2)
+    arguments = ("--path", checkpoint, "--cpu", "--beam", 2, "--max-len-b", 10)
     output = run("fairseq-interactive", corpus[0], *arguments, stdin="w1 w2\nw3\n")
     assert re.findall(r"^H-(\d+)\t", output, flags=re.M) == ["0", "1"]
 

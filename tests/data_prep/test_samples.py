@@ -9,11 +9,13 @@ import shutil
 import subprocess
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 from prep_scripts import PREP
 
 SAMPLE = PREP / "sample"
+MT_SIZES = {"CLDR_PAIRS": "2000", "VOCAB_SIZE": "1000"}
 
 
 def prepare(
@@ -30,7 +32,7 @@ def lines(path: Path) -> list[str]:
 @pytest.fixture(scope="session")
 def mt(tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str]) -> Path:
     out = tmp_path_factory.mktemp("mt")
-    done = prepare("mt", out, environment, CLDR_PAIRS="2000", VOCAB_SIZE="1000")
+    done = prepare("mt", out, environment, **MT_SIZES)
     assert done.returncode == 0, done.stderr
     return out
 
@@ -131,26 +133,38 @@ def test_documents_are_apart_in_language_model_data(lm: Path) -> None:
         assert not (ends[:-1] & ends[1:]).any(), "a block crosses documents"
 
 
-def test_an_interrupted_run_resumes_to_the_same_bytes(stubbed: dict[str, str], tmp_path: Path) -> None:
-    stubbed |= {"CLDR_PAIRS": "300", "VOCAB_SIZE": "500"}
+def test_an_interrupted_run_resumes_to_the_same_bytes(
+    mt: Path, stubbed: dict[str, str], tmp_path: Path
+) -> None:
+    """As those of a run in one go, but for the files that the instant fairseq-preprocess makes."""
+    stubbed |= MT_SIZES
     tool = Path(stubbed["VENV"]) / "bin" / "fairseq-preprocess"
     working = tool.read_text()
     tool.write_text('#!/usr/bin/env bash\necho "disk is full"; exit 3\n')
-    failed = prepare("mt", tmp_path / "a", stubbed)
+    out = tmp_path / "out"
+    failed = prepare("mt", out, stubbed)
     assert failed.returncode != 0 and "fairseq-preprocess failed: disk is full" in failed.stderr
-    assert not (tmp_path / "a" / "bin").exists()
-    (tmp_path / "a" / "bin.partial").mkdir()
+    assert not (out / "bin").exists()
+    (out / "bin.partial").mkdir()
     tool.write_text(working)
-    resumed = prepare("mt", tmp_path / "a", stubbed)
+    resumed = prepare("mt", out, stubbed)
     assert resumed.returncode == 0, resumed.stderr
-    assert "steps already done: 14" in resumed.stdout and not (tmp_path / "a" / "bin.partial").exists()
-    again = prepare("mt", tmp_path / "a", stubbed)
+    assert "steps already done: 14" in resumed.stdout and not (out / "bin.partial").exists()
+    again = prepare("mt", out, stubbed)
     assert again.stdout.count("\n") == 1 and "steps already done: 16" in again.stdout
 
-    assert prepare("mt", tmp_path / "b", stubbed).returncode == 0
-    for path in (tmp_path / "a").rglob("*"):
-        if path.is_file() and ".steps" not in path.parts:
-            assert path.read_bytes() == (tmp_path / "b" / path.relative_to(tmp_path / "a")).read_bytes()
+    def made(folder: Path) -> dict[str, bytes]:
+        files = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
+        return {n: path.read_bytes() for n, path in files.items() if not n.startswith((".steps", "bin"))}
+
+    def manifest(content: bytes) -> dict[str, Any]:
+        fields = json.loads(content)
+        hashes = {name: value for name, value in fields["sha256"].items() if not name.startswith("bin/")}
+        return fields | {"sha256": hashes}
+
+    resumed_files, files = made(out), made(mt)
+    assert manifest(resumed_files.pop("manifest.json")) == manifest(files.pop("manifest.json"))
+    assert resumed_files == files
 
 
 def test_a_missing_tool_is_one_line(stubbed: dict[str, str], tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ def test_translation_from_sharded_experts(corpus: tuple[Path, Path], tmp_path: P
     generate = (
         corpus[0], *PLUGIN, "--cpu", "--num-workers", 0, "--source-lang", "en", "--target-lang", "de",
         "--batch-size", 4, "--required-batch-size-multiple", 1, "--path", tmp_path / "checkpoint_last.pt",
+        "--max-len-b", 10,
     )  # fmt: skip
     one = hypotheses(run("fairseq-generate", *generate))
     assert len(one) == 12

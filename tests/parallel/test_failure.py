@@ -97,7 +97,7 @@ def test_torchrun_goes_on_after_a_rank_was_killed(corpus: tuple[Path, Path], tmp
     command = [
         BIN / "torchrun", "--nproc_per_node", 2, "--max-restarts", 2, "--standalone",
         BIN / "fairseq-train", corpus[1], *TINY_LM, *TRAIN, "--distributed-backend", "gloo",
-        "--moe-expert-parallel-size", 2, "--max-update", 150, "--save-interval-updates", 5,
+        "--moe-expert-parallel-size", 2, "--max-update", 100, "--save-interval-updates", 5,
         "--keep-interval-updates", 2, "--disable-validation", "--save-dir", tmp_path,
     ]  # fmt: skip
     log = tmp_path / "log"

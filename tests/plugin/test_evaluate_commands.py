@@ -7,17 +7,9 @@ import pytest
 from commands import PLUGIN, logged, run
 
 GENERATE = (
-    *PLUGIN,
-    "--cpu",
-    "--num-workers",
-    "0",
-    "--source-lang",
-    "en",
-    "--target-lang",
-    "de",
-    "--beam",
-    "3",
-)
+    *PLUGIN, "--cpu", "--num-workers", "0", "--source-lang", "en", "--target-lang", "de", "--beam", "3",
+    "--max-len-b", "20",
+)  # fmt: skip
 
 
 def hypotheses(output: str) -> dict[int, tuple[str, float]]:
