@@ -33,9 +33,14 @@ class Picker:
             return self.measure((setting,) * len(self.meter.routers))
         return self.layers_alike(setting)
 
-    def measure(self, thresholds: tuple[float, ...], budget: float = 0.0) -> Point:
-        point = self.meter.measure(thresholds, budget)
+    def measure(self, thresholds: tuple[float, ...]) -> Point:
+        return self.keep(self.meter.measure(thresholds))
+
+    def keep(self, point: Point) -> Point:
         self.tried.append(point)
+        if not self.meter.progress.console.is_terminal:  # no bar to see
+            numbers = f"{point.loss:.4f} bits per token, {point.experts:.3f} experts per token"
+            print(f"[pick_threshold] t {thresholds_text(point)}: {numbers}", flush=True)
         return point
 
     def layers_alike(self, budget: float) -> Point:
@@ -49,8 +54,7 @@ class Picker:
             if max(abs(t - new) for t, new in zip(thresholds, point.wanted, strict=True)) < CLOSE:
                 break
             thresholds = point.wanted
-        self.tried.append(point)
-        return point
+        return self.keep(point)
 
     def for_budget(self, budget: float) -> Point:
         """The largest t at which a token takes at most `budget` experts on average."""

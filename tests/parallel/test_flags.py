@@ -6,9 +6,7 @@ from typing import Any
 import pytest
 import torch
 from commands import TINY_MT, TRAIN, run
-from fairseq import options
-from fairseq.dataclass.utils import convert_namespace_to_omegaconf
-from parallel_runs import EXACT, MT, put_together, train
+from parallel_runs import EXACT, MT, configured, put_together, train
 from toy import language_model, translation_model
 
 from xmoe_fairseq.config import MoEConfig, expert_parallel_size
@@ -42,9 +40,7 @@ def test_sizes_that_never_fit_are_refused_when_the_model_is_built(size: Any) -> 
 
 
 def configuration(*flags: str) -> Any:
-    parser = options.get_training_parser()
-    parsed = options.parse_args_and_arch(parser, ["folder", *MT, *map(str, TRAIN), *flags])
-    return convert_namespace_to_omegaconf(parsed)
+    return configured("folder", *MT, *map(str, TRAIN), *flags)
 
 
 REFUSED = [

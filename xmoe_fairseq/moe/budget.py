@@ -2,8 +2,8 @@
 
 While it trains, a router counts for every further choice of a token the mass before it, the probability of
 the better choices together, in a histogram. That says what any t would have cost. After each update
-`step_budgets` moves t a little towards the one that would have met the budget. In evaluation t stays, so a
-token's experts depend on the token alone.
+`step_budgets` moves t half of the way to the one that would have met the budget. In evaluation t stays, so
+a token's experts depend on the token alone.
 """
 
 import math
@@ -15,7 +15,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 BINS = 1024  # of the histogram over [0, 1]
-RATE = 0.5  # of the way that t goes in one update; all of it in the first
+# Of the way that t goes in one update; all of it in the first. At 0.1 t was 10 updates late while the router
+# changed quickly, and a token took up to 4.9 experts for 4; at 0.5 up to 4.2.
+RATE = 0.5
 
 
 class Budget(nn.Module):
