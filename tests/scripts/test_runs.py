@@ -6,16 +6,19 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, TextIO
 
 import average_checkpoints
 import compare
 import pytest
+import score
 import sweep
 import torch
 import train
 import trained_layers
-from commands import BIN, logged
+from commands import BIN, DEADLINE, logged
+from commands import run as command
 from sacrebleu.metrics import BLEU, CHRF
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
@@ -27,7 +30,7 @@ def script(name: str, *arguments: object, succeeds: bool = True, **env: str) -> 
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=300,
+        timeout=DEADLINE,
         env={"PATH": f"{BIN}:/usr/bin:/bin", "VENV": str(BIN.parent), "OMP_NUM_THREADS": "1", **env},
     )
     assert (result.returncode == 0) == succeeds, result.stdout[-3000:]
@@ -58,6 +61,18 @@ def lm_data(corpus: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory)
     return folder
 
 
+def score_with_forks(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
+    """score.py in this process, its commands in forks; lm/score.sh is run as it is below."""
+
+    def call(words: list[str], stdout: TextIO, **_: object) -> SimpleNamespace:
+        stdout.write(command(Path(words[0]).name, *words[1:]))
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(score, "subprocess", SimpleNamespace(run=call, STDOUT=subprocess.STDOUT))
+    monkeypatch.setattr(sys, "argv", ["score", *map(str, arguments)])
+    score.main()
+
+
 SMALLER = ("--max-update", 4, "--save-interval-updates", 2, "--log-interval", 1, "--batch-size")
 
 
@@ -68,7 +83,10 @@ def test_translation(mt_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     about = json.loads((run / "run.json").read_text())
     assert (about["model"], about["seed"], about["gpus"]) == ("xmoe-s2", 3, 1)
     assert logged(output, "valid")[-1]["valid_best_bleu"] >= 0  # the checkpoint is chosen by BLEU
-    script("wmt/score.sh", run)
+    assert f"score: {tmp_path / 'none/run.json'}: No such file" in script(
+        "wmt/score.sh", tmp_path / "none", succeeds=False
+    )
+    score_with_forks(monkeypatch, "wmt", run)
     scores = json.loads((run / "scores.best.json").read_text())
     assert scores["checkpoint"] == "checkpoint_best.pt" and set(scores["splits"]) == {"valid", "test"}
     found = [line.split("\t") for line in (run / "score.best/test.out").read_text().splitlines()]
