@@ -135,7 +135,7 @@ def transformers_block(
         return None
     config = MixtralConfig(
         hidden_size=model_dim,
-        intermediate_size=4 * round(expert_dim * 2 / 3 / 4),  # 16 bytes, for the grouped product
+        intermediate_size=8 * round(expert_dim * 2 / 3 / 8),  # 16 bytes in bf16, for the grouped product
         num_local_experts=num_experts,
         num_experts_per_tok=per_token,
         experts_implementation=implementation,
