@@ -7,6 +7,8 @@ from typing import Any
 
 from fairseq.dataclass import FairseqDataclass
 
+from xmoe_fairseq.moe.layer import COMBINE
+
 ROUTERS = ("threshold", "topk", "hash", "base", "expert_choice", "gshard")
 HASH_TABLES = ("balanced", "random")
 OWN_CAPACITY = ("expert_choice", "gshard")  # routers whose method includes a capacity
@@ -44,6 +46,10 @@ class MoEConfig(FairseqDataclass):
     moe_max_experts_per_token: int = _flag(
         -1, "threshold router: keep only a token's first choices; 0 = no limit, "
         "-1 = 2 x --moe-ffn-split, so never more than twice the dense FFN"
+    )  # fmt: skip
+    moe_combine: str = _flag(
+        "probs", "threshold and topk router: a chosen expert's output counts as often as it is probable "
+        "(probs), or once (ones; what xmoe-convert makes of a dense model)"
     )  # fmt: skip
     moe_capacity_factor: float = _flag(
         0.0, "in training an expert keeps at most ceil(tokens / experts x this) tokens; 0 = dropless"
@@ -136,6 +142,12 @@ _RULES: dict[str, tuple[str, Callable[[MoEConfig], bool]]] = {
     "moe_max_experts_per_token": (
         "must be -1 (= 2 x --moe-ffn-split), 0 (no limit) or more",
         lambda c: c.moe_max_experts_per_token >= -1,
+    ),
+    "moe_combine": (
+        f"must be one of {', '.join(COMBINE)}, and only --moe-router threshold and topk take ones",
+        lambda c: (
+            c.moe_combine in COMBINE and (c.moe_combine == "probs" or c.moe_router in ("threshold", "topk"))
+        ),
     ),
     "moe_capacity_factor": (
         "must be 0 (dropless) or more",

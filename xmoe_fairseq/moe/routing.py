@@ -22,6 +22,7 @@ class Routing:
     rows_wanted: int  # pairs that the router chose, before any capacity limit
     load_balance_loss: Tensor  # scalar, differentiable, before any capacity limit
     z_loss: Tensor  # scalar, differentiable
+    all_ones: bool = False  # every weight_R is 1 and takes no gradient: no need to multiply
 
     @property
     def num_tokens(self) -> int:
