@@ -43,6 +43,9 @@ class MoEConfig(FairseqDataclass):
         "balanced", "hash router: balanced (frequent tokens to the least loaded expert, by the dictionary's "
         "counts) or random"
     )  # fmt: skip
+    moe_layer_thresholds: str = _flag(
+        "", "threshold router: t of each MoE layer instead, the encoder's first, such as 0.4,0.6,0.5"
+    )
     moe_max_experts_per_token: int = _flag(
         -1, "threshold router: keep only a token's first choices; 0 = no limit, "
         "-1 = 2 x --moe-ffn-split, so never more than twice the dense FFN"
@@ -74,6 +77,11 @@ class MoEConfig(FairseqDataclass):
         )
 
     @property
+    def layer_thresholds(self) -> list[float]:
+        """Raises ValueError if one is no number."""
+        return [float(t) for t in self.moe_layer_thresholds.split(",")] if self.moe_layer_thresholds else []
+
+    @property
     def k(self) -> int:
         return self.moe_topk or self.moe_ffn_split
 
@@ -102,6 +110,7 @@ def read_moe_config(model_cfg: Any, sides: tuple[str, ...]) -> MoEConfig:
         if not holds(config):
             raise ValueError(f"{flag(name)} {rule}, got {getattr(config, name)}")
     _check_router(config)
+    _check_thresholds(config, sides, model_cfg)
     for side in sides:
         if config.has_experts(side):
             _check_side(config, side, model_cfg)
@@ -195,6 +204,24 @@ def _check_router(config: MoEConfig) -> None:
         raise ValueError(f"--moe-expert-parallel-size {rule}, got {config.moe_expert_parallel_size}")
     if router == "gshard" and config.moe_num_experts < 2:
         raise ValueError("--moe-num-experts must be at least 2 with --moe-router gshard, got 1")
+
+
+def _check_thresholds(config: MoEConfig, sides: tuple[str, ...], model_cfg: Any) -> None:
+    """--moe-layer-thresholds: one for each MoE layer."""
+    given, name = config.moe_layer_thresholds, "--moe-layer-thresholds"
+    if not given:
+        return
+    layers = sum(
+        read_field(model_cfg, f"{side}_layers", 0) // config.moe_freq
+        for side in sides
+        if config.has_experts(side)
+    )
+    try:
+        fits = len(config.layer_thresholds) == layers and all(0 <= t <= 1 for t in config.layer_thresholds)
+    except ValueError:
+        fits = False
+    if not fits:
+        raise ValueError(f"{name} must be {layers} numbers in [0, 1], one for each MoE layer, got {given}")
 
 
 def _check_side(config: MoEConfig, side: str, model_cfg: Any) -> None:

@@ -34,6 +34,10 @@ def install_experts(model: nn.Module, config: MoEConfig, sides: tuple[str, ...])
     parallel = expert_parallel(config) if any(config.has_experts(side) for side in sides) else None
     for side in sides:
         install_moe_layers(getattr(model, side), config, side, parallel)
+    layers = [module for module in model.modules() if isinstance(module, MoELayer)]
+    if config.moe_layer_thresholds:
+        for layer, threshold in zip(layers, config.layer_thresholds, strict=True):
+            layer.router.threshold = threshold  # type: ignore[assignment]
     spread_experts(model, parallel)
 
 

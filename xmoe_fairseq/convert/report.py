@@ -1,0 +1,91 @@
+"""A table (Markdown, JSON) and a plot of what a converted model costs and loses."""
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from xmoe_fairseq.convert.measure import Quality
+
+HEAD = ("setting", "t", "experts per token", "FFN FLOPs", "loss", "perplexity", "FFN us per token", "time")
+
+
+def table(dense: Quality, rows: dict[str, Quality]) -> str:
+    """Markdown: FLOPs and time over the dense model's, loss in nats per token."""
+    lines = ["| " + " | ".join(HEAD) + " |", "|---" * len(HEAD) + "|"]
+    for name, quality in {"dense": dense, **rows}.items():
+        is_dense = quality is dense
+        cells = [
+            name, "" if is_dense else shorten(quality.thresholds),
+            "" if is_dense else f"{quality.experts_per_token:.2f}", f"{quality.flops:.3f}",
+            f"{quality.loss:.4f}", f"{quality.perplexity:.2f}", f"{quality.ffn_seconds * 1e6:.1f}",
+            f"{quality.ffn_seconds / max(dense.ffn_seconds, 1e-12):.2f}",
+        ]  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def shorten(thresholds: list[float]) -> str:
+    texts = [f"{t:.3f}" for t in thresholds]
+    return texts[0] if len(set(texts)) == 1 else " ".join(texts)
+
+
+def write_report(
+    path: Path, about: dict[str, Any], dense: Quality, rows: dict[str, Quality], curve: list[Quality]
+) -> list[Path]:
+    """Beside the checkpoint `path`: its name with .md, .json and .png."""
+    settings = "\n".join(f"- {key}: {value}" for key, value in about.items())
+    text = f"# {path.name}\n\n{settings}\n\n{table(dense, rows)}\n"
+    record = {
+        "about": about, "dense": entry(dense),
+        "rows": {name: entry(quality) for name, quality in rows.items()},
+        "curve": [entry(quality) for quality in curve],
+    }  # fmt: skip
+    written = [path.with_suffix(suffix) for suffix in (".md", ".json", ".png")]
+    replace_with(written[0], lambda file: file.write_text(text, encoding="utf-8"))
+    replace_with(written[1], lambda file: file.write_text(json.dumps(record, indent=1), encoding="utf-8"))
+    replace_with(written[2], lambda file: plot(file, dense, list(rows.values()) + curve))
+    return written
+
+
+def entry(quality: Quality) -> dict[str, Any]:
+    return {**asdict(quality), "perplexity": quality.perplexity}
+
+
+def replace_with(path: Path, write: Callable[[Path], Any]) -> None:
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def plot(path: Path, dense: Quality, points: list[Quality]) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # takes a second to import
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    ordered = sorted(points, key=lambda quality: quality.flops)
+    sides = (
+        ("FLOPs of the FFNs / dense", [q.flops for q in ordered], 1.0),
+        (
+            "seconds in the FFNs / dense",
+            [q.ffn_seconds / max(dense.ffn_seconds, 1e-12) for q in ordered],
+            1.0,
+        ),
+    )
+    axes = figure.subplots(1, 2, sharey=True)
+    for axis, (label, values, whole) in zip(axes, sides, strict=True):
+        axis.axhline(dense.perplexity, color="0.6", linewidth=1, linestyle="--")
+        axis.plot(values, [q.perplexity for q in ordered], "o-", markersize=4, color="C0", label="sparse")
+        axis.plot([whole], [dense.perplexity], "s", color="C3", label="dense")
+        axis.set_xlabel(label)
+        axis.set_xlim(left=0)
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("validation perplexity")
+    axes[0].legend(frameon=False)
+    figure.savefig(path, dpi=120, format="png")
