@@ -88,6 +88,7 @@ def write_sparse(dense: Dense, model: nn.Module, config: Namespace, path: Path) 
         **dense.state, "args": None, "cfg": cfg, "model": model.state_dict(), "extra_state": extra,
         "last_optimizer_state": None,
     }  # fmt: skip
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     try:
         torch.save(state, temporary)

@@ -1,6 +1,7 @@
 """The thresholds for a budget of FLOPs, or for a permitted loss, by measuring on validation data."""
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import nn
 
@@ -88,8 +89,8 @@ def balance(layers: int, measure: Callable[[list[float]], Quality]) -> list[floa
     """Thresholds at which the next share of FLOPs costs every layer about the same loss.
 
     Each layer is measured alone at a few thresholds, the others computing everything. Losses are taken to
-    add up; then the cheapest way to a total cost gives each layer the setting of least `loss + price * FLOPs`.
-    The price is the one at which all layers together cost half.
+    add up; then each layer takes the setting of least `loss + price * FLOPs`, which is the cheapest way to
+    what they cost together. The price is the one at which that is half of everything.
     """
     whole = measure([1.0] * layers)
     settings: list[list[tuple[float, float, float]]] = []  # of a layer: (threshold, FLOPs saved, loss gained)
