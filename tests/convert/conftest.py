@@ -9,12 +9,12 @@ from fairseq import options, tasks
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from omegaconf import OmegaConf
 
-SIZES = ("--decoder-layers", "2", "--decoder-embed-dim", "16", "--decoder-ffn-embed-dim", "32",
+SIZES = ("--decoder-layers", "2", "--decoder-embed-dim", "16", "--decoder-ffn-embed-dim", "64",
          "--decoder-attention-heads", "2")  # fmt: skip
 LM = ("--task", "language_modeling", "--arch", "transformer_lm", "--tokens-per-sample", "16", *SIZES,
       "--decoder-output-dim", "16", "--decoder-input-dim", "16", "--criterion", "cross_entropy")  # fmt: skip
 MT = ("--task", "translation", "-s", "en", "-t", "de", "--arch", "transformer_iwslt_de_en", *SIZES,
-      "--encoder-layers", "2", "--encoder-embed-dim", "16", "--encoder-ffn-embed-dim", "32",
+      "--encoder-layers", "2", "--encoder-embed-dim", "16", "--encoder-ffn-embed-dim", "64",
       "--encoder-attention-heads", "2", "--decoder-output-dim", "16", "--decoder-input-dim", "16",
       "--encoder-normalize-before", "--criterion", "label_smoothed_cross_entropy")  # fmt: skip
 

@@ -21,7 +21,7 @@ SMALL = ("--calibration-tokens", "300", "--valid-tokens", "60", "--max-tokens", 
 Stock = Callable[..., tuple[Path, Path]]
 
 
-def convert(dense: Path, sparse: Path, data: Path, *flags: str, split: int = 4) -> None:
+def convert(dense: Path, sparse: Path, data: Path, *flags: str, split: int = 8) -> None:
     words = [str(dense), str(sparse), "--split", str(split), "--calibration", str(data), *SMALL, *flags]
     tool.convert(tool.argument_parser().parse_args(words))
 
@@ -114,7 +114,7 @@ def test_stock_commands_open_the_result(stock: Stock, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "flags, words, message",
     [
-        ((), {"split": 5}, "--split must be 2 or more and divide --decoder-ffn-embed-dim 32, got 5"),
+        ((), {"split": 5}, "--split must be 2 or more and divide --decoder-ffn-embed-dim 64, got 5"),
         ((), {"split": 1}, "--split must be 2 or more and divide"),
         (("--activation-fn", "tanh"), {}, "--activation-fn must be one of relu, relu_squared, gelu"),
         (("--scale-fc",), {}, "--scale-fc cannot be combined with MoE layers"),
@@ -135,7 +135,7 @@ def test_one_line_for_bad_input(
     (tmp_path / "there.pt").touch()
     sparse = tmp_path / words.get("sparse", "sparse.pt")
     said = said_by(
-        monkeypatch, capsys, words.get("dense", path), sparse, "--split", words.get("split", 4),
+        monkeypatch, capsys, words.get("dense", path), sparse, "--split", words.get("split", 8),
         "--calibration", tmp_path / words["data"] if "data" in words else data, *SMALL,
         *words.get("more", ()),
     )  # fmt: skip
@@ -180,6 +180,6 @@ def test_an_interruption_leaves_no_file(
     path, data = stock("lm")
     monkeypatch.setattr(torch, "save", interrupted)
     said = said_by(
-        monkeypatch, capsys, path, tmp_path / "sparse.pt", "--split", 4, "--calibration", data, *SMALL
+        monkeypatch, capsys, path, tmp_path / "sparse.pt", "--split", 8, "--calibration", data, *SMALL
     )
     assert "stopped" in said and not list(tmp_path.iterdir())

@@ -61,7 +61,7 @@ def feed(
     with torch.no_grad():
         for sample in batches:
             with inputs_to(ffns, partial(real_tokens, sample, pad=pad), consume):
-                model(**sample["net_input"])
+                model(**sample["net_input"], features_only=True)  # without the output projection
             progress.update(sample["ntokens"])
 
 

@@ -79,4 +79,5 @@ class RouterFit:
             loss.backward()
         self.optimizer.step()
         self.schedule.step()
-        self.excess += 0.02 * (float(loss) - self.excess) if self.excess else float(loss)
+        excess = float(loss.detach())
+        self.excess += 0.02 * (excess - self.excess) if self.excess else excess
