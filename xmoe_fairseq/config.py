@@ -1,92 +1,21 @@
-"""The --moe-* flags of a model, and what they must satisfy."""
+"""Reads a model's --moe-* flags (flags.py) and checks what they must satisfy."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
-from enum import Enum
+from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
-from fairseq.dataclass import FairseqDataclass
+from xmoe_fairseq.flags import (
+    COMBINE,
+    HASH_TABLES,
+    OWN_CAPACITY,
+    ROUTERS,
+    WITHOUT_SCORES,
+    MoEConfig,
+    flag,
+    read_field,
+)
 
-from xmoe_fairseq.moe.layer import COMBINE
-
-ROUTERS = ("threshold", "topk", "hash", "base", "expert_choice", "gshard")
-HASH_TABLES = ("balanced", "random")
-OWN_CAPACITY = ("expert_choice", "gshard")  # routers whose method includes a capacity
-
-
-def _flag(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
-
-
-@dataclass
-class MoEConfig(FairseqDataclass):
-    """Fields that the dataclasses of both models inherit; fairseq turns them into flags."""
-
-    moe_freq: int = _flag(2, "every Nth layer is an MoE layer (counted from 1); 0 = dense model")
-    no_moe_encoder: bool = _flag(False, "keep the encoder dense")
-    no_moe_decoder: bool = _flag(False, "keep the decoder dense")
-    moe_router: str = _flag(
-        "threshold", "how a token chooses experts: threshold (XMoE), topk (k=1: Switch), hash (by its id), "
-        "base (BASE layers), expert_choice (experts choose tokens; encoder only), gshard (fairscale's layer)"
-    )  # fmt: skip
-    moe_num_experts: int = _flag(32, "number of experts E in an MoE layer, after the split")
-    moe_ffn_split: int = _flag(4, "s: an expert is 1/s as wide as the dense FFN (--*-ffn-embed-dim / s)")
-    moe_threshold: float = _flag(
-        0.9, "threshold router: a token takes experts until their probabilities reach this mass, in [0, 1]; "
-        "0 = one expert, 1 = all"
-    )  # fmt: skip
-    moe_topk: int = _flag(
-        0, "topk router: experts per token, expert_choice router: the same on average (its paper's capacity "
-        "factor); 0 = --moe-ffn-split, the FLOPs of the dense FFN"
-    )  # fmt: skip
-    moe_hash_table: str = _flag(
-        "balanced", "hash router: balanced (frequent tokens to the least loaded expert, by the dictionary's "
-        "counts) or random"
-    )  # fmt: skip
-    moe_layer_thresholds: str = _flag(
-        "", "threshold router: t of each MoE layer instead, the encoder's first, such as 0.4,0.6,0.5"
-    )
-    moe_max_experts_per_token: int = _flag(
-        -1, "threshold router: keep only a token's first choices; 0 = no limit, "
-        "-1 = 2 x --moe-ffn-split, so never more than twice the dense FFN"
-    )  # fmt: skip
-    moe_combine: str = _flag(
-        "probs", "threshold and topk router: a chosen expert's output counts as often as it is probable "
-        "(probs), or once (ones; what xmoe-convert makes of a dense model)"
-    )  # fmt: skip
-    moe_capacity_factor: float = _flag(
-        0.0, "in training an expert keeps at most ceil(tokens / experts x this) tokens; 0 = dropless"
-    )
-    moe_eval_capacity_factor: float = _flag(
-        0.0, "the same in evaluation; other than 0 results depend on the batch and a decoder is not causal"
-    )
-    moe_min_capacity: int = _flag(4, "with a capacity factor: an expert may always keep this many tokens")
-    moe_expert_parallel_size: int = _flag(
-        1, "N: share out the experts among N ranks, E/N on each; 1 = every rank holds all, -1 = all ranks; "
-        "must divide the number of ranks and --moe-num-experts"
-    )  # fmt: skip
-    moe_sharded_checkpoints: bool = _flag(
-        False, "--moe-expert-parallel-size: each rank saves its experts in a file of its own, for models "
-        "too large for one; xmoe-checkpoint merge makes one file of them"
-    )  # fmt: skip
-
-    @property
-    def experts_per_token_limit(self) -> int:
-        return (
-            2 * self.moe_ffn_split if self.moe_max_experts_per_token == -1 else self.moe_max_experts_per_token
-        )
-
-    @property
-    def layer_thresholds(self) -> list[float]:
-        """Raises ValueError if one is no number."""
-        return [float(t) for t in self.moe_layer_thresholds.split(",")] if self.moe_layer_thresholds else []
-
-    @property
-    def k(self) -> int:
-        return self.moe_topk or self.moe_ffn_split
-
-    def has_experts(self, side: str) -> bool:
-        return bool(self.moe_freq) and not getattr(self, f"no_moe_{side}")
+__all__ = ["MoEConfig", "expert_parallel_size", "flag", "read_field", "read_moe_config"]
 
 
 def read_moe_config(model_cfg: Any, sides: tuple[str, ...]) -> MoEConfig:
@@ -117,16 +46,6 @@ def read_moe_config(model_cfg: Any, sides: tuple[str, ...]) -> MoEConfig:
     return config
 
 
-def read_field(model_cfg: Any, name: str, default: Any) -> Any:
-    value = model_cfg.get(name) if isinstance(model_cfg, Mapping) else getattr(model_cfg, name, None)
-    value = default if value is None else value
-    return value.value if isinstance(value, Enum) else value
-
-
-def flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
 def _check_type(name: str, value: Any, default: Any) -> None:
     kind = type(default)
     fits = isinstance(value, int | float) if kind is float else isinstance(value, kind)
@@ -140,6 +59,13 @@ _RULES: dict[str, tuple[str, Callable[[MoEConfig], bool]]] = {
     "moe_num_experts": ("must be at least 1", lambda c: c.moe_num_experts >= 1),
     "moe_ffn_split": ("must be at least 1", lambda c: c.moe_ffn_split >= 1),
     "moe_threshold": ("must be in [0, 1]", lambda c: 0 <= c.moe_threshold <= 1),
+    "moe_target_experts_per_token": (
+        "must be 0 (off), or from 1 to --moe-max-experts-per-token (default: 2s) and --moe-num-experts",
+        lambda c: (
+            c.moe_target_experts_per_token == 0
+            or 1 <= c.moe_target_experts_per_token <= c.most_experts_per_token
+        ),
+    ),
     "moe_topk": (
         "must be 0 (= --moe-ffn-split) or more, and only --moe-router topk and expert_choice take it",
         lambda c: c.moe_topk >= 0 and (c.moe_topk == 0 or c.moe_router in ("topk", "expert_choice")),
@@ -158,6 +84,8 @@ _RULES: dict[str, tuple[str, Callable[[MoEConfig], bool]]] = {
             c.moe_combine in COMBINE and (c.moe_combine == "probs" or c.moe_router in ("threshold", "topk"))
         ),
     ),
+    "moe_router_temperature": ("must be above 0", lambda c: 0 < c.moe_router_temperature < float("inf")),
+    "moe_router_init_scale": ("must be above 0", lambda c: 0 < c.moe_router_init_scale < float("inf")),
     "moe_capacity_factor": (
         "must be 0 (dropless) or more",
         lambda c: 0 <= c.moe_capacity_factor < float("inf"),
@@ -202,6 +130,13 @@ def _check_router(config: MoEConfig) -> None:
     if router == "gshard" and config.moe_expert_parallel_size != 1:
         rule = "must be 1 with --moe-router gshard (fairscale exchanges equal numbers of tokens only)"
         raise ValueError(f"--moe-expert-parallel-size {rule}, got {config.moe_expert_parallel_size}")
+    for name in ("moe_router_temperature", "moe_router_init_scale"):
+        if router in WITHOUT_SCORES and getattr(config, name) != 1:
+            rule = f"must be 1 with --moe-router {router}, whose scores are not the plugin's"
+            raise ValueError(f"{flag(name)} {rule}, got {getattr(config, name)}")
+    for name in ("moe_target_experts_per_token", "moe_layer_thresholds"):
+        if router != "threshold" and getattr(config, name):
+            raise ValueError(f"{flag(name)} needs --moe-router threshold, got {router}")
     if router == "gshard" and config.moe_num_experts < 2:
         raise ValueError("--moe-num-experts must be at least 2 with --moe-router gshard, got 1")
 
@@ -211,6 +146,8 @@ def _check_thresholds(config: MoEConfig, sides: tuple[str, ...], model_cfg: Any)
     given, name = config.moe_layer_thresholds, "--moe-layer-thresholds"
     if not given:
         return
+    if config.moe_target_experts_per_token:
+        raise ValueError(f"{name} cannot be combined with --moe-target-experts-per-token, got {given}")
     layers = sum(
         read_field(model_cfg, f"{side}_layers", 0) // config.moe_freq
         for side in sides
@@ -221,7 +158,7 @@ def _check_thresholds(config: MoEConfig, sides: tuple[str, ...], model_cfg: Any)
     except ValueError:
         fits = False
     if not fits:
-        raise ValueError(f"{name} must be {layers} numbers in [0, 1], one for each MoE layer, got {given}")
+        raise ValueError(f"{name} must give each of the {layers} MoE layers a number in [0, 1], got {given}")
 
 
 def _check_side(config: MoEConfig, side: str, model_cfg: Any) -> None:

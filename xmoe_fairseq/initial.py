@@ -1,5 +1,6 @@
 """Initial weights other than fairseq's."""
 
+import torch
 from torch import nn
 
 from xmoe_fairseq.moe import Experts, Router
@@ -17,3 +18,11 @@ def draw_normal(model: nn.Module, std: float) -> None:
     for module in model.modules():  # last, because an output layer may share an embedding's weight
         if isinstance(module, nn.Embedding) and module.padding_idx is not None:
             nn.init.zeros_(module.weight[module.padding_idx])
+
+
+@torch.no_grad()
+def scale_routers(model: nn.Module, scale: float) -> None:
+    """Multiply the routers' initial weights: below 1 they begin nearer to uniform, above 1 more decisive."""
+    for module in model.modules():
+        if isinstance(module, Router):
+            module.weight.mul_(scale)

@@ -38,7 +38,12 @@ def install_experts(model: nn.Module, config: MoEConfig, sides: tuple[str, ...])
     if config.moe_layer_thresholds:
         for layer, threshold in zip(layers, config.layer_thresholds, strict=True):
             layer.router.threshold = threshold  # type: ignore[assignment]
-    spread_experts(model, parallel)
+    if config.moe_target_experts_per_token:
+        # Imported here: fairseq's trainer is needed for training only.
+        from xmoe_fairseq.budget_trainer import BudgetTrainer
+
+        model.trainer_class = BudgetTrainer  # type: ignore[assignment]  # see xmoe_fairseq_compat
+    spread_experts(model, parallel)  # last: its trainer does what the other does, and more
 
 
 def install_moe_layers(
@@ -98,10 +103,17 @@ def build_moe(
 
 
 def build_router(model_dim: int, config: MoEConfig, dictionary: Dictionary) -> Router | HashRouter:
-    sizes = (model_dim, config.moe_num_experts)
+    router = _build_router((model_dim, config.moe_num_experts), config, dictionary)
+    if isinstance(router, Router):
+        router.temperature = config.moe_router_temperature
+    return router
+
+
+def _build_router(sizes: tuple[int, int], config: MoEConfig, dictionary: Dictionary) -> Router | HashRouter:
     match config.moe_router:
         case "threshold":
-            return ThresholdRouter(*sizes, config.moe_threshold, config.experts_per_token_limit)
+            target = config.moe_target_experts_per_token
+            return ThresholdRouter(*sizes, config.moe_threshold, config.experts_per_token_limit, target)
         case "topk":
             return TopKRouter(*sizes, config.k)
         case "expert_choice":

@@ -41,7 +41,8 @@ def random_models() -> Models:
     size = {
         "decoder_layers": SHAPE["layers"], "decoder_embed_dim": SHAPE["dim"],
         "decoder_input_dim": SHAPE["dim"], "decoder_output_dim": SHAPE["dim"],
-        "decoder_ffn_embed_dim": SHAPE["ffn"], "decoder_attention_heads": 8, "decoder_normalize_before": True, "dropout": 0.0,
+        "decoder_ffn_embed_dim": SHAPE["ffn"], "decoder_attention_heads": 8,
+        "decoder_normalize_before": True, "dropout": 0.0,
         "share_decoder_input_output_embed": True,
     }  # fmt: skip
     experts = {

@@ -8,6 +8,7 @@
 #           small  one GPU, about an hour  16 x 1,024 tokens x update-freq  4 =  65,536 per update,  4,000 updates
 #           paper  any GPUs                16 x 1,024 tokens x update-freq 16 = 262,144 per update, 60,000 updates
 #   MODEL   dense switch topk-s2 topk-s4 topk-s8 hash base gshard xmoe-s1 xmoe-s2 xmoe-s4 xmoe-s8
+#           xmoe-s4-budget xmoe-s8-budget (half the dense FFN's FLOPs from the first update on)
 #           (scripts/tools/presets.py has each in one line). paper: switch is 8 experts x 3072, topk-s2 and
 #           xmoe-s2 16 x 1536, xmoe-s4 32 x 768, xmoe-s8 64 x 384.
 #   DATA    a folder of data-prep, e.g. data/lm-sample

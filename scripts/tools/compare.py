@@ -3,7 +3,8 @@
     python scripts/tools/compare.py RUN ... --out FOLDER [--scores best|averageN]
 
 Runs of one task on the same data. Runs that differ in the seed alone make one row: mean and, after ±,
-standard deviation. Writes FOLDER/compare.md, compare.json and compare.png.
+standard deviation. What benchmark_checkpoints.sh measured is shown too. Writes FOLDER/compare.md,
+compare.json and compare.png.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from results import ResultError, markdown, read, records, seconds_per_update, wr
 
 SHOWN = {"wmt": ("bleu", "chrf++", "perplexity"), "lm": ("perplexity", "perplexity_per_word")}
 TITLES = {"bleu": "BLEU", "chrf++": "chrF++", "perplexity": "ppl", "perplexity_per_word": "ppl/word"}
+FFN_SECONDS = "FFN seconds / the first's"
 FLOPS_SPLIT = "test"  # the split whose routing is shown
 
 
@@ -31,11 +33,12 @@ class Run:
     folder: Path
     about: dict[str, Any]
     values: dict[str, float]  # by column
-    curve: list[tuple[float, float]] = field(default_factory=list)  # updates, validation quality
+    curve: list[tuple[float, float]] = field(default_factory=list)  # updates, perplexity in validation
 
     @property
-    def same_but_for_the_seed(self) -> tuple[str, str]:
-        return self.about["preset"], self.about["model"]
+    def name(self) -> str:
+        """Of the row, but for the preset: runs of one name differ in the seed alone."""
+        return " ".join([self.about["model"], *self.about["flags"]])
 
 
 def load(folder: Path, tag: str) -> Run:
@@ -48,12 +51,13 @@ def load(folder: Path, tag: str) -> Run:
     values["experts/token"] = statistics.mean(s["experts"] for s in sides) if sides else math.nan
     values["MoE FLOPs / dense FFN"] = statistics.mean(s["flops"] for s in sides) if sides else 1.0
     values["s/update"] = seconds_per_update(log)
+    seconds = folder / "seconds.json"
+    values[FFN_SECONDS] = json.loads(read(seconds))["ratio"] if seconds.exists() else math.nan
     valid = records(log, "valid")
     values["updates"] = max(one["num_updates"] for one in [*valid, *records(log, "train_inner")])
     values["training seconds"] = values["updates"] * values["s/update"]
     values["parameters (M)"] = parameters(log) / 1e6
-    quality = "bleu" if about["task"] == "wmt" else "ppl"
-    curve = sorted({one["num_updates"]: one[quality] for one in valid if quality in one}.items())
+    curve = sorted({one["num_updates"]: one["ppl"] for one in valid if "ppl" in one}.items())
     return Run(folder, about, values, curve)
 
 
@@ -74,9 +78,9 @@ def groups(runs: list[Run]) -> dict[str, list[Run]]:
     """Runs by row, in the order of presets.py."""
     found: dict[tuple[str, str], list[Run]] = {}
     for run in sorted(runs, key=lambda r: (r.about["preset"], list(MODELS).index(r.about["model"]))):
-        found.setdefault(run.same_but_for_the_seed, []).append(run)
+        found.setdefault((run.about["preset"], run.name), []).append(run)
     many = len({preset for preset, _ in found}) > 1
-    return {f"{preset} {model}" if many else model: members for (preset, model), members in found.items()}
+    return {f"{preset} {name}" if many else name: members for (preset, name), members in found.items()}
 
 
 def mean(members: list[Run], column: str) -> float:
@@ -108,6 +112,8 @@ def main() -> None:
     except ResultError as error:
         raise SystemExit(f"compare: {error}; train and score each run first") from None
     rows, columns = groups(runs), list(runs[0].values)
+    if all(math.isnan(run.values[FFN_SECONDS]) for run in runs):
+        columns.remove(FFN_SECONDS)
     table = markdown(
         ["model", "runs", *columns],
         [[name, str(len(members)), *(cell(members, c) for c in columns)] for name, members in rows.items()],

@@ -7,11 +7,13 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (after the backend)
 
-# A family has a hue: black dense, blue threshold, orange top-k, a colour of its own for each other router.
+# A family has a hue: black dense, blue threshold (pink with a budget), orange top-k, a colour of its own for
+# each other router.
 COLOURS = {
     "dense": "#202020", "hash": "#2ca02c", "base": "#9467bd", "gshard": "#8c564b", "expert-choice": "#17a2a2",
     "switch": "#fdae6b", "topk-s2": "#f08020", "topk-s4": "#c85a0a", "topk-s8": "#8a3b00",
     "xmoe-s1": "#9ecae1", "xmoe-s2": "#5aa2d0", "xmoe-s4": "#2070b4", "xmoe-s8": "#08306b",
+    "dense-wide": "#7f7f7f", "split-s8": "#bcbd22", "xmoe-s4-budget": "#e377c2", "xmoe-s8-budget": "#a3267f",
 }  # fmt: skip
 MARKERS = {"xmoe": "o", "topk": "s", "switch": "s", "dense": "X"}
 
@@ -19,8 +21,8 @@ Curve = list[tuple[float, float]]
 
 
 def style(name: str) -> dict[str, str]:
-    """Of a row's name, which may begin with its preset."""
-    model = name.split()[-1]
+    """Of a row's name, which holds its model, perhaps with the preset before it and flags after it."""
+    model = next(word for word in name.split() if word in COLOURS)
     return {"color": COLOURS[model], "marker": MARKERS.get(model.split("-")[0], "D")}
 
 
@@ -30,7 +32,7 @@ def draw(
     """
     Args:
         points: by row, its values of MoE FLOPs, seconds and quality.
-        curves: by row, of each run (updates, validation quality).
+        curves: by row, of each run (updates, perplexity in validation).
         quality: the column that says how good a model is.
     """
     figure, axes = plt.subplots(1, 3, figsize=(15, 4.6), layout="constrained")
@@ -47,9 +49,8 @@ def draw(
         for curve in filter(None, of_runs):  # none where validation was off
             axes[2].plot(*zip(*curve, strict=True), markersize=3, linewidth=1.3, **style(name))
     axes[2].set_xlabel("updates")
-    axes[2].set_ylabel(quality.replace("test", "validation") + lower)
-    if lower:
-        axes[2].set_yscale("log")
+    axes[2].set_ylabel("validation ppl (lower is better)")
+    axes[2].set_yscale("log")
     for panel in axes:
         panel.spines[["top", "right"]].set_visible(False)
         panel.grid(alpha=0.25)

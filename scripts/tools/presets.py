@@ -1,8 +1,8 @@
 """What the training scripts train: the models of the paper's tables at four sizes, as fairseq-train's flags.
 
-tiny: the demo's size, on the CPU in minutes. claims: the CPU too, the grid of docs/results.md. small: one GPU,
-sized for about an hour. paper: the paper's settings (arXiv 2403.18926), with its capacity factors and without
-a cap on experts per token.
+tiny: the demo's size, on the CPU in minutes. claims: the CPU too, the grid of docs/results.md. small: one
+GPU, sized for about an hour. paper: the paper's settings (arXiv 2403.18926), with its capacity factors and
+without a cap on experts per token.
 """
 
 import json
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 ADAM = "--optimizer adam --lr-scheduler"
 CLAIMS = (
-    f"{ADAM} polynomial_decay --lr 2e-3 --warmup-updates 100 --total-num-update 1000 --max-update 1000 "
+    f"{ADAM} polynomial_decay --warmup-updates 100 --total-num-update 1000 --max-update 1000 "
     "--save-interval-updates 250 --keep-interval-updates 1 --validate-interval 1000000 "
     "--no-epoch-checkpoints --log-interval 25"
 )
@@ -33,6 +33,11 @@ MODELS = {
     "xmoe-s2": (2, "--moe-router threshold"),
     "xmoe-s4": (4, "--moe-router threshold"),
     "xmoe-s8": (8, "--moe-router threshold"),
+    # The dense FFN itself cut into parts, all of which are used in training: t is lowered afterwards.
+    "split-s8": (8, "--moe-router threshold --moe-threshold 1 --moe-max-experts-per-token 0"),
+    # Half the dense FFN's FLOPs, from the first update on.
+    "xmoe-s4-budget": (4, "--moe-router threshold --moe-target-experts-per-token 2"),
+    "xmoe-s8-budget": (8, "--moe-router threshold --moe-target-experts-per-token 4"),
 }
 # gshard's memory grows with the square of the tokens in a batch, base's assignment takes their cube in time.
 MAX_BATCH = {"gshard": 4096, "base": 1024}
@@ -67,6 +72,8 @@ TASK_FLAGS = {
     "--weight-decay 0.1 --clip-norm 1.0 --share-decoder-input-output-embed",
 }
 
+# As in fairseq's examples: an untrained model would go on to the limit.
+LENGTHS = {"max_len_a": 1.2, "max_len_b": 10}
 # The best checkpoint is that of the best BLEU of text: sentencepiece's pieces are joined, and sacreBLEU
 # tokenises (13a).
 BEST_BY_BLEU = (
@@ -86,10 +93,11 @@ PRESETS = {
         ),
         "claims": Preset(
             "4+1 layers, width 128, MoE in encoder layers 2, 4", 512, 8, 640, 640, "1,000 updates", 0.9,
-            "--arch xmoe_transformer_tiny --encoder-layers 4 --decoder-layers 1 --encoder-embed-dim 128 "
-            "--encoder-ffn-embed-dim 512 --decoder-ffn-embed-dim 256 --encoder-attention-heads 4 "
-            "--decoder-attention-heads 4 --encoder-normalize-before --decoder-normalize-before --dropout 0 "
-            f"--clip-norm 1.0 {CLAIMS}", on_cpu=True, wide_ffn=1984, beam=2, eval_bleu=False,
+            "--lr 3e-3 --arch xmoe_transformer_tiny --encoder-layers 4 --decoder-layers 1 "
+            "--encoder-embed-dim 128 --encoder-ffn-embed-dim 512 --decoder-ffn-embed-dim 256 "
+            "--encoder-attention-heads 4 --decoder-attention-heads 4 --encoder-normalize-before "
+            "--decoder-normalize-before --dropout 0 "
+            f"--clip-norm 1.0 {CLAIMS}", on_cpu=True, wide_ffn=1984, beam=1, eval_bleu=False,
         ),
         "small": Preset(
             "6+6 layers, width 512, MoE in encoder layers 2, 4, 6", 2048, 8,
@@ -116,9 +124,9 @@ PRESETS = {
         ),
         "claims": Preset(
             "4 layers, width 128, MoE in layers 2, 4", 512, 8, 640, 640, "1,000 updates", 0.9,
-            "--arch xmoe_transformer_lm_tiny --decoder-layers 4 --decoder-embed-dim 128 "
+            "--lr 6e-3 --arch xmoe_transformer_lm_tiny --decoder-layers 4 --decoder-embed-dim 128 "
             f"--decoder-ffn-embed-dim 512 --decoder-attention-heads 4 --dropout 0 {CLAIMS}", on_cpu=True,
-            wide_ffn=1984, context=128, seen=96,
+            wide_ffn=1984, context=128,
         ),
         "small": Preset(
             "12 layers, width 768, MoE in every 2nd layer", 3072, 8, 16384, 65536, "4,000 updates", 0.9,
@@ -160,6 +168,10 @@ class Plan:
         return MODELS[self.model][0]
 
     @property
+    def num_experts(self) -> int:
+        return self.split * (1 if self.model.startswith("split") else self.size.experts)
+
+    @property
     def batch(self) -> int:
         return min(self.size.batch, MAX_BATCH.get(self.model, self.size.batch))
 
@@ -186,7 +198,7 @@ class Plan:
 
     def lines(self) -> list[str]:
         """What will be trained, and how many tokens an update has."""
-        size, experts = self.size, self.size.experts * self.split
+        size, experts = self.size, self.num_experts
         width = size.ffn_dim // self.split
         layer = "dense" if self.is_dense else f"{experts} experts x {width}"
         device = "process on the CPU" if size.on_cpu else "GPU" + "s" * (self.gpus > 1)
@@ -204,7 +216,7 @@ class Plan:
             side = "encoder" if self.task == "wmt" else "decoder"
             words += f" --{side}-ffn-embed-dim {size.wide_ffn}"
         if not self.is_dense:
-            words += f" --moe-num-experts {size.experts * split} --moe-ffn-split {split}"
+            words += f" --moe-num-experts {self.num_experts} --moe-ffn-split {split}"
         if self.model.startswith("xmoe"):
             words += f" --moe-threshold {size.threshold}"
             words += " --moe-max-experts-per-token 0" if size.as_paper else ""
@@ -212,8 +224,7 @@ class Plan:
             words += f" --moe-capacity-factor {split}"
         words += " --cpu --num-workers 0" if size.on_cpu else " --bf16"
         if self.task == "wmt":
-            # Lengths as in fairseq's examples: an untrained model would go on to the limit.
-            search = json.dumps({"beam": size.beam, "max_len_a": 1.2, "max_len_b": 10})
+            search = json.dumps({"beam": size.beam, **LENGTHS})
             words += f" --max-tokens {self.batch}"
             if size.eval_bleu:
                 words += f" {BEST_BY_BLEU} --eval-bleu-args {shlex.quote(search)}"

@@ -1,6 +1,6 @@
 """Scores a run of train.py with the stock commands, on validation and test sets; writes RUN/scores.best.json.
 
-    python scripts/tools/score.py wmt|lm RUN [--average N]
+    python scripts/tools/score.py wmt|lm RUN [--average N] [--splits SPLIT ...]
 
 Translation: BLEU, chrF++ and chrF of detokenised text with sacreBLEU, and perplexity per piece.
 Language models: perplexity per token, and per word (a word is what stands between white space, and the end of
@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from presets import PRESETS, Plan
+from presets import LENGTHS, PRESETS, Plan
 from results import ResultError, hypotheses, lines, read, record, routing, score, write_json
 from train import ROOT, languages
 
@@ -28,12 +28,13 @@ SIDES = ("encoder", "decoder")
 class Scorer:
     """Runs the stock commands for one checkpoint of a run; what they print is kept in RUN/score.TAG/."""
 
-    def __init__(self, run: Path, task: str, average: int) -> None:
+    def __init__(self, run: Path, task: str, average: int, splits: list[str]) -> None:
         about = json.loads(read(run / "run.json"))
         if about["task"] != task:
             raise ResultError(f"{run} is a run of {about['task']}, not of {task}")
         self.run, self.task, self.data = run, task, Path(about["data"])
         self.plan = Plan(task, about["preset"], about["model"], 1)
+        self.splits = splits
         self.tag = f"average{average}" if average else "best"
         self.folder = run / f"score.{self.tag}"
         self.folder.mkdir(exist_ok=True)
@@ -90,14 +91,16 @@ def score_translation(run: Scorer) -> dict[str, Any]:
     splits = sorted(
         p.name.split(".")[0] for p in (run.data / "bin").glob(f"*.{source}-{target}.{target}.idx")
     )
-    splits = [split for split in splits if split != "train"]
+    splits = run.splits or [split for split in splits if split != "train"]
     side = ("--source-lang", source, "--target-lang", target, "--max-tokens", run.plan.batch)
     # The checkpoint says --eval-bleu: once is enough.
     stats = run.validate(splits, "--task", "translation", *side, "--model-overrides", "{'eval_bleu': False}")
+    search = ["--beam", run.plan.size.beam, "--remove-bpe", "sentencepiece"]
+    for name, value in LENGTHS.items():
+        search += ["--" + name.replace("_", "-"), value]
     results, signatures = {}, {}
     for split in splits:
-        search = ("--gen-subset", split, "--beam", run.plan.size.beam, "--remove-bpe", "sentencepiece")
-        output = run.fairseq("fairseq-generate", f"{split}.out", *side, *search)
+        output = run.fairseq("fairseq-generate", f"{split}.out", "--gen-subset", split, *side, *search)
         reference = lines(run.data / "text" / f"{split}.{target}")
         scores, signatures = score(hypotheses(output), reference, METRICS)
         perplexity = 2 ** stats[split]["nll_loss"]
@@ -106,7 +109,7 @@ def score_translation(run: Scorer) -> dict[str, Any]:
 
 
 def score_language_model(run: Scorer) -> dict[str, Any]:
-    size, splits = run.plan.size, ["valid", "test"]
+    size, splits = run.plan.size, run.splits or ["valid", "test"]
     rows = run.plan.batch // size.context
     stats = run.validate(splits, "--task", "language_modeling", "--batch-size", rows)
     results: dict[str, Any] = {}
@@ -130,9 +133,10 @@ def main() -> None:
     parser.add_argument(
         "--average", type=int, default=0, metavar="N", help="the mean of the last N checkpoints"
     )
+    parser.add_argument("--splits", nargs="+", default=[], metavar="SPLIT", help="default: all but train")
     args = parser.parse_args()
     try:
-        run = Scorer(args.run.resolve(), args.task, args.average)
+        run = Scorer(args.run.resolve(), args.task, args.average, args.splits)
         scores = score_translation(run) if args.task == "wmt" else score_language_model(run)
     except ResultError as error:
         raise SystemExit(f"score: {error}") from None

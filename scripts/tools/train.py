@@ -58,10 +58,10 @@ def command(plan: Plan, data: Path, run: Path, seed: int, more: list[str]) -> li
     ]  # fmt: skip
 
 
-def describe(plan: Plan, data: Path, seed: int, words: list[str]) -> dict[str, Any]:
+def describe(plan: Plan, data: Path, seed: int, flags: list[str], words: list[str]) -> dict[str, Any]:
     return {
         "task": plan.task, "preset": plan.preset, "model": plan.model, "data": str(data), "seed": seed,
-        "gpus": plan.gpus, "about": plan.lines(), "command": words,
+        "gpus": plan.gpus, "flags": flags, "about": plan.lines(), "command": words,
         "versions": {name: version(name) for name in ("torch", "fairseq", "sacrebleu")},
     }  # fmt: skip
 
@@ -115,7 +115,7 @@ def main() -> None:
             plan = Plan(args.task, args.preset, args.model, gpus).check()
         data, run = args.data.resolve(), args.run.resolve()
         words = command(plan, data, run, seed, args.flags)
-        note(run, describe(plan, data, seed, words))
+        note(run, describe(plan, data, seed, args.flags, words))
     except ValueError as error:
         raise SystemExit(f"train: {error}") from None
     for line in [*plan.lines(), shlex.join(words)]:

@@ -8,6 +8,7 @@
 #           small  one GPU, about an hour   1 x  8,192 tokens x update-freq  4 =    32,768 per update, 12,000 updates
 #           paper  2 GPUs                   2 x 16,384 tokens x update-freq 32 = 1,048,576 per update, 10 epochs
 #   MODEL   dense switch topk-s2 topk-s4 topk-s8 hash base gshard expert-choice xmoe-s1 xmoe-s2 xmoe-s4 xmoe-s8
+#           xmoe-s4-budget xmoe-s8-budget (half the dense FFN's FLOPs from the first update on)
 #           (scripts/tools/presets.py has each in one line). paper: switch is 32 experts x 2048, topk-s2 and
 #           xmoe-s2 64 x 1024, xmoe-s4 128 x 512; experts in the encoder only.
 #   DATA    a folder of data-prep, e.g. data/mt-sample

@@ -15,8 +15,8 @@ LM = ("--task", "language_modeling", "--arch", "transformer_lm", "--tokens-per-s
       "--decoder-output-dim", "16", "--decoder-input-dim", "16", "--criterion", "cross_entropy")  # fmt: skip
 MT = ("--task", "translation", "-s", "en", "-t", "de", "--arch", "transformer_iwslt_de_en", *SIZES,
       "--encoder-layers", "2", "--encoder-embed-dim", "16", "--encoder-ffn-embed-dim", "64",
-      "--encoder-attention-heads", "2", "--decoder-output-dim", "16", "--decoder-input-dim", "16",
-      "--encoder-normalize-before", "--criterion", "label_smoothed_cross_entropy")  # fmt: skip
+      "--encoder-attention-heads", "2", "--encoder-normalize-before",
+      "--criterion", "label_smoothed_cross_entropy")  # fmt: skip
 
 
 @pytest.fixture(scope="session")

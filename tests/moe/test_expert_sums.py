@@ -1,6 +1,6 @@
 """The fast ways to compute the experts equal plain autograd: values and every gradient."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -8,10 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.testing import assert_close
 
-from xmoe_fairseq.moe import Experts, expert_loop
+from xmoe_fairseq.moe import Experts, expert_chunks
 from xmoe_fairseq.moe.dispatch import ExpertRows
+from xmoe_fairseq.moe.expert_chunks import chunks, compute, shares_of
 from xmoe_fairseq.moe.expert_grouped import can_group, expert_sums_grouped
-from xmoe_fairseq.moe.expert_loop import chunks, expert_sums_loop
+from xmoe_fairseq.moe.expert_loop import expert_sums_loop
 from xmoe_fairseq.moe.expert_sums import Stacks, expert_sums_plain
 
 SOURCES, MODEL_DIM, EXPERT_DIM = 9, 8, 16
@@ -22,6 +23,18 @@ LOADS = {
     "no rows": [0, 0, 0, 0],
 }
 FAST = {"loop": expert_sums_loop, "grouped": expert_sums_grouped}
+
+
+@pytest.fixture
+def three_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """That share the smallest work."""
+    monkeypatch.setattr(expert_chunks, "THREAD_WORK", 0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(threads)
+
+
 ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "tanh": torch.tanh}
 
 
@@ -57,7 +70,7 @@ def values_and_gradients(
 def test_equals_plain_autograd(
     fast: str, activation: str, load: str, weighted: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(expert_loop, "CHUNK_ROWS", 5)  # several chunks, also of several experts
+    monkeypatch.setattr(expert_chunks, "CHUNK_ROWS", 5)  # several chunks, also of several experts
     rows, stacks, x_SD = rows_of(LOADS[load], weighted), stacks_of(4, torch.float32), torch.randn(9, 8)
     arguments = (x_SD, rows, stacks, ACTIVATIONS[activation])
     got = values_and_gradients(FAST[fast], *arguments)
@@ -67,14 +80,46 @@ def test_equals_plain_autograd(
 
 def test_chunks_by_hand() -> None:
     counts = [100, 0, 150, 10, 300, 1, 2, 0]
-    found = [(chunk.experts, chunk.counts, chunk.rows) for chunk in chunks(counts)]
+    found = [(chunk.experts, chunk.counts, chunk.rows) for chunk in chunks(counts, 256)]
     assert found == [
         ([0, 2], [100, 150], slice(0, 250)),
         ([3], [10], slice(250, 260)),
         ([4], [300], slice(260, 560)),
         ([5, 6], [1, 2], slice(560, 563)),
     ]
-    assert not list(chunks([0, 0]))
+    assert not list(chunks([0, 0], 256))
+
+
+@pytest.mark.parametrize("weighted", [True, False], ids=["weighted", "unweighted"])
+@pytest.mark.parametrize("load", LOADS)
+@pytest.mark.usefixtures("three_threads")
+def test_threads_share_the_experts(load: str, weighted: bool) -> None:
+    rows, stacks, x_SD = rows_of(LOADS[load], weighted), stacks_of(4, torch.float32), torch.randn(9, 8)
+    got = values_and_gradients(expert_sums_loop, x_SD, rows, stacks, F.gelu)
+    expected = values_and_gradients(expert_sums_plain, x_SD, rows, stacks, F.gelu)
+    for mine, theirs in zip(got, expected, strict=True):
+        assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
+    with torch.no_grad():
+        assert_close(expert_sums_loop(x_SD, rows, stacks, F.gelu), expected[0], rtol=1e-5, atol=1e-6)
+    assert torch.get_num_threads() == 3  # again
+
+
+def test_shares_by_hand() -> None:
+    def experts(counts: list[int], weights: int, threads: int) -> list[list[int]]:
+        return [[e for c in share for e in c.experts] for share in shares_of(counts, weights, threads)]
+
+    assert experts([8, 0, 8, 8, 8], 2**20, 2) == [[0, 2], [3, 4]]
+    assert experts([8, 0, 8, 8, 8], 2**20, 9) == [[0], [2], [3], [4]]
+    assert experts([8, 0, 8, 8, 8], 2**10, 2) == [[0, 2, 3, 4]]  # too little work
+    assert experts([0, 30, 1], 2**20, 3) == [[1], [2]]
+    assert experts([0, 0], 2**20, 2) == [[]]
+
+
+@pytest.mark.usefixtures("three_threads")
+def test_a_fault_in_a_thread_is_raised_and_the_threads_are_as_before() -> None:
+    with pytest.raises(ZeroDivisionError):
+        compute(lambda share: 1 // len(share), [[], [], []])
+    assert torch.get_num_threads() == 3
 
 
 @pytest.mark.parametrize(

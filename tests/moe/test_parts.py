@@ -30,8 +30,8 @@ def routing_of(rows: list[tuple[int, int, int, float]], num_tokens: int, num_exp
         weight_R=torch.tensor(weight),
         probs_TE=torch.full((num_tokens, num_experts), 1 / num_experts),
         rows_wanted=len(rows),
-        load_balance_loss=torch.tensor(1.0),
-        z_loss=torch.tensor(0.0),
+        load_balance_of=lambda: torch.tensor(1.0),
+        z_loss_of=lambda: torch.tensor(0.0),
     )
 
 

@@ -29,6 +29,39 @@ BAD = [
     ({"moe_threshold": 1.01}, "--moe-threshold must be in [0, 1], got 1.01"),
     ({"moe_threshold": float("nan")}, "--moe-threshold must be in [0, 1], got nan"),
     ({"moe_threshold": "0.5"}, "--moe-threshold must be of type float, got '0.5'"),
+    *(
+        (
+            {"moe_target_experts_per_token": target},
+            "--moe-target-experts-per-token must be 0 (off), or from 1 to --moe-max-experts-per-token "
+            f"(default: 2s) and --moe-num-experts, got {target}",
+        )
+        for target in (0.5, -1, 5, float("nan"))
+    ),
+    (
+        {"moe_target_experts_per_token": 2, "moe_router": "topk"},
+        "--moe-target-experts-per-token needs --moe-router threshold, got topk",
+    ),
+    (
+        {"moe_target_experts_per_token": 2, "moe_layer_thresholds": "0.5"},
+        "--moe-layer-thresholds cannot be combined with --moe-target-experts-per-token, got 0.5",
+    ),
+    (
+        {"moe_layer_thresholds": "0.5", "moe_router": "topk"},
+        "--moe-layer-thresholds needs --moe-router threshold, got topk",
+    ),
+    *(
+        (
+            {"moe_layer_thresholds": given},
+            f"--moe-layer-thresholds must give each of the 1 MoE layers a number in [0, 1], got {given}",
+        )
+        for given in ("0.5,0.5", "1.5", "half", "nan", ",")
+    ),
+    ({"moe_router_temperature": 0}, "--moe-router-temperature must be above 0, got 0"),
+    ({"moe_router_init_scale": -1.0}, "--moe-router-init-scale must be above 0, got -1.0"),
+    (
+        {"moe_router_temperature": 0.5, "moe_router": "hash"},
+        "--moe-router-temperature must be 1 with --moe-router hash, whose scores",
+    ),
     ({"moe_topk": 2}, "only --moe-router topk and expert_choice take it, got 2"),
     ({"moe_router": "topk", "moe_topk": 9}, "must be at most --moe-num-experts 8, got 9"),
     ({"moe_router": "topk", "moe_topk": -1}, "--moe-topk must be 0 (= --moe-ffn-split) or more"),

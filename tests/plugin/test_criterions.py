@@ -189,6 +189,20 @@ def test_a_batch_of_padding_alone_gives_finite_gradients() -> None:
         assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), name
 
 
+def test_thresholds_by_layer_and_their_mean_in_the_log() -> None:
+    model = translation_model(moe_layer_thresholds="0, 0.5,1")
+    with record_routing(model) as records:
+        logs = [criterion()(model, sample())[2] for _ in range(2)]
+    assert [layer.name for layer, _ in records[:3]] == [
+        "encoder.layers.1", "encoder.layers.3", "decoder.layers.1",
+    ]  # fmt: skip
+    assert records[0][1].experts_per_token == 1 and records[2][1].experts_per_token == 4  # the limit
+    values = reduce(logs)
+    assert (values["moe_encoder_threshold"], values["moe_decoder_threshold"]) == (0.25, 1)
+    values = reduce([criterion()(translation_model(moe_router="topk"), sample())[2]])
+    assert not any("threshold" in name for name in values)
+
+
 @pytest.mark.parametrize(
     "flag, kwargs", [("--moe-loss-coeff", {"coeff": -0.1}), ("--moe-z-loss-coeff", {"z_coeff": float("nan")})]
 )

@@ -1,4 +1,5 @@
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "scripts" / "tools"))  # they import each other by name
+for folder in ("tools", "benchmarks"):  # they import each other by name
+    sys.path.insert(0, str(Path(__file__).parents[2] / "scripts" / folder))

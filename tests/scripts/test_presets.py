@@ -45,10 +45,11 @@ def test_an_update_has_as_many_tokens_on_any_number_of_gpus(plan: Plan, line: st
 @pytest.mark.parametrize(
     "plan, message",
     [
-        (Plan("wmt", "huge", "dense", 1), "PRESET must be one of tiny, small, paper, got huge"),
-        (Plan("wmt", "tiny", "xmoe", 1), "MODEL must be one of dense, switch, .*, got xmoe"),
+        (Plan("wmt", "huge", "dense", 1), "PRESET must be one of tiny, claims, small, paper, got huge"),
+        (Plan("wmt", "tiny", "xmoe", 1), "MODEL must be one of dense, dense-wide, .*, got xmoe"),
         (Plan("wmt", "paper", "dense", 3), "GPUS must divide 1,048,576 tokens per update into .*, got 3"),
         (Plan("lm", "small", "dense", 0), "GPUS must divide .*, got 0"),
+        (Plan("lm", "tiny", "dense-wide", 1), "dense-wide is a model of the preset claims, got tiny"),
         (Plan("lm", "tiny", "expert-choice", 1), "expert-choice cannot be used in a language model"),
     ],
 )
@@ -57,20 +58,21 @@ def test_what_is_refused(plan: Plan, message: str) -> None:
         plan.check()
 
 
-@pytest.mark.parametrize("preset", ["tiny", "small", "paper"])
+@pytest.mark.parametrize("preset", ["tiny", "claims", "small", "paper"])
 @pytest.mark.parametrize("task", PRESETS)
 def test_fairseq_takes_the_flags(task: str, preset: str) -> None:
     """And the plugin's rules hold for every model of the size."""
     for model in MODELS:
-        if (task, model) == ("lm", "expert-choice"):
+        if (task, model) == ("lm", "expert-choice") or (model == "dense-wide" and preset != "claims"):
             continue
         plan = Plan(task, preset, model, 1).check()
         args = options.parse_args_and_arch(options.get_training_parser(), ["folder", *plan.flags()])
         config = read_moe_config(args, ("encoder", "decoder") if task == "wmt" else ("decoder",))
-        assert config.has_experts("decoder") == (task == "lm" and model != "dense")
+        assert config.has_experts("decoder") == (task == "lm" and not plan.is_dense)
         as_paper = preset == "paper" and model.startswith(("xmoe", "topk", "switch"))
         assert config.moe_capacity_factor == (plan.split if as_paper else 0)
         assert config.moe_eval_capacity_factor == 0
+        assert config.moe_target_experts_per_token == (plan.split / 2 if "budget" in model else 0)
         if preset == "paper" and model.startswith("xmoe"):
             assert (config.moe_threshold, config.experts_per_token_limit) == (0.9, 0)
         rows = args.max_tokens if task == "wmt" else args.batch_size * args.tokens_per_sample
@@ -81,7 +83,7 @@ def test_models_use_as_much_compute_as_the_dense_ffn() -> None:
     """What a token takes, in dense FFNs: experts per token over the split."""
     per_token = {"gshard": 2}
     for name, (split, _) in MODELS.items():
-        if name == "dense" or name.startswith("xmoe"):
+        if name.startswith("dense") or name.startswith("xmoe"):
             continue
         args = options.parse_args_and_arch(
             options.get_training_parser(), ["folder", *Plan("wmt", "tiny", name, 1).flags()]

@@ -13,6 +13,7 @@ import compare
 import pytest
 import torch
 import train
+import trained_layers
 from commands import BIN, logged
 from sacrebleu.metrics import BLEU, CHRF
 
@@ -80,10 +81,10 @@ def test_translation(mt_data: Path, tmp_path: Path) -> None:
     assert "nw:2" in scores["signatures"]["chrf++"]
     assert 1 <= scores["splits"]["test"]["routing"]["encoder"]["experts"] <= 4
     script("compare.sh", run, OUT=str(tmp_path / "out"))
-    assert "| xmoe-s2 | 1 |" in (tmp_path / "out/compare.md").read_text()
+    assert "| xmoe-s2 --" in (tmp_path / "out/compare.md").read_text()
 
 
-def test_language_model(lm_data: Path, tmp_path: Path) -> None:
+def test_language_model(lm_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = tmp_path / "run"
     script("lm/train.sh", "tiny", "hash", lm_data, run, *SMALLER, 2)
     script("lm/score.sh", run, "--average", 2)
@@ -94,6 +95,9 @@ def test_language_model(lm_data: Path, tmp_path: Path) -> None:
     )  # a piece is a word here
     assert scores["perplexity_per_word"] == pytest.approx(scores["perplexity"])
     assert scores["routing"] == {"decoder": {"experts": 1.0, "flops": 1.0}}
+    monkeypatch.setattr(sys, "argv", ["trained_layers", str(run), str(run), "--rounds", "3"])
+    trained_layers.main()
+    assert json.loads((run / "seconds.json").read_text())["ratio"] > 0
 
     paths = sorted(run.glob("checkpoint_*_*.pt"))[-2:]
     first, second, mean = (
@@ -156,7 +160,7 @@ def test_further_shards_are_training_data(lm_data: Path, tmp_path: Path) -> None
 
 def made_up_run(folder: Path, model: str, seed: int, perplexity: float, data: str = "data") -> Path:
     folder.mkdir(parents=True)
-    about = {"task": "lm", "preset": "tiny", "model": model, "data": data, "seed": seed}
+    about = {"task": "lm", "preset": "tiny", "model": model, "data": data, "seed": seed, "flags": []}
     (folder / "run.json").write_text(json.dumps(about))
     sides = {} if model == "dense" else {"decoder": {"experts": 2.5, "flops": 0.75}}
     result = {"perplexity": perplexity, "perplexity_per_word": 2 * perplexity, "routing": sides}
@@ -190,6 +194,11 @@ def test_compare_takes_seeds_together(tmp_path: Path, monkeypatch: pytest.Monkey
     assert (xmoe["s/update"], xmoe["training seconds"], xmoe["parameters (M)"]) == ("0.250", "25", "2.0")
     everything = json.loads((tmp_path / "out/compare.json").read_text())
     assert everything[0]["curve"] == [[50, 18], [100, 9]]
+    assert compare.FFN_SECONDS not in titles
+    (runs[0] / "seconds.json").write_text('{"ratio": 0.5}')
+    compare.main()
+    (row,) = (line for line in (tmp_path / "out/compare.md").read_text().splitlines() if "dense" in line[:8])
+    assert compare.FFN_SECONDS in (tmp_path / "out/compare.md").read_text() and " | - | " in row
     assert (tmp_path / "out/compare.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from xmoe_fairseq.convert.data import Batches
 from xmoe_fairseq.convert.ffn import FeedForward
 from xmoe_fairseq.convert.sparse import moe_layers
-from xmoe_fairseq.criterions.moe_loss import layer_flops
-from xmoe_fairseq.moe import RoutingStats, record_routing
+from xmoe_fairseq.moe import record_routing
 
 
 @dataclass(frozen=True)
@@ -46,12 +45,12 @@ def measure_sparse(model: nn.Module, batches: Batches) -> Quality:
         def count() -> None:
             """Add up and forget: the records of all batches would fill the memory."""
             for layer, routing in records:
-                stats = RoutingStats.of(routing)
-                flops = layer_flops(layer, stats)
-                totals["flops"] += float(flops["flops"])
-                totals["flops_dense_ffn"] += float(flops["flops_dense_ffn"])
-                totals["rows"] += float(stats.rows_kept)
-                totals["tokens"] += float(stats.tokens)
+                rows, tokens = routing.token_R.numel(), routing.num_tokens
+                totals["flops"] += rows * 4 * layer.model_dim * layer.expert_dim
+                totals["flops"] += tokens * layer.router_flops
+                totals["flops_dense_ffn"] += tokens * 4 * layer.model_dim * layer.dense_ffn_dim
+                totals["rows"] += rows
+                totals["tokens"] += tokens
             records.clear()
 
         loss, seconds = run(model, batches, [(layer, layer) for layer in layers], count)

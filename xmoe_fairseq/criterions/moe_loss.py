@@ -9,11 +9,12 @@ from fairseq import metrics
 from fairseq.dataclass import FairseqDataclass
 from torch import Tensor, nn
 
-from xmoe_fairseq.moe import MoELayer, Routing, RoutingStats, record_routing
+from xmoe_fairseq.moe import MoELayer, Routing, RoutingStats, ThresholdRouter, record_routing
 
 SIDES = ("encoder", "decoder")
 STATS = tuple(f.name for f in fields(RoutingStats))
 FLOPS = ("flops", "flops_all_experts", "flops_dense_ffn")
+SUMS = (*STATS, *FLOPS, "threshold", "threshold_calls")  # the last two for threshold routers only, else 0
 
 
 @dataclass
@@ -93,10 +94,13 @@ def side_of(layer: MoELayer) -> str:
 def side_sums(side: str, records: list[tuple[MoELayer, Routing]], device: torch.device) -> dict[str, Tensor]:
     """Logging outputs of one side, as sums."""
     zero = torch.zeros((), dtype=torch.float64, device=device)
-    sums = {f"moe_{side}_{name}": zero for name in (*STATS, *FLOPS)}
+    sums = {f"moe_{side}_{name}": zero for name in SUMS}
     for layer, routing in records:
         stats = RoutingStats.of(routing)
         values = {name: getattr(stats, name) for name in STATS} | layer_flops(layer, stats)
+        router = getattr(layer, "router", None)  # a peer's layer keeps its own elsewhere
+        if isinstance(router, ThresholdRouter):
+            values |= {"threshold_calls": stats.calls, "threshold": router.threshold_in_use * stats.calls}
         for name, value in values.items():
             sums[f"moe_{side}_{name}"] = sums[f"moe_{side}_{name}"] + value
     return sums
@@ -104,9 +108,7 @@ def side_sums(side: str, records: list[tuple[MoELayer, Routing]], device: torch.
 
 def log_side(side: str, logging_outputs: list[dict[str, Any]]) -> None:
     """Divide the sums once, after they were added over ranks and micro-batches."""
-    totals = {
-        name: sum(log.get(f"moe_{side}_{name}", 0) for log in logging_outputs) for name in (*STATS, *FLOPS)
-    }
+    totals = {name: sum(log.get(f"moe_{side}_{name}", 0) for log in logging_outputs) for name in SUMS}
     # One transfer to the host for all of them.
     numbers = torch.stack([torch.as_tensor(total, dtype=torch.float64) for total in totals.values()]).tolist()
     totals = dict(zip(totals, numbers, strict=True))
@@ -123,5 +125,7 @@ def log_side(side: str, logging_outputs: list[dict[str, Any]]) -> None:
         "load_cv": (totals["load_cv"] / calls, calls),
         "router_entropy": (totals["entropy"] / tokens, tokens),
     }
+    if calls := totals["threshold_calls"]:
+        shares["threshold"] = (totals["threshold"] / calls, calls)
     for name, (value, weight) in shares.items():
         metrics.log_scalar(f"moe_{side}_{name}", value, weight, round=4)

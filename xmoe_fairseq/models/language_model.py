@@ -14,7 +14,7 @@ from fairseq.models.transformer_lm import (
 )
 
 from xmoe_fairseq.config import MoEConfig, read_moe_config
-from xmoe_fairseq.initial import draw_normal
+from xmoe_fairseq.initial import draw_normal, scale_routers
 from xmoe_fairseq.model_config import complete_namespace
 from xmoe_fairseq.transformer_layers import install_experts
 
@@ -43,6 +43,7 @@ class XMoETransformerLanguageModel(TransformerLanguageModel):
         install_experts(model, config, sides=("decoder",))
         if args.init_std:
             draw_normal(model, args.init_std)
+        scale_routers(model, config.moe_router_init_scale)
         return model
 
 

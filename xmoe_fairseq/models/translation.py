@@ -14,6 +14,7 @@ from fairseq.models.transformer.transformer_legacy import (
 )
 
 from xmoe_fairseq.config import MoEConfig, read_moe_config
+from xmoe_fairseq.initial import scale_routers
 from xmoe_fairseq.model_config import complete_namespace, flat_transformer_config
 from xmoe_fairseq.transformer_layers import install_experts
 
@@ -35,6 +36,7 @@ class XMoETransformerModel(TransformerModel):
         config = read_moe_config(args, sides=("encoder", "decoder"))
         model = super().build_model(args, task)
         install_experts(model, config, sides=("encoder", "decoder"))
+        scale_routers(model, config.moe_router_init_scale)
         return model
 
 

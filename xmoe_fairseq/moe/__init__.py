@@ -4,6 +4,7 @@ Nothing in here knows fairseq. Start reading at `layer.py`.
 """
 
 from xmoe_fairseq.moe.base_router import BaseRouter
+from xmoe_fairseq.moe.budget import Budget, step_budgets
 from xmoe_fairseq.moe.expert_choice import ExpertChoiceRouter
 from xmoe_fairseq.moe.experts import Experts
 from xmoe_fairseq.moe.hash_router import HashRouter, balanced_table, random_table
@@ -14,6 +15,7 @@ from xmoe_fairseq.moe.stats import RoutingStats
 
 __all__ = [
     "BaseRouter",
+    "Budget",
     "ExpertChoiceRouter",
     "Experts",
     "HashRouter",
@@ -26,4 +28,5 @@ __all__ = [
     "balanced_table",
     "random_table",
     "record_routing",
+    "step_budgets",
 ]

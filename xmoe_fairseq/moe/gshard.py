@@ -5,6 +5,7 @@ Lepikhin et al. 2020, arXiv 2006.16668. This file only adapts: what routes, drop
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -84,8 +85,8 @@ class GShardLayer(MoELayer):
             weight_R=weights_TE[token_R, expert_R],
             probs_TE=torch.softmax(logits_TE, dim=-1),
             rows_wanted=TOP * num_tokens,
-            load_balance_loss=balance if num_tokens else balance * 0.0,
-            z_loss=z_loss(logits_TE),
+            load_balance_of=lambda: balance if num_tokens else balance * 0.0,
+            z_loss_of=partial(z_loss, logits_TE),
         )
 
     def rows_computed(self, stats: RoutingStats) -> Tensor:

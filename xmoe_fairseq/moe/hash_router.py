@@ -2,6 +2,7 @@
 
 import heapq
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -39,7 +40,7 @@ class HashRouter(nn.Module):
             raise ValueError("a hash router needs the tokens' ids: call the layer with token_ids")
         expert_T = self.table_V[ids_T]
         dtype = torch.promote_types(x_TD.dtype, torch.float32)
-        nothing = x_TD.new_zeros((), dtype=dtype)
+        nothing = partial(x_TD.new_zeros, (), dtype=dtype)
         return Routing(
             token_R=torch.arange(expert_T.numel(), device=expert_T.device),
             expert_R=expert_T,
@@ -47,8 +48,8 @@ class HashRouter(nn.Module):
             weight_R=torch.ones_like(expert_T, dtype=dtype),
             probs_TE=F.one_hot(expert_T, self.num_experts).to(dtype),
             rows_wanted=expert_T.numel(),
-            load_balance_loss=nothing,
-            z_loss=nothing,
+            load_balance_of=nothing,
+            z_loss_of=nothing,
         )
 
     def extra_repr(self) -> str:

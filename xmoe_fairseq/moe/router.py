@@ -6,11 +6,14 @@ mass of the threshold router would be wrong in its second digit.
 """
 
 import math
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from xmoe_fairseq.moe.budget import Budget
 from xmoe_fairseq.moe.losses import load_balance_loss, z_loss
 from xmoe_fairseq.moe.routing import Routing
 
@@ -21,7 +24,11 @@ class Router(nn.Module):
     Args:
         model_dim: width D of a token.
         num_experts: number of experts E.
+
+    `temperature` divides the scores: below 1 a router is more decisive.
     """
+
+    temperature = 1.0
 
     def __init__(self, model_dim: int, num_experts: int) -> None:
         super().__init__()
@@ -63,15 +70,17 @@ class Router(nn.Module):
                 weight_R=self.combine_weight(logits_TE, probs_TE)[token_R, expert_R],
                 probs_TE=probs_TE,
                 rows_wanted=token_R.numel(),
-                load_balance_loss=self.balance(probs_TE, expert_TK[:, 0]),
-                z_loss=z_loss(logits_TE),
+                load_balance_of=partial(self.balance, probs_TE, expert_TK[:, 0]),
+                z_loss_of=partial(z_loss, logits_TE),
             )
 
     def score(self, x_TD: Tensor) -> Tensor:
         dtype = torch.promote_types(x_TD.dtype, torch.float32)
         logits_TE = F.linear(x_TD.to(dtype), self.weight.to(dtype))
+        if self.temperature != 1.0:
+            logits_TE = logits_TE / self.temperature
         # A sum of all is quick, and finite only if every score is; if it is not, it may just have overflowed.
-        if not torch.isfinite(logits_TE.detach().sum()):
+        if not math.isfinite(logits_TE.detach().sum().item()):
             finite_T = torch.isfinite(logits_TE.detach()).all(dim=-1)
             if finite_T.all():
                 return logits_TE
@@ -96,10 +105,13 @@ class Router(nn.Module):
         return f"model_dim={self.weight.size(1)}, num_experts={self.num_experts}"
 
 
+FEW = 1024  # probabilities that are sorted sooner than packed
+
+
 def by_preference(probs_TE: Tensor, limit: int) -> tuple[Tensor, Tensor]:
     """The `limit` largest probabilities, descending, and their experts; of equals the lower id first."""
     num_experts = probs_TE.size(1)
-    if probs_TE.dtype != torch.float32:
+    if probs_TE.dtype != torch.float32 or probs_TE.numel() <= FEW:
         sorted_TE, expert_TE = torch.sort(probs_TE, dim=1, descending=True, stable=True)
         return sorted_TE[:, :limit], expert_TE[:, :limit]
     # A stable sort of all experts takes twice as long as the top few of distinct integers: the bits of a
@@ -120,10 +132,16 @@ class ThresholdRouter(Router):
         threshold: t in [0, 1].
         max_experts_per_token: keep only a token's first choices; 0 = no limit. Unlike capacity it
             depends on the token alone, so it is causal and the same in any batch.
+        target_experts_per_token: steer t to this average instead (see `budget.py`); 0 = `threshold` as it is.
     """
 
     def __init__(
-        self, model_dim: int, num_experts: int, threshold: float = 0.9, max_experts_per_token: int = 0
+        self,
+        model_dim: int,
+        num_experts: int,
+        threshold: float = 0.9,
+        max_experts_per_token: int = 0,
+        target_experts_per_token: float = 0.0,
     ) -> None:
         super().__init__(model_dim, num_experts)
         if not 0.0 <= threshold <= 1.0:
@@ -134,20 +152,48 @@ class ThresholdRouter(Router):
             )
         self.threshold = threshold
         self.max_experts_per_token = max_experts_per_token
+        if target_experts_per_token and not 1 <= target_experts_per_token <= self.limit:
+            raise ValueError(
+                "target_experts_per_token must be 0 (none) or from 1 to the experts that a token may take, "
+                f"{self.limit}, got {target_experts_per_token}"
+            )
+        self.budget = Budget(target_experts_per_token, num_experts) if target_experts_per_token else None
+
+    @property
+    def limit(self) -> int:
+        """Experts that a token may take."""
+        return min(self.max_experts_per_token or self.num_experts, self.num_experts)
+
+    @property
+    def threshold_in_use(self) -> Tensor | float:
+        return self.threshold if self.budget is None else self.budget.threshold
+
+    def candidates(self, probs_TE: Tensor) -> tuple[Tensor, Tensor]:
+        """The probability of the better choices together, and the expert, of each that a token may take."""
+        sorted_TK, expert_TK = by_preference(probs_TE, self.limit)
+        return F.pad(sorted_TK.cumsum(dim=1)[:, :-1], (1, 0)), expert_TK
 
     def choose(self, logits_TE: Tensor, probs_TE: Tensor) -> tuple[Tensor, Tensor]:
-        limit = min(self.max_experts_per_token or self.num_experts, self.num_experts)
-        sorted_TK, expert_TK = by_preference(probs_TE, limit)
-        mass_before_TK = F.pad(sorted_TK.cumsum(dim=1)[:, :-1], (1, 0))
-        chosen_TK = mass_before_TK < self.threshold
-        if self.threshold == 1.0:  # a rounded sum may reach 1 before the last expert
-            chosen_TK = torch.ones_like(chosen_TK)
+        mass_before_TK, expert_TK = self.candidates(probs_TE)
+        if self.budget is not None:
+            chosen_TK = self.budget.take(mass_before_TK)
+        elif self.threshold == 1.0:  # a rounded sum may reach 1 before the last expert
+            chosen_TK = torch.ones_like(mass_before_TK, dtype=torch.bool)
+        else:
+            chosen_TK = mass_before_TK < self.threshold
         chosen_TK[:, 0] = True
         return expert_TK, chosen_TK
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """The checkpoint of a model that was trained with a budget may be used with a t of one's own."""
+        if self.budget is None:
+            state_dict.pop(f"{prefix}budget.threshold", None)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def extra_repr(self) -> str:
         limit = self.max_experts_per_token or "none"
-        return f"{super().extra_repr()}, threshold={self.threshold}, max_experts_per_token={limit}"
+        threshold = self.threshold if self.budget is None else "steered"
+        return f"{super().extra_repr()}, threshold={threshold}, max_experts_per_token={limit}"
 
 
 class TopKRouter(Router):

@@ -1,6 +1,8 @@
 """The record that a router hands on: which token goes to which expert, with what weight."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -20,9 +22,21 @@ class Routing:
     weight_R: Tensor  # combine weight, at least fp32; carries the task gradient to the router
     probs_TE: Tensor  # softmax over all experts
     rows_wanted: int  # pairs that the router chose, before any capacity limit
-    load_balance_loss: Tensor  # scalar, differentiable, before any capacity limit
-    z_loss: Tensor  # scalar, differentiable
+    load_balance_of: Callable[[], Tensor]  # the losses, worked out when they are asked for: in generation
+    z_loss_of: Callable[[], Tensor]  # nobody asks, and they would take a third of the router's time
     all_ones: bool = False  # every weight_R is 1 and takes no gradient: no need to multiply
+
+    @cached_property
+    def load_balance_loss(self) -> Tensor:
+        """Scalar, differentiable, before any capacity limit."""
+        with torch.autocast(self.probs_TE.device.type, enabled=False):
+            return self.load_balance_of()
+
+    @cached_property
+    def z_loss(self) -> Tensor:
+        """Scalar, differentiable."""
+        with torch.autocast(self.probs_TE.device.type, enabled=False):
+            return self.z_loss_of()
 
     @property
     def num_tokens(self) -> int:

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch.distributed as dist
 from fairseq import utils
-from fairseq.trainer import Trainer
 from torch import Tensor, nn
 
+from xmoe_fairseq.budget_trainer import BudgetTrainer
 from xmoe_fairseq.config import read_field
 from xmoe_fairseq.parallel.check import check_optimizer, check_training
 from xmoe_fairseq.parallel.checkpoint import gather_model, gather_optimizer, slice_optimizer
@@ -32,7 +32,7 @@ from xmoe_fairseq.parallel.shards import (
 logger = logging.getLogger(__name__)
 
 
-class ExpertParallelTrainer(Trainer):
+class ExpertParallelTrainer(BudgetTrainer):
     """Overrides what fairseq does on one rank alone, or as if all ranks held the same parameters.
 
     Every rank must enter the same collectives in the same order, whatever its data; what one rank alone

@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Seconds that the MoE layers of trained models take, on the inputs that they meet in validation text; in a dense
+# model the FFNs in the same places. The first RUN is what the others are compared with.
+#
+#   bash scripts/benchmark_checkpoints.sh RUN... [--rounds 15] [--tokens 4000]
+#
+# RUNs of scripts/{wmt,lm}/train.sh on the same data; each gets a seconds.json, which scripts/compare.sh shows.
+# Forward pass in evaluation, one thread, all runs in turn. Wants a machine with nothing else to do.
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+PATH=$(cd "${VENV:-$root/.venv}" && pwd)/bin:$PATH
+export OMP_NUM_THREADS=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=8000000000   # docs/performance.md, Freed memory
+PYTHONWARNINGS=ignore exec python "$root/scripts/benchmarks/trained_layers.py" "$@"

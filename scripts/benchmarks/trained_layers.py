@@ -1,0 +1,86 @@
+"""Times the FFNs of trained models on the inputs that they meet. See benchmark_checkpoints.sh."""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from fairseq import checkpoint_utils
+from timing import forward, in_turn, machine
+from torch import Tensor, nn
+
+import xmoe_fairseq  # noqa: F401  (registers the models)
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
+from results import ResultError, read, write_json  # noqa: E402  (after the path)
+
+DENSE_PLACES = slice(1, None, 2)  # of a dense model the layers that have experts in the others
+
+
+def places(model: nn.Module, task: str) -> list[nn.Module]:
+    """The layers whose FFN is timed."""
+    layers = model.encoder.layers if task == "wmt" else model.decoder.layers
+    sparse = [layer for layer in layers if hasattr(layer, "moe")]
+    return sparse or list(layers)[DENSE_PLACES]
+
+
+def feed_forward(layer: nn.Module) -> tuple[nn.Module, Callable[..., object]]:
+    """The module whose inputs are the FFN's, and the FFN."""
+    if hasattr(layer, "moe"):
+        return layer.moe, layer.moe
+    return layer.fc1, lambda x: layer.fc2(layer.activation_fn(layer.fc1(x)))
+
+
+@torch.no_grad()
+def work_of(run: Path, max_tokens: int) -> tuple[nn.Module, Callable[[], None]]:
+    """The model of a run, and what runs its FFNs on the inputs that they meet in validation text."""
+    about = json.loads(read(run / "run.json"))
+    path = run / "checkpoint_best.pt"
+    if not path.exists():
+        raise ResultError(f"{path}: No such file; has the run been validated yet?")
+    overrides = {"data": str(Path(about["data"]) / "bin")}
+    models, _, task = checkpoint_utils.load_model_ensemble_and_task([str(path)], arg_overrides=overrides)
+    model = models[0].eval()
+    task.load_dataset("valid")
+    batches = task.get_batch_iterator(
+        task.dataset("valid"), max_tokens=max_tokens, max_positions=model.max_positions()
+    )
+    calls: list[tuple[Callable[..., object], tuple[Tensor | None, ...]]] = []
+    handles = []
+    for layer in places(model, about["task"]):
+        module, ffn = feed_forward(layer)
+        handles.append(module.register_forward_pre_hook(lambda _, given, ffn=ffn: calls.append((ffn, given))))
+    model(**next(batches.next_epoch_itr(shuffle=False))["net_input"])
+    for handle in handles:
+        handle.remove()
+
+    def work() -> None:
+        for ffn, given in calls:
+            ffn(*given)
+
+    return model, work
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN")
+    parser.add_argument("--rounds", type=int, default=15, help="counted repetitions (default: %(default)s)")
+    parser.add_argument(
+        "--tokens", type=int, default=4000, help="at most in the batch (default: %(default)s)"
+    )
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    try:
+        functions = {str(run): forward(work_of(run, args.tokens)[1]) for run in args.runs}
+    except ResultError as error:
+        raise SystemExit(f"benchmark_checkpoints: {error}") from None
+    for run, timing in in_turn(functions, args.rounds).items():
+        print(f"{Path(run).name}: {timing}")
+        found = {"milliseconds": timing.milliseconds, "ratio": timing.ratio, "to": args.runs[0].name}
+        write_json(Path(run) / "seconds.json", found | {"machine": machine()})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# The paper's claims, tested on real text at a size for a CPU: every table of docs/results.md.
+#
+#   bash scripts/claims.sh mt|lm           the data, all models with 3 seeds, the seconds of their FFNs, one table and plot
+#   SEEDS="1 2 3" MODELS="dense,xmoe-s4 --moe-threshold 0.8"        (default: all of the table)
+#   OUT=runs/claims-mt                     the runs, and compare.md, compare.json, compare.png
+#
+# One run per core at a time, one thread each; `taskset -c 0` leaves the other cores alone. The same command goes
+# on where it was stopped. About 2 hours each on 2 cores; mt needs the package sources of Debian or Ubuntu.
+set -euo pipefail
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+PATH=$(cd "${VENV:-$ROOT/.venv}" && pwd)/bin:$PATH
+case ${1:-} in
+  mt) task=wmt DATA=${DATA:-$ROOT/data/claims-mt} prepare=(prepare_packages_mt.sh de) ;;
+  lm) task=lm DATA=${DATA:-$ROOT/data/claims-lm} prepare=(prepare_docs_lm.sh small) ;;
+  *) echo "usage: bash scripts/claims.sh mt|lm; got '${1:-}'" >&2; exit 2 ;;
+esac
+OUT=${OUT:-$ROOT/runs/claims-$1}
+export PYTHONWARNINGS=ignore MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=8000000000   # docs/performance.md, Freed memory
+# Few pieces, so that the models' time is in their layers and not in the softmax.
+VOCAB_SIZE=2000 bash "$ROOT/data-prep/${prepare[0]}" "${prepare[@]:1}" "$DATA"
+if [ -n "${MODELS:-}" ]; then IFS=, read -ra models <<<"$MODELS"; else
+  models=(dense xmoe-s4 topk-s4 switch xmoe-s4-budget xmoe-s8 topk-s2 xmoe-s2 xmoe-s8-budget dense-wide)
+fi
+read -ra seeds <<<"${SEEDS:-1 2 3}"
+python "$ROOT/scripts/tools/grid.py" "$task" claims "$DATA" "$OUT" --models "${models[@]}" --seeds "${seeds[@]}"
+runs=("$OUT"/*/)
+first=("$OUT"/dense-"${seeds[0]}")
+bash "$ROOT/scripts/benchmark_checkpoints.sh" "${first[@]}" "${runs[@]%/}"
+OUT=$OUT bash "$ROOT/scripts/compare.sh" "${runs[@]%/}"

@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Trained models at other thresholds: perplexity on the validation set, experts per token, MoE FLOPs and seconds.
+#
+#   bash scripts/sweep_threshold.sh RUN... [--thresholds 0.3 0.4 ... 1.0] [--dense RUN...] [--out FOLDER]
+#
+# RUNs of scripts/{wmt,lm}/train.sh of one model, which differ in the seed; --dense: those of the dense model, to
+# compare with. Prints a table, mean and standard deviation over RUNs, and writes FOLDER/sweep.md, .json, .png.
+# Each t is one pass over the validation set. Seconds want a machine with nothing else to do.
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+PATH=$(cd "${VENV:-$root/.venv}" && pwd)/bin:$PATH
+export OMP_NUM_THREADS=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=8000000000   # docs/performance.md, Freed memory
+PYTHONWARNINGS=ignore exec python "$root/scripts/benchmarks/sweep.py" --out "$root/runs/sweep" "$@"

@@ -1,0 +1,181 @@
+"""The controller of a compute budget: which t it wants, how it goes there, who counts."""
+
+import copy
+
+import pytest
+import torch
+import torch.distributed as dist
+from distributed import run_ranks
+from torch import Tensor, nn
+
+from xmoe_fairseq.moe import MoELayer, ThresholdRouter, step_budgets
+from xmoe_fairseq.moe.budget import BINS, RATE, threshold_for
+
+
+def router(target: float = 2.0, spread: float = 1.0, limit: int = 6) -> ThresholdRouter:
+    made = ThresholdRouter(16, 12, max_experts_per_token=limit, target_experts_per_token=target)
+    with torch.no_grad():
+        made.weight.mul_(spread)
+    return made
+
+
+def masses_before(made: ThresholdRouter, x_TD: Tensor) -> list[list[float]]:
+    """Token by token: the probability of the better choices together, of every choice within the limit."""
+    rows = []
+    for probs_E in torch.softmax(x_TD @ made.weight.detach().T, dim=-1).tolist():
+        best = sorted(probs_E, reverse=True)[: made.limit]
+        rows.append([sum(best[:rank]) for rank in range(len(best))])
+    return rows
+
+
+def average(masses: list[list[float]], t: float) -> float:
+    return sum(max(1, sum(mass < t for mass in row)) for row in masses) / len(masses)
+
+
+@pytest.mark.parametrize("target", [1.0, 1.5, 2.0, 3.3, 6.0])
+@pytest.mark.parametrize("spread", [0.5, 3.0, 12.0])
+def test_the_first_step_goes_where_a_search_over_all_thresholds_ends(target: float, spread: float) -> None:
+    made, x_TD = router(target, spread), torch.randn(700, 16)
+    for part_TD in x_TD.split(200):  # micro-batches
+        made(part_TD)
+    step_budgets(made)
+    masses = masses_before(made, x_TD)
+    tried = [n / (4 * BINS) for n in range(4 * BINS + 1)]
+    searched = max((t for t in tried if average(masses, t) <= target), default=0.0)
+    got = float(made.budget.threshold)
+    if target < made.limit:  # there any larger t does as well
+        # at most a bin away, or the whole gap between two choices' masses where no t would change anything
+        assert abs(got - searched) <= 1 / BINS or average(masses, min(got, searched)) == target
+    assert made.eval()(x_TD).experts_per_token == pytest.approx(target, abs=0.02)
+
+
+@pytest.mark.parametrize("spread", [0.0, 1.0, 4.0])
+@pytest.mark.parametrize("target", [1.0, 2.0, 3.5])
+def test_before_any_data_no_more_than_the_budget_is_taken(target: float, spread: float) -> None:
+    assert router(target, spread)(torch.randn(300, 16)).experts_per_token <= target
+
+
+def test_later_steps_go_part_of_the_way_and_follow_a_router_that_becomes_decisive() -> None:
+    made, x_TD = router(2.0), torch.randn(500, 16)
+    made(x_TD)
+    step_budgets(made)
+    before = made.budget.threshold.clone()
+    with torch.no_grad():
+        made.weight.mul_(4)
+    first = made(x_TD).experts_per_token
+    wanted = threshold_for(made.budget._counts_B.unsqueeze(0), torch.tensor([2.0]))
+    step_budgets(made)
+    torch.testing.assert_close(
+        made.budget.threshold, (before + RATE * (wanted - before)).float().squeeze(), rtol=0, atol=1e-6
+    )
+    for _ in range(12):
+        made(x_TD)
+        step_budgets(made)
+    assert first < 1.5  # the old t is too small now
+    assert made(x_TD).experts_per_token == pytest.approx(2.0, abs=0.02)
+
+
+def test_evaluation_and_batches_that_do_not_count_leave_the_threshold_alone() -> None:
+    made = router()
+    made.eval()(torch.randn(50, 16))
+    made.train().budget.counting = False
+    made(torch.randn(50, 16))
+    step_budgets(made)
+    assert float(made.budget.threshold) == pytest.approx(2 / 12)
+    made.budget.counting = True
+    made(torch.randn(0, 16))  # a layer without tokens
+    step_budgets(made)
+    assert float(made.budget.threshold) == pytest.approx(2 / 12)
+    made(torch.randn(50, 16))
+    step_budgets(made)
+    assert float(made.budget.threshold) != pytest.approx(2 / 12)
+
+
+def test_a_token_takes_the_same_experts_in_any_batch() -> None:
+    made = router(spread=3.0)
+    made(torch.randn(200, 16))
+    step_budgets(made)
+    made.eval()
+    x_TD = torch.randn(40, 16)
+    together = made(x_TD).combine_weights()
+    apart = torch.cat([made(x_TD[i : i + 1]).combine_weights() for i in range(40)])
+    assert torch.equal(together > 0, apart > 0)
+
+
+def test_all_experts_are_taken_where_the_budget_is_all() -> None:
+    """Also those whose mass before is rounded to 1."""
+    made = ThresholdRouter(4, 4, target_experts_per_token=4.0)
+    with torch.no_grad():
+        made.weight.copy_(torch.eye(4))
+    x_TD = torch.tensor([[500.0, 0.0, 0.0, 0.0]])
+    assert made(x_TD).experts_per_token == 4  # t begins at 4 / 4
+    step_budgets(made)
+    assert made(x_TD).experts_per_token == 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_threshold_keeps_its_precision(dtype: torch.dtype) -> None:
+    made = router()
+    made(torch.randn(50, 16))
+    step_budgets(made)
+    exact = made.budget.threshold.clone()
+    half = copy.deepcopy(made).to(dtype)
+    assert half.weight.dtype == dtype
+    assert half.budget.threshold.dtype == torch.float32 and torch.equal(half.budget.threshold, exact)
+    half(torch.randn(50, 16, dtype=dtype))
+    step_budgets(half)
+    assert half.budget.threshold.dtype == torch.float32
+    assert set(half.state_dict()) == {"weight", "budget.threshold"}
+    made.double()
+    assert made(torch.randn(9, 16).double()).probs_TE.dtype == torch.float64
+    assert torch.equal(made.budget.threshold, exact)
+
+
+def test_state_dicts_with_and_without_a_budget() -> None:
+    steered, fixed = router(), ThresholdRouter(16, 12, 0.5, 6)
+    steered.budget.threshold.fill_(0.3)
+    fixed.load_state_dict(steered.state_dict())  # the checkpoint of a budget, opened with a t of one's own
+    assert fixed.threshold == 0.5 and torch.equal(fixed.weight, steered.weight)
+    other = router()
+    other.load_state_dict(steered.state_dict())
+    assert float(other.budget.threshold) == pytest.approx(0.3)
+    other = router()
+    other.load_state_dict(fixed.state_dict())  # a budget for what was trained without one
+    assert float(other.budget.threshold) == pytest.approx(2 / 12)
+
+
+def layers() -> nn.ModuleList:
+    torch.manual_seed(3)
+    return nn.ModuleList([MoELayer(16, 4, 12, router(target)) for target in (2.0, 3.0)])
+
+
+def thresholds(model: nn.ModuleList, batches: list[list[Tensor]]) -> Tensor:
+    """After each update, of both layers; an update has several micro-batches."""
+    found = []
+    for micro_batches in batches:
+        for x_TD in micro_batches:
+            for layer in model:
+                layer(x_TD)
+        step_budgets(model)
+        found.append(torch.stack([layer.router.budget.threshold.clone() for layer in model]))
+    return torch.stack(found)
+
+
+def test_two_ranks_go_as_one_that_saw_all_tokens() -> None:
+    sizes = [(30, 7), (0, 5), (12, 12)]  # tokens of each rank; one has none
+    parts = [[torch.randn(size, 16) for size in pair] for pair in sizes]
+
+    def rank() -> Tensor:
+        mine = [[pair[dist.get_rank()]] for pair in parts]
+        return thresholds(layers(), mine)
+
+    alone = thresholds(layers(), parts)
+    for found in run_ranks(2, rank):
+        assert torch.equal(found, alone)
+    assert len(alone.unique()) == 6
+
+
+@pytest.mark.parametrize("target", [0.5, -1.0, 7.0, float("nan")])
+def test_a_target_out_of_range_is_refused(target: float) -> None:
+    with pytest.raises(ValueError, match="target_experts_per_token must be 0 .* a token may take, 6, got"):
+        router(target)

@@ -1,0 +1,98 @@
+"""--moe-target-experts-per-token, --moe-layer-thresholds and the flags of routers, from the command line to a
+checkpoint and back."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from commands import TINY_LM, TRAIN, logged, run
+from fairseq import checkpoint_utils
+from toy import language_model, sentences
+
+from xmoe_fairseq.budget_trainer import BudgetTrainer
+from xmoe_fairseq.moe import MoELayer, ThresholdRouter
+
+BUDGET = ("--moe-target-experts-per-token", 1.5)
+
+
+def routers(model: Any) -> list[ThresholdRouter]:
+    return [module.router for module in model.modules() if isinstance(module, MoELayer)]
+
+
+def steered(checkpoint: Path) -> dict[str, float]:
+    state = torch.load(checkpoint, weights_only=True)["model"]
+    return {name: float(value) for name, value in state.items() if name.endswith("budget.threshold")}
+
+
+def load(checkpoint: Path, **overrides: Any) -> Any:
+    models, _, _ = checkpoint_utils.load_model_ensemble_and_task([str(checkpoint)], arg_overrides=overrides)
+    return models[0].eval()
+
+
+@pytest.fixture(scope="module")
+def trained(corpus: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict]]:
+    """Checkpoints after 4 and 6 updates, and what was logged."""
+    folder = tmp_path_factory.mktemp("budget")
+    flags = (corpus[1], *TINY_LM, *TRAIN, *BUDGET, "--update-freq", 2, "--max-update", 6)
+    output = run("fairseq-train", *flags, "--save-interval-updates", 4, "--save-dir", folder)
+    return folder, logged(output, "train_inner") + logged(output, "valid")[-1:]
+
+
+def test_the_budget_holds_from_the_first_update_on(trained: tuple[Path, list[dict]]) -> None:
+    folder, records = trained
+    train, valid = records[:-1], records[-1]
+    taken = [record["moe_decoder_experts_per_token"] for record in train]
+    assert len(taken) == 6 and taken[0] <= 1.5
+    assert sum(taken) / 6 == pytest.approx(1.5, abs=0.15)
+    used = [record["moe_decoder_threshold"] for record in train]
+    assert used[0] == pytest.approx(1 / 8) and used[1] != used[0]
+    assert valid["valid_moe_decoder_experts_per_token"] == pytest.approx(1.5, abs=0.3)
+    saved = steered(folder / "checkpoint_last.pt")
+    assert valid["valid_moe_decoder_threshold"] == pytest.approx(sum(saved.values()) / len(saved), abs=1e-4)
+
+
+def test_resuming_follows_the_same_thresholds(
+    trained: tuple[Path, list[dict]], corpus: tuple[Path, Path], tmp_path: Path
+) -> None:
+    (middle,) = trained[0].glob("checkpoint_*_4.pt")
+    flags = (corpus[1], *TINY_LM, *TRAIN, *BUDGET, "--update-freq", 2, "--max-update", 6)
+    run("fairseq-train", *flags, "--save-dir", tmp_path, "--restore-file", middle)
+    expected = steered(trained[0] / "checkpoint_last.pt")
+    assert expected and steered(tmp_path / "checkpoint_last.pt") == expected
+    assert steered(middle) != expected
+
+
+def test_a_checkpoint_can_be_opened_with_other_thresholds(trained: tuple[Path, list[dict]]) -> None:
+    path = trained[0] / "checkpoint_last.pt"
+    as_trained = [float(router.threshold_in_use) for router in routers(load(path))]
+    assert as_trained == list(steered(path).values())
+    fixed = routers(load(path, moe_target_experts_per_token=0, moe_threshold=0.5))
+    assert [router.threshold_in_use for router in fixed] == [0.5]
+    own = load(path, moe_target_experts_per_token=0, moe_layer_thresholds="0.25")
+    assert [router.threshold_in_use for router in routers(own)] == [0.25]
+    half = load(path).half()
+    assert [float(router.threshold_in_use) for router in routers(half)] == as_trained
+
+
+def test_a_model_names_its_trainer() -> None:
+    assert language_model(moe_target_experts_per_token=2).trainer_class is BudgetTrainer
+    assert not hasattr(language_model(), "trainer_class")
+
+
+def test_temperature_divides_the_scores_and_the_initial_scale_multiplies_the_weight() -> None:
+    def built(**flags: Any) -> Any:
+        torch.manual_seed(2)
+        return language_model(**flags)
+
+    plain, cool, scaled = built(), built(moe_router_temperature=0.5), built(moe_router_init_scale=2.0)
+    weights = [routers(model)[0].weight for model in (plain, cool, scaled)]
+    assert torch.equal(weights[1], weights[0]) and torch.equal(weights[2], 2 * weights[0])
+    x_TD = torch.randn(6, 32)
+    scores = [routers(model)[0].score(x_TD) for model in (plain, cool, scaled)]
+    torch.testing.assert_close(scores[1], 2 * scores[0])
+    torch.testing.assert_close(scores[2], 2 * scores[0])
+    tokens = sentences([5, 7])
+    assert not torch.equal(plain.eval()(tokens)[0], cool.eval()(tokens)[0])
+    normal = built(moe_router_init_scale=3.0, init_std=0.01)
+    assert float(routers(normal)[0].weight.detach().std()) == pytest.approx(0.03, rel=0.2)
