@@ -93,10 +93,12 @@ def test_fine_tuning_moves_the_moe_layers_alone(stock: Stock, tmp_path: Path, tu
     plain, moved = (
         torch.load(tmp_path / f"{name}.pt", weights_only=True)["model"] for name in ("plain", "tuned")
     )
-    changed = {name for name in plain if not torch.equal(plain[name], moved[name])}
+    names = [name for name in plain if "_float_tensor" not in name]  # fairseq leaves it uninitialised
+    changed = {name for name in names if not torch.equal(plain[name], moved[name])}
     parts = ("router.weight",) if tuned == "router" else ("router.weight", "fc1_weight", "output_bias")
     assert all(any(name.endswith(part) for name in changed) for part in parts)
-    assert all(".moe." in name and (tuned == "all" or "router" in name) for name in changed)
+    kept = {name for name in changed if ".moe." not in name or (tuned == "router" and "router" not in name)}
+    assert not kept, {name: (plain[name] - moved[name]).abs().max() for name in kept}
 
 
 def test_stock_commands_open_the_result(stock: Stock, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from xmoe_fairseq.convert.dense import ConvertError
 from xmoe_fairseq.convert.measure import Quality, measure_sparse
 from xmoe_fairseq.convert.sparse import moe_layers
 
-STEPS = 6  # of bisection: the dial to 1/64
+STEPS = 7  # of bisection: the dial to 1/128
 PROBES = (0.25, 0.5, 0.75)  # where one layer's loss is measured, the others computing everything
 
 
