@@ -1,6 +1,7 @@
 """Stock fairseq checkpoints, as `fairseq-train` would write them, of models with random weights."""
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,7 @@ def stock(
 ) -> Callable[..., tuple[Path, Path]]:
     """stock("lm" or "mt", flags ...) -> (checkpoint, binarised data)."""
 
+    @cache
     def make(kind: str, *flags: str) -> tuple[Path, Path]:
         data = corpus[kind == "lm"]
         words = [str(data), *(LM if kind == "lm" else MT), "--cpu", "--dropout", "0", *flags]

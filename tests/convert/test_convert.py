@@ -11,7 +11,7 @@ import torch
 from commands import PLUGIN, run
 from torch.testing import assert_close
 
-from xmoe_fairseq.convert import tool
+from xmoe_fairseq.convert import thresholds, tool
 from xmoe_fairseq.convert.data import Batches
 from xmoe_fairseq.convert.dense import read_dense
 from xmoe_fairseq.convert.sparse import moe_layers, read_sparse
@@ -19,6 +19,12 @@ from xmoe_fairseq.convert.thresholds import set_thresholds
 
 SMALL = ("--calibration-tokens", "300", "--valid-tokens", "60", "--max-tokens", "100")
 Stock = Callable[..., tuple[Path, Path]]
+
+
+@pytest.fixture(autouse=True)
+def few_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(thresholds, "STEPS", 4)
+    monkeypatch.setattr(tool, "BUDGETS", (1.0,))
 
 
 def convert(dense: Path, sparse: Path, data: Path, *flags: str, split: int = 8) -> None:
@@ -85,14 +91,22 @@ def test_one_side_alone_with_a_t_for_each_layer(stock: Stock, tmp_path: Path) ->
     assert report["rows"]["budget 1"]["loss"] == pytest.approx(report["dense"]["loss"], abs=1e-5)
 
 
-@pytest.mark.parametrize("tuned", ["router", "all"])
-def test_fine_tuning_moves_the_moe_layers_alone(stock: Stock, tmp_path: Path, tuned: str) -> None:
+@pytest.fixture(scope="module")
+def plain(stock: Stock, tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    """The parameters of a language model that was converted without fine-tuning."""
     path, data = stock("lm")
-    for name, flags in (("plain", ()), ("tuned", ("--finetune-updates", "4", "--finetune", tuned))):
-        convert(path, tmp_path / f"{name}.pt", data, *flags)
-    plain, moved = (
-        torch.load(tmp_path / f"{name}.pt", weights_only=True)["model"] for name in ("plain", "tuned")
-    )
+    sparse = tmp_path_factory.mktemp("plain") / "sparse.pt"
+    convert(path, sparse, data)
+    return torch.load(sparse, weights_only=True)["model"]
+
+
+@pytest.mark.parametrize("tuned", ["router", "all"])
+def test_fine_tuning_moves_the_moe_layers_alone(
+    stock: Stock, plain: dict[str, torch.Tensor], tmp_path: Path, tuned: str
+) -> None:
+    path, data = stock("lm")
+    convert(path, tmp_path / "tuned.pt", data, "--finetune-updates", "4", "--finetune", tuned)
+    moved = torch.load(tmp_path / "tuned.pt", weights_only=True)["model"]
     names = [name for name in plain if "_float_tensor" not in name]  # fairseq leaves it uninitialised
     changed = {name for name in names if not torch.equal(plain[name], moved[name])}
     parts = ("router.weight",) if tuned == "router" else ("router.weight", "fc1_weight", "output_bias")
