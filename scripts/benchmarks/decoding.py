@@ -22,7 +22,7 @@ from xmoe_fairseq.models import XMoETransformerLanguageModel
 from xmoe_fairseq.moe import MoELayer, ThresholdRouter, record_routing
 
 BATCHES = (1, 8, 64)
-STEPS, LENGTH = 16, 64  # tokens decoded, and tokens of a sentence that is scored
+STEPS, LENGTH = 16, 32  # tokens decoded, and tokens of a sentence that is scored
 FFN_TOKENS = (1, 8, 64, 1024, 4096)
 SHARE = 0.25  # of the experts
 SHAPE = {"layers": 6, "dim": 512, "ffn": 8192, "experts": 32, "vocabulary": 8000}
@@ -154,7 +154,8 @@ def inputs_of_shape(batch: int) -> dict[str, Tensor]:
 
 def inputs_of_data(task: Any, batch: int) -> dict[str, Tensor]:
     """Sentences of validation text, from the batch that holds the most of them."""
-    samples = list(Batches(task, "valid", batch * LENGTH * 2, batch * LENGTH, seed=1))
+    most = max(batch * LENGTH, 1024)  # a batch holds the longest sentence at least
+    samples = list(Batches(task, "valid", 2 * most, most, seed=1))
     largest = max(samples, key=lambda sample: sample["net_input"]["src_tokens"].size(0))
     return {name: value[:batch] for name, value in largest["net_input"].items()}
 

@@ -43,11 +43,16 @@ class Batches:
         self.max_tokens, self.seed = max_tokens, seed
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
+        """Raises ConvertError if a batch cannot hold the longest sentence."""
         dataset = self.task.dataset(self.split)
-        iterator = self.task.get_batch_iterator(
-            dataset, max_tokens=max(self.max_tokens, longest(self.task)), max_sentences=None, seed=self.seed,
-            max_positions=limits(self.task), ignore_invalid_inputs=True, disable_iterator_cache=True,
-        ).next_epoch_itr(shuffle=True)  # fmt: skip
+        try:
+            iterator = self.task.get_batch_iterator(
+                dataset, max_tokens=max(self.max_tokens, longest(self.task)), max_sentences=None,
+                seed=self.seed, max_positions=limits(self.task), ignore_invalid_inputs=True,
+                disable_iterator_cache=True,
+            ).next_epoch_itr(shuffle=True)  # fmt: skip
+        except AssertionError as error:
+            raise ConvertError(f"--max-tokens {self.max_tokens} is too small: {error}") from None
         tokens = 0
         for sample in iterator:
             if not sample:

@@ -1,6 +1,7 @@
 """What a model loses and what it computes, on validation data."""
 
 import math
+import statistics
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,9 +33,13 @@ class Quality:
 
 
 def measure_dense(model: nn.Module, ffns: list[FeedForward], batches: Batches) -> Quality:
-    places = [(ffn.layer.fc1, ffn.layer.fc2) for ffn in ffns]
-    loss, seconds = run(model, batches, places)  # type: ignore[arg-type]
+    loss, seconds = run(model, batches, dense_places(ffns))
     return Quality([], loss, 1.0, 0.0, seconds)
+
+
+def dense_places(ffns: list[FeedForward]) -> list[tuple[nn.Module, nn.Module]]:
+    layers: list[Any] = [ffn.layer for ffn in ffns]
+    return [(layer.fc1, layer.fc2) for layer in layers]
 
 
 def measure_sparse(model: nn.Module, batches: Batches) -> Quality:
@@ -57,6 +62,18 @@ def measure_sparse(model: nn.Module, batches: Batches) -> Quality:
     thresholds = [float(layer.router.threshold) for layer in layers]  # type: ignore[arg-type]
     flops = totals["flops"] / max(totals["flops_dense_ffn"], 1.0)
     return Quality(thresholds, loss, flops, totals["rows"] / max(totals["tokens"], 1.0), seconds)
+
+
+def in_turn(
+    dense: Any, places: list[tuple[nn.Module, nn.Module]], sparse: Any, batches: Batches, rounds: int = 3
+) -> float:
+    """The sparse FFNs' seconds over the dense ones', run after each other: the median of a few rounds."""
+    sparse_places = [(layer, layer) for layer in moe_layers(sparse)]
+    ratios = []
+    for _ in range(rounds):
+        base = run(dense, batches, places)[1]
+        ratios.append(run(sparse, batches, sparse_places)[1] / max(base, 1e-12))  # type: ignore[arg-type]
+    return statistics.median(ratios)
 
 
 def run(

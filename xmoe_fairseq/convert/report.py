@@ -46,7 +46,7 @@ def write_report(
     written = [path.with_suffix(suffix) for suffix in (".md", ".json", ".png")]
     replace_with(written[0], lambda file: file.write_text(text, encoding="utf-8"))
     replace_with(written[1], lambda file: file.write_text(json.dumps(record, indent=1), encoding="utf-8"))
-    replace_with(written[2], lambda file: plot(file, dense, list(rows.values()) + curve))
+    replace_with(written[2], lambda file: plot(file, dense, list(rows.values()), curve))
     return written
 
 
@@ -63,29 +63,27 @@ def replace_with(path: Path, write: Callable[[Path], Any]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def plot(path: Path, dense: Quality, points: list[Quality]) -> None:
+def plot(path: Path, dense: Quality, rows: list[Quality], curve: list[Quality]) -> None:
+    """Quality against FLOPs of all that was measured, and against time of the rows, which were timed well."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # takes a second to import
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 3.2), layout="constrained")
     FigureCanvasAgg(figure)
-    ordered = sorted(points, key=lambda quality: quality.flops)
-    sides = (
-        ("FLOPs of the FFNs / dense", [q.flops for q in ordered], 1.0),
-        (
-            "seconds in the FFNs / dense",
-            [q.ffn_seconds / max(dense.ffn_seconds, 1e-12) for q in ordered],
-            1.0,
-        ),
-    )
     axes = figure.subplots(1, 2, sharey=True)
-    for axis, (label, values, whole) in zip(axes, sides, strict=True):
+    for axis, label in zip(axes, ("FLOPs of the FFNs / dense", "seconds in the FFNs / dense"), strict=True):
         axis.axhline(dense.perplexity, color="0.6", linewidth=1, linestyle="--")
-        axis.plot(values, [q.perplexity for q in ordered], "o-", markersize=4, color="C0", label="sparse")
-        axis.plot([whole], [dense.perplexity], "s", color="C3", label="dense")
+        axis.plot([1.0], [dense.perplexity], "s", color="C3", label="dense")
         axis.set_xlabel(label)
         axis.set_xlim(left=0)
         axis.grid(alpha=0.3)
+    by_flops = sorted(curve, key=lambda quality: quality.flops)
+    axes[0].plot(
+        [q.flops for q in by_flops], [q.perplexity for q in by_flops], "o-", markersize=4, label="sparse"
+    )
+    by_time = sorted(rows, key=lambda quality: quality.ffn_seconds)
+    seconds = [q.ffn_seconds / max(dense.ffn_seconds, 1e-12) for q in by_time]
+    axes[1].plot(seconds, [q.perplexity for q in by_time], "o-", markersize=4)
     axes[0].set_ylabel("validation perplexity")
     axes[0].legend(frameon=False)
     figure.savefig(path, dpi=120, format="png")
