@@ -135,8 +135,8 @@ def test_conversions_side_by_side(tmp_path: Path) -> None:
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
     said = tool("compare_conversions.py", *sorted(tmp_path.glob("*.json"))).splitlines()
     assert said[0] == "dense: perplexity 20.00"
-    assert said[2].endswith("| fine-tuning | budget 1 | budget 0.5 |")
+    assert said[2].endswith("| fine-tuning | budget 0.5 | budget 1 |")
     assert said[4:] == [
-        "| random | 8 | per layer | none | 20.00 (0.25) | 30.25 (0.25) |",
-        "| random | 8 | per layer | 9 updates of all | 20.50 (0.25) |  |",
+        "| random | 8 | per layer | none | 30.25 (0.25) | 20.00 (0.25) |",
+        "| random | 8 | per layer | 9 updates of all |  | 20.50 (0.25) |",
     ]

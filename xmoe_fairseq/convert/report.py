@@ -75,7 +75,6 @@ def plot(path: Path, dense: Quality, rows: list[Quality], curve: list[Quality]) 
         axis.axhline(dense.perplexity, color="0.6", linewidth=1, linestyle="--")
         axis.plot([1.0], [dense.perplexity], "s", color="C3", label="dense")
         axis.set_xlabel(label)
-        axis.set_xlim(left=0)
         axis.grid(alpha=0.3)
     by_flops = sorted(curve, key=lambda quality: quality.flops)
     axes[0].plot(
@@ -84,6 +83,8 @@ def plot(path: Path, dense: Quality, rows: list[Quality], curve: list[Quality]) 
     by_time = sorted(rows, key=lambda quality: quality.ffn_seconds)
     seconds = [q.ffn_seconds / max(dense.ffn_seconds, 1e-12) for q in by_time]
     axes[1].plot(seconds, [q.perplexity for q in by_time], "o-", markersize=4)
+    for axis in axes:  # after plotting: a limit ends the automatic scaling
+        axis.set_xlim(left=0)
     axes[0].set_ylabel("validation perplexity")
     axes[0].legend(frameon=False)
     figure.savefig(path, dpi=120, format="png")
