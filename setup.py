@@ -32,7 +32,12 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["xmoe_fairseq", "xmoe_fairseq.*"]),
     py_modules=["xmoe_fairseq_compat"],
-    entry_points={"console_scripts": ["xmoe-checkpoint = xmoe_fairseq.parallel.tool:main"]},
+    entry_points={
+        "console_scripts": [
+            "xmoe-checkpoint = xmoe_fairseq.parallel.tool:main",
+            "xmoe-convert = xmoe_fairseq.convert.tool:main",
+        ]
+    },
     package_dir={"": "."},  # said, so that an editable install is one sys.path entry, not an import hook
     cmdclass={"build_py": BuildPyAndStartUpLine},
     # Not fairseq: pip refuses its metadata (omegaconf<2.1), so it is installed by itself with --no-deps.

@@ -36,10 +36,15 @@ def reference_layer(layer: MoELayer, x_TD: Tensor, ids_T: Tensor | None = None) 
     y, weights = [], []
     for t in range(num_tokens):
         y_t, weights_t = torch.zeros_like(x_TD[t], dtype=dtype), torch.zeros(num_experts, dtype=dtype)
+        if layer.output_bias is not None:  # combine = ones
+            y_t = y_t + layer.output_bias.to(dtype)
         for e in choices[t]:
             if (t, e) in kept:
-                y_t = y_t + probs[t][e] * feed_forward(layer, e, x_TD[t])
-                weights_t = weights_t + probs[t][e] * torch.eye(num_experts, dtype=dtype)[e]
+                weight = probs[t][e]
+                if layer.output_bias is not None:
+                    weight = 1 + weight - weight.detach()
+                y_t = y_t + weight * feed_forward(layer, e, x_TD[t])
+                weights_t = weights_t + weight * torch.eye(num_experts, dtype=dtype)[e]
         y.append(y_t)
         weights.append(weights_t)
     return Expected(

@@ -5,6 +5,7 @@ from dataclasses import fields
 from typing import Any
 
 from xmoe_fairseq.flags import (
+    COMBINE,
     HASH_TABLES,
     OWN_CAPACITY,
     ROUTERS,
@@ -76,6 +77,12 @@ _RULES: dict[str, tuple[str, Callable[[MoEConfig], bool]]] = {
     "moe_max_experts_per_token": (
         "must be -1 (= 2 x --moe-ffn-split), 0 (no limit) or more",
         lambda c: c.moe_max_experts_per_token >= -1,
+    ),
+    "moe_combine": (
+        f"must be one of {', '.join(COMBINE)}, and only --moe-router threshold and topk take ones",
+        lambda c: (
+            c.moe_combine in COMBINE and (c.moe_combine == "probs" or c.moe_router in ("threshold", "topk"))
+        ),
     ),
     "moe_router_temperature": ("must be above 0", lambda c: 0 < c.moe_router_temperature < float("inf")),
     "moe_router_init_scale": ("must be above 0", lambda c: 0 < c.moe_router_init_scale < float("inf")),

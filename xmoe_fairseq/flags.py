@@ -7,6 +7,19 @@ from typing import Any
 
 from fairseq.dataclass import FairseqDataclass
 
+from xmoe_fairseq.moe.layer import COMBINE
+
+__all__ = [
+    "COMBINE",
+    "HASH_TABLES",
+    "OWN_CAPACITY",
+    "ROUTERS",
+    "WITHOUT_SCORES",
+    "MoEConfig",
+    "flag",
+    "read_field",
+]
+
 ROUTERS = ("threshold", "topk", "hash", "base", "expert_choice", "gshard")
 HASH_TABLES = ("balanced", "random")
 OWN_CAPACITY = ("expert_choice", "gshard")  # routers whose method includes a capacity
@@ -57,6 +70,10 @@ class MoEConfig(FairseqDataclass):
         1.0, "divides a router's scores, in training and evaluation; below 1 = more decisive from the start"
     )
     moe_router_init_scale: float = _flag(1.0, "multiplies a router's initial weight")
+    moe_combine: str = _flag(
+        "probs", "threshold and topk router: a chosen expert's output counts as often as it is probable "
+        "(probs), or once (ones; what xmoe-convert makes of a dense model)"
+    )  # fmt: skip
     moe_capacity_factor: float = _flag(
         0.0, "in training an expert keeps at most ceil(tokens / experts x this) tokens; 0 = dropless"
     )

@@ -98,6 +98,7 @@ def build_moe(
         eval_capacity_factor=config.moe_eval_capacity_factor,
         min_capacity=config.moe_min_capacity,
         expert_parallel_group=parallel and parallel.expert_group,
+        combine=config.moe_combine,
     )
 
 

@@ -19,11 +19,12 @@ def layer_of(
     capacity_factor: float = 0.0,
     logit_scale: float = 1.0,
     min_capacity: int = 4,
+    combine: str = "probs",
 ) -> MoELayer:
     num_experts, model_dim = router.weight.shape
     with torch.no_grad():
         router.weight.mul_(logit_scale)
-    return MoELayer(
+    layer = MoELayer(
         model_dim,
         expert_dim,
         num_experts,
@@ -32,7 +33,11 @@ def layer_of(
         capacity_factor,
         min_capacity,
         activation="gelu",
+        combine=combine,
     )
+    for parameter in layer.parameters():  # an output bias starts at 0
+        parameter.data.add_(0.0 if parameter.any() else torch.randn_like(parameter))
+    return layer
 
 
 def check_against_oracle(
@@ -79,17 +84,18 @@ routers = st.one_of(
     capacity_factor=st.sampled_from([0.0, 0.5, 1.0, 1.3, 4.0]),
     min_capacity=st.integers(1, 6),
     logit_scale=st.sampled_from([0.1, 1.0, 10.0]),
+    combine=st.sampled_from(["probs", "ones"]),
     training=st.booleans(),
     seed=st.integers(0, 2**16),
 )
 @settings(patient, max_examples=100)
 def test_random_layers(
     make_router, num_tokens, num_experts, model_dim, expert_dim, capacity_factor, min_capacity, logit_scale,
-    training, seed,
+    combine, training, seed,
 ) -> None:  # fmt: skip
     torch.manual_seed(seed)
     layer = layer_of(
-        make_router(model_dim, num_experts), expert_dim, capacity_factor, logit_scale, min_capacity
+        make_router(model_dim, num_experts), expert_dim, capacity_factor, logit_scale, min_capacity, combine
     )
     x = torch.randn(num_tokens, model_dim, requires_grad=True)
     assume(reference_layer(layer.train(training), x).margin > 1e-5)  # rounding may flip a closer decision
@@ -118,10 +124,36 @@ def test_expert_choice(num_tokens: int, num_experts: int, per_token: float, seed
     check_against_oracle(layer, x)
 
 
+@pytest.mark.parametrize("combine", ["probs", "ones"])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.bfloat16, 4e-2)])
-def test_other_precisions(dtype: torch.dtype, tolerance: float) -> None:
-    layer = layer_of(ThresholdRouter(8, 6, 0.7), 5, logit_scale=3.0).to(dtype)
+def test_other_precisions(dtype: torch.dtype, tolerance: float, combine: str) -> None:
+    layer = layer_of(ThresholdRouter(8, 6, 0.7), 5, logit_scale=3.0, combine=combine).to(dtype)
     check_against_oracle(layer, torch.randn(20, 8, dtype=dtype, requires_grad=True), tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "router", [ThresholdRouter(8, 6, 0.7), ThresholdRouter(8, 6, 1.0), TopKRouter(8, 6, 2)]
+)
+def test_ones_without_gradients(router: Router, dtype: torch.dtype) -> None:
+    """The products with weights of 1 are left out; sums are in fp32 all the same."""
+    layer = layer_of(router, 5, combine="ones").to(dtype).eval()
+    x, tolerance = torch.randn(20, 8, dtype=dtype), 1e-5 if dtype == torch.float32 else 4e-2
+    with torch.no_grad():
+        y, routing = layer(x)
+        expected = reference_layer(layer, x)
+    assert_close(y, expected.y_TD.to(dtype), rtol=tolerance, atol=tolerance)
+    assert_close(routing.combine_weights(), expected.weights_TE)
+    assert routing.all_ones == (dtype == torch.float32)
+
+
+def test_all_experts_with_ones_are_the_dense_ffn() -> None:
+    layer = layer_of(ThresholdRouter(8, 6, 1.0), 5, combine="ones").eval()
+    torch.nn.init.zeros_(layer.experts.fc2_bias)
+    x, (w1, b1, w2, _) = torch.randn(20, 8), layer.experts.stacked()
+    hidden = torch.nn.functional.gelu(x @ w1.flatten(0, 1).T + b1.flatten())
+    dense = hidden @ w2.transpose(0, 1).flatten(1).T + layer.output_bias
+    assert_close(layer(x)[0], dense, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("scale", [1e4, 1e18])
@@ -149,7 +181,8 @@ def test_non_contiguous_input() -> None:
 @settings(patient, max_examples=40)
 def test_padding_takes_no_part(lengths: list[int], left: bool, seed: int) -> None:
     torch.manual_seed(seed)
-    layer = layer_of(ThresholdRouter(6, 5, 0.6), 4, capacity_factor=1.0, min_capacity=1)
+    combine = "ones" if seed % 2 else "probs"
+    layer = layer_of(ThresholdRouter(6, 5, 0.6), 4, capacity_factor=1.0, min_capacity=1, combine=combine)
     position = torch.arange(6).expand(len(lengths), 6)
     length = torch.tensor(lengths).unsqueeze(1)
     mask = position < 6 - length if left else position >= length

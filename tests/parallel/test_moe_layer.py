@@ -25,10 +25,12 @@ TOKENS = {
 FAVOURITES = {"as they like": [], "all elsewhere": [7], "none to the first rank": [3, 4, 5, 6, 7]}
 
 
-def layer(group: Any = None, k: int = 0, favourites: tuple[int, ...] = ()) -> MoELayer:
+def layer(
+    group: Any = None, k: int = 0, favourites: tuple[int, ...] = (), combine: str = "probs"
+) -> MoELayer:
     torch.manual_seed(3)
     router: Any = TopKRouter(MODEL_DIM, NUM_EXPERTS, k) if k else ThresholdRouter(MODEL_DIM, NUM_EXPERTS, 0.6)
-    moe = MoELayer(MODEL_DIM, 6, NUM_EXPERTS, router, expert_parallel_group=group)
+    moe = MoELayer(MODEL_DIM, 6, NUM_EXPERTS, router, expert_parallel_group=group, combine=combine)
     with torch.no_grad():  # the first feature of every token is 1: its weight is a bias
         for expert in favourites:
             moe.router.weight[expert, 0] += 9.0
@@ -62,7 +64,8 @@ def compare(counts: list[int], make: Callable[[Any], MoELayer]) -> None:
     expected = forward_backward(make(None), x_TD, rank_of_T)
     for name in expected:
         parts = [result[name] for result in results]
-        got = sum(parts) if name == "router.weight" else torch.cat(parts)
+        shared = name in ("router.weight", "output_bias")
+        got = sum(parts) if shared else torch.cat(parts)
         assert_close(got, expected[name], rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
@@ -77,6 +80,10 @@ def test_ranks_equal_one_wherever_the_tokens_go(case: str) -> None:
     """A rank all of whose rows go elsewhere, a rank that receives none, experts without rows."""
     for k in (0, 1):
         compare([4, 3], lambda group: layer(group, k, tuple(FAVOURITES[case])))  # noqa: B023
+
+
+def test_ranks_equal_one_with_weights_of_one() -> None:
+    compare(TOKENS["uneven"], lambda group: layer(group, combine="ones"))
 
 
 def test_a_part_holds_what_the_whole_holds_and_leaves_the_random_state_alike() -> None:

@@ -86,6 +86,8 @@ BAD = [
         {"moe_router": "gshard", "moe_num_experts": 1},
         "--moe-num-experts must be at least 2 with --moe-router gshard, got 1",
     ),
+    ({"moe_combine": "sum"}, "--moe-combine must be one of probs, ones, and only --moe-router threshold and"),
+    ({"moe_combine": "ones", "moe_router": "base"}, "threshold and topk take ones, got ones"),
     ({"moe_max_experts_per_token": -2}, "--moe-max-experts-per-token must be -1 (= 2 x --moe-ffn-split), 0"),
     ({"moe_capacity_factor": -0.5}, "--moe-capacity-factor must be 0 (dropless) or more, got -0.5"),
     (

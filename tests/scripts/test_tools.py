@@ -116,3 +116,27 @@ def test_watch_ends_with_its_processes_and_prints_progress(tmp_path: Path) -> No
     finally:
         process.wait()
     assert "job: 25 of 50 updates perplexity 9.5" in output
+
+
+def test_conversions_side_by_side(tmp_path: Path) -> None:
+    def report(grouping: str, updates: int, rows: dict[str, float]) -> dict[str, object]:
+        about = {
+            "grouping": grouping, "experts": 8, "thresholds": "per layer", "fine-tuned": "all",
+            "fine-tuning updates": updates,
+        }  # fmt: skip
+        measured = {name: {"perplexity": value, "flops": 0.25} for name, value in rows.items()}
+        return {"about": about, "dense": {"perplexity": 20}, "rows": measured}
+
+    reports = {
+        "a": report("random", 9, {"chosen": 1.0, "budget 1": 20.5}),
+        "b": report("random", 0, {"budget 0.5": 30.25, "budget 1": 20.0}),
+    }
+    for name, content in reports.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    said = tool("compare_conversions.py", *sorted(tmp_path.glob("*.json"))).splitlines()
+    assert said[0] == "dense: perplexity 20.00"
+    assert said[2].endswith("| fine-tuning | budget 0.5 | budget 1 |")
+    assert said[4:] == [
+        "| random | 8 | per layer | none | 30.25 (0.25) | 20.00 (0.25) |",
+        "| random | 8 | per layer | 9 updates of all |  | 20.50 (0.25) |",
+    ]

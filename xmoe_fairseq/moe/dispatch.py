@@ -44,7 +44,7 @@ class LocalDispatcher:
         order_R = expert_order(routing.expert_R)
         rows = ExpertRows(
             source_R=routing.token_R[order_R],
-            weight_R=routing.weight_R[order_R],
+            weight_R=None if routing.all_ones else routing.weight_R[order_R],
             counts_E=routing.rows_per_expert(),
         )
         return x_TD, rows, None

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,12 +19,17 @@ from xmoe_fairseq.moe.router import Router
 from xmoe_fairseq.moe.routing import Routing
 from xmoe_fairseq.moe.stats import RoutingStats
 
+COMBINE = ("probs", "ones")
+
 
 class MoELayer(nn.Module):
     """`y_t = sum_e w[t, e] * FFN_e(x_t)` over the experts that token t chose (arXiv 2403.18926, eq. 1).
 
     Only the chosen (token, expert) rows are computed. Padding takes no part: not in routing, capacity,
     losses or statistics, and its output is 0.
+
+    The weights w are the router's probabilities. With `combine="ones"` they are 1, and every token gets one
+    `output_bias`: parts of a dense FFN then add up to what it computed.
 
     Args:
         model_dim: width D of a token.
@@ -38,6 +44,7 @@ class MoELayer(nn.Module):
         dense_ffn_dim: width of the FFN that this layer replaces, for counting FLOPs; None = expert_dim.
         name: what error messages call this layer.
         expert_parallel_group: the experts lie in equal slices on the ranks of this group; None = all here.
+        combine: "probs", or "ones" for `output_bias_D + sum_e FFN_e(x_t)` over the chosen experts.
     """
 
     def __init__(
@@ -54,6 +61,7 @@ class MoELayer(nn.Module):
         dense_ffn_dim: int | None = None,
         name: str = "MoE layer",
         expert_parallel_group: dist.ProcessGroup | None = None,
+        combine: str = "probs",
     ) -> None:
         super().__init__()
         given, expected = (router.num_experts, router.model_dim), (num_experts, model_dim)
@@ -64,6 +72,8 @@ class MoELayer(nn.Module):
                 "capacity_factor, eval_capacity_factor and min_capacity must be 0 or more, "
                 f"got {capacity_factor}, {eval_capacity_factor}, {min_capacity}"
             )
+        if combine not in COMBINE:
+            raise ValueError(f"combine must be one of {', '.join(COMBINE)}, got {combine}")
         self.model_dim, self.expert_dim, self.num_experts = model_dim, expert_dim, num_experts
         self.router_flops = router.flops_per_token
         self.router = router
@@ -78,6 +88,10 @@ class MoELayer(nn.Module):
         self.min_capacity = min_capacity
         self.dense_ffn_dim = dense_ffn_dim or expert_dim
         self.name = name
+        self.output_bias: nn.Parameter | None = None
+        if combine == "ones":  # a bias that counts once, whatever is chosen; of the experts' the sum would
+            self.output_bias = nn.Parameter(torch.zeros(model_dim))
+            nn.init.zeros_(self.experts.fc2_bias)
 
     def forward(
         self, x: Tensor, padding_mask: Tensor | None = None, token_ids: Tensor | None = None
@@ -117,9 +131,11 @@ class MoELayer(nn.Module):
 
     def forward_tokens(self, x_TD: Tensor, ids_T: Tensor | None = None) -> tuple[Tensor, Routing]:
         routing = self.limit(self.route(x_TD, ids_T))
+        if self.output_bias is not None:
+            routing = weigh_one(routing, x_TD)
         x_SD, rows, way_back = self.dispatcher.dispatch(x_TD, routing)
-        y_SD = self.experts(x_SD, rows)
-        return self.dispatcher.combine(y_SD, way_back), routing
+        y_TD = self.dispatcher.combine(self.experts(x_SD, rows), way_back)
+        return y_TD if self.output_bias is None else y_TD + self.output_bias, routing
 
     def route(self, x_TD: Tensor, ids_T: Tensor | None) -> Routing:
         try:
@@ -142,8 +158,23 @@ class MoELayer(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"capacity_factor={self.capacity_factor}, eval_capacity_factor={self.eval_capacity_factor}, "
-            f"min_capacity={self.min_capacity}"
+            f"min_capacity={self.min_capacity}, combine={'probs' if self.output_bias is None else 'ones'}"
         )
+
+
+def weigh_one(routing: Routing, x_TD: Tensor) -> Routing:
+    """Every chosen expert counts 1, but the router still learns: as if the weight were 1 + p - p.
+
+    The gradient that a probability would get as a weight (how much more of this expert's output would help)
+    goes through softmax to the scores, so an expert that helps a token gains mass from those that do not.
+    Without it a choice, which is a step function, would teach the router nothing.
+    """
+    weight_R = routing.weight_R
+    if weight_R.requires_grad:
+        return replace(routing, weight_R=1.0 + (weight_R - weight_R.detach()))
+    # In half precision the weights stay: it is they that make the sums fp32.
+    is_fp32 = x_TD.dtype == weight_R.dtype and not torch.is_autocast_enabled(x_TD.device.type)
+    return replace(routing, weight_R=torch.ones_like(weight_R), all_ones=is_fp32)
 
 
 @contextmanager

@@ -18,7 +18,7 @@ class WayBack:
     """R rows of this rank's tokens went out, S rows for this rank's experts came in."""
 
     token_R: Tensor  # of the rows that went out, in order of expert, and so of the rank that holds it
-    weight_R: Tensor
+    weight_R: Tensor | None  # None = 1
     num_tokens: int
     send: list[int]  # rows for each rank
     receive: list[int]  # rows from each rank
@@ -40,7 +40,7 @@ class ExpertParallelDispatcher:
         received_NE = exchange_counts(counts_E, self.group)
         way_back = WayBack(
             token_R=routing.token_R[order_R],
-            weight_R=routing.weight_R[order_R],
+            weight_R=None if routing.all_ones else routing.weight_R[order_R],
             num_tokens=routing.num_tokens,
             # to the host, where the sizes of the exchange are set
             send=counts_E.view(received_NE.shape).sum(1).tolist(),
@@ -53,9 +53,10 @@ class ExpertParallelDispatcher:
     def combine(self, y_SD: Tensor, way_back: WayBack) -> Tensor:
         """(T, D) weighted sums of this rank's tokens; 0 for a token without rows."""
         y_RD = exchange_rows(y_SD, way_back.receive, way_back.send, self.group)
-        weighted_RD = y_RD * way_back.weight_R.unsqueeze(1)
-        y_TD = weighted_RD.new_zeros(way_back.num_tokens, y_RD.size(1))
-        return y_TD.index_add(0, way_back.token_R, weighted_RD)
+        if way_back.weight_R is not None:
+            y_RD = y_RD * way_back.weight_R.unsqueeze(1)
+        y_TD = y_RD.new_zeros(way_back.num_tokens, y_RD.size(1))
+        return y_TD.index_add(0, way_back.token_R, y_RD)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "ExpertParallelDispatcher":
         return copy(self)  # a process group is one thing, whoever holds it

@@ -24,6 +24,7 @@ class Routing:
     rows_wanted: int  # pairs that the router chose, before any capacity limit
     load_balance_of: Callable[[], Tensor]  # the losses, worked out when they are asked for: in generation
     z_loss_of: Callable[[], Tensor]  # nobody asks, and they would take a third of the router's time
+    all_ones: bool = False  # every weight_R is 1 and takes no gradient: no need to multiply
 
     @cached_property
     def load_balance_loss(self) -> Tensor:

@@ -1,0 +1,214 @@
+"""Times whole models, dense and sparse, decoding and scoring, and FFNs alone. See benchmark_decoding.sh."""
+
+import argparse
+import json
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from fairseq.data import Dictionary
+from rich.progress import track
+from subjects import DenseFFN
+from timing import Timing, forward, in_turn, machine
+from torch import Tensor, nn
+
+from xmoe_fairseq.convert.data import Batches, binarised_folders
+from xmoe_fairseq.convert.dense import read_dense
+from xmoe_fairseq.convert.sparse import moe_layers, read_sparse
+from xmoe_fairseq.models import XMoETransformerLanguageModel
+from xmoe_fairseq.moe import MoELayer, ThresholdRouter, record_routing
+
+BATCHES = (1, 8, 64)
+STEPS, LENGTH = 16, 32  # tokens decoded, and tokens of a sentence that is scored
+FFN_TOKENS = (1, 8, 64, 1024, 4096)
+SHARE = 0.25  # of the experts
+SHAPE = {"layers": 6, "dim": 512, "ffn": 8192, "experts": 32, "vocabulary": 8000}
+Models = tuple[Any, Any]
+
+
+def random_models() -> Models:
+    """(dense, sparse): language models of SHAPE, alike but for the FFNs."""
+    symbols = Dictionary()
+    for i in range(SHAPE["vocabulary"] - len(symbols)):
+        symbols.add_symbol(f"symbol{i}")
+    task: Any = SimpleNamespace(
+        source_dictionary=symbols, target_dictionary=symbols,
+        cfg=Namespace(tokens_per_sample=512, max_target_positions=512),
+    )  # fmt: skip
+    size = {
+        "decoder_layers": SHAPE["layers"], "decoder_embed_dim": SHAPE["dim"],
+        "decoder_input_dim": SHAPE["dim"], "decoder_output_dim": SHAPE["dim"],
+        "decoder_ffn_embed_dim": SHAPE["ffn"], "decoder_attention_heads": 8,
+        "decoder_normalize_before": True, "dropout": 0.0,
+        "share_decoder_input_output_embed": True,
+    }  # fmt: skip
+    experts = {
+        "moe_freq": 1, "moe_num_experts": SHAPE["experts"], "moe_ffn_split": SHAPE["experts"],
+        "moe_max_experts_per_token": 0, "moe_combine": "ones",
+    }  # fmt: skip
+    build = XMoETransformerLanguageModel.build_model
+    dense, sparse = build(Namespace(**size, moe_freq=0), task), build(Namespace(**size, **experts), task)
+    for layer in moe_layers(sparse):
+        layer.router.weight.data.mul_(3.0)  # as decisive as a fitted one
+    return dense.eval(), sparse.eval()
+
+
+def steer(model: nn.Module, run: Callable[[], Any], share: float) -> float:
+    """Set one t for all layers so that this run takes about so many of the experts; returns what it takes."""
+    low, high = 0.0, 1.0
+    for _ in range(12):
+        taken = share_taken(model, run, (low + high) / 2)
+        low, high = (low, (low + high) / 2) if taken >= share else ((low + high) / 2, high)
+    return share_taken(model, run, high)
+
+
+def share_taken(model: nn.Module, run: Callable[[], Any], threshold: float | None = None) -> float:
+    layers = [m for m in model.modules() if isinstance(m, MoELayer)]
+    if threshold is not None:
+        for layer in layers:
+            layer.router.threshold = threshold
+    with torch.no_grad(), record_routing(model) as records:
+        run()
+    return sum(r.experts_per_token / r.num_experts for _, r in records) / len(records)
+
+
+def decode(model: Any, inputs: dict[str, Tensor], steps: int) -> Callable[[], None]:
+    """Greedy, with the states that the generator keeps; stops after `steps` tokens, not at an end."""
+
+    def run() -> None:
+        state: dict[str, Any] = {}
+        more = {}
+        if hasattr(model, "encoder"):
+            more["encoder_out"] = model.encoder(inputs["src_tokens"], inputs["src_lengths"])
+        tokens = inputs.get("prev_output_tokens", inputs["src_tokens"])[:, :1]
+        for _ in range(steps):
+            logits = model.decoder(tokens, incremental_state=state, **more)[0][:, -1]
+            tokens = torch.cat([tokens, logits.argmax(dim=1, keepdim=True)], dim=1)
+
+    return forward(run)
+
+
+def score(model: Any, inputs: dict[str, Tensor]) -> Callable[[], None]:
+    return forward(lambda: model(**inputs)[0])
+
+
+def whole_models(models: Models, make: Callable[[int], dict[str, Tensor]], rounds: int) -> Iterator[dict]:
+    dense, sparse = models
+    for batch in track(BATCHES, "whole models", transient=True):
+        inputs = make(batch)
+        tokens = inputs.get("prev_output_tokens", inputs["src_tokens"]).numel()
+        for what, count, run in (
+            ("decoding", batch * STEPS, lambda model, i=inputs: decode(model, i, STEPS)),
+            ("scoring", tokens, lambda model, i=inputs: score(model, i)),
+        ):
+            functions = {"dense": run(dense), "sparse": run(sparse)}
+            share = share_taken(sparse, functions["sparse"])
+            timings = in_turn(functions, rounds)
+            yield {"what": what, "batch": batch, "tokens": count, "share": share, **timings}
+
+
+def ffns(rounds: int) -> Iterator[dict]:
+    """One FFN of SHAPE alone; tokens that take about a quarter of the experts each."""
+    dim, ffn, experts = SHAPE["dim"], SHAPE["ffn"], SHAPE["experts"]
+    layer = MoELayer(dim, ffn // experts, experts, ThresholdRouter(dim, experts), combine="ones").eval()
+    layer.router.weight.data.mul_(3.0)
+    dense, x_TD = DenseFFN(dim, ffn).eval(), torch.randn(max(FFN_TOKENS), dim)
+    steer(layer, lambda: layer(x_TD), SHARE)
+    with torch.no_grad():
+        taken_T = layer(x_TD)[1].token_R.bincount(minlength=len(x_TD))
+    nearest_first = (taken_T - SHARE * experts).abs().argsort(stable=True)
+    for count in track(FFN_TOKENS, "FFNs", transient=True):
+        x = x_TD if count == len(x_TD) else x_TD[nearest_first[:count]]
+        functions = {"dense": forward(lambda x=x: dense(x)), "sparse": forward(lambda x=x: layer(x)[0])}
+        share = share_taken(layer, functions["sparse"])
+        timings = in_turn(functions, rounds * (10 if count <= 64 else 1))
+        yield {"what": "FFN alone", "batch": count, "tokens": count, "share": share, **timings}
+
+
+def markdown(threads: int, rows: list[dict]) -> Iterator[str]:
+    for row in rows:
+        dense, sparse = row["dense"], row["sparse"]
+        cells = [
+            threads, row["what"], row["batch"], f"{row['share']:.2f}",
+            *(f"{1000 * timing.milliseconds / row['tokens']:.1f}" for timing in (dense, sparse)),
+            f"{sparse.ratio:.2f} ({sparse.low:.2f} to {sparse.high:.2f})", f"{1 / sparse.ratio:.2f}",
+        ]  # fmt: skip
+        yield "| " + " | ".join(map(str, cells)) + " |"
+
+
+HEAD = (
+    "| threads | what | batch | experts taken | dense, us per token | sparse | sparse / dense (quartiles) "
+    "| times as fast |\n|---|---|---|---|---|---|---|---|"
+)
+
+
+def inputs_of_shape(batch: int) -> dict[str, Tensor]:
+    tokens = torch.randint(
+        4, SHAPE["vocabulary"], (batch, LENGTH), generator=torch.Generator().manual_seed(2)
+    )
+    return {"src_tokens": tokens, "src_lengths": torch.full((batch,), LENGTH)}
+
+
+def inputs_of_data(task: Any, batch: int) -> dict[str, Tensor]:
+    """Sentences of validation text, from the batch that holds the most of them."""
+    most = max(batch * LENGTH, 1024)  # a batch holds the longest sentence at least
+    samples = list(Batches(task, "valid", 2 * most, most, seed=1))
+    largest = max(samples, key=lambda sample: sample["net_input"]["src_tokens"].size(0))
+    return {name: value[:batch] for name, value in largest["net_input"].items()}
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--shape", action="store_true", help="random weights instead of checkpoints")
+    for name in ("dense", "sparse", "data"):
+        parser.add_argument(f"--{name}", type=Path)
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--out", type=Path, required=True, help="folder")
+    args = parser.parse_args()
+    if args.shape == bool(args.dense and args.sparse and args.data):
+        parser.error("give --shape, or --dense, --sparse and --data")
+    return args
+
+
+def main() -> None:
+    args = parse()
+    torch.manual_seed(1)
+    if args.shape:
+        models, make = random_models(), inputs_of_shape
+        steer(models[1], score(models[1], make(8)), SHARE)
+    else:
+        dense = read_dense(args.dense, binarised_folders(args.data))
+        models = (dense.model, read_sparse(args.sparse, dense.task))
+
+        def make(batch: int) -> dict[str, Tensor]:
+            return inputs_of_data(dense.task, batch)
+
+    results: dict[int, list[dict]] = {}
+    for threads in args.threads:
+        torch.set_num_threads(threads)
+        results[threads] = [*whole_models(models, make, args.rounds)]
+        if args.shape:
+            results[threads] += ffns(args.rounds)
+    write(args.out, results)
+
+
+def write(folder: Path, results: dict[int, list[dict]]) -> None:
+    about = ", ".join(f"{name} {value}" for name, value in machine().items())
+    lines = [about, "", HEAD, *(line for t, rows in results.items() for line in markdown(t, rows))]
+    folder.mkdir(parents=True, exist_ok=True)
+    plain = json.dumps(
+        results, indent=1, default=lambda timing: vars(timing) if isinstance(timing, Timing) else str(timing)
+    )
+    for name, text in (("decoding.md", "\n".join(lines) + "\n"), ("decoding.json", plain)):
+        partial = folder / f"{name}.partial"
+        partial.write_text(text)
+        partial.replace(folder / name)
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,201 @@
+"""xmoe-convert from end to end: the same outputs at t = 1, what it writes, and what it says of bad input."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from commands import PLUGIN, run
+from torch.testing import assert_close
+
+from xmoe_fairseq.convert import thresholds, tool
+from xmoe_fairseq.convert.data import Batches
+from xmoe_fairseq.convert.dense import read_dense
+from xmoe_fairseq.convert.sparse import moe_layers, read_sparse
+from xmoe_fairseq.convert.thresholds import set_thresholds
+
+SMALL = ("--calibration-tokens", "300", "--valid-tokens", "60", "--max-tokens", "100")
+Stock = Callable[..., tuple[Path, Path]]
+
+
+@pytest.fixture(autouse=True)
+def few_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(thresholds, "STEPS", 4)
+    monkeypatch.setattr(tool, "BUDGETS", (1.0,))
+
+
+def convert(dense: Path, sparse: Path, data: Path, *flags: str, split: int = 8) -> None:
+    words = [str(dense), str(sparse), "--split", str(split), "--calibration", str(data), *SMALL, *flags]
+    tool.convert(tool.argument_parser().parse_args(words))
+
+
+def outputs(model: Any, sample: dict[str, Any], pad: int) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**sample["net_input"])[0][sample["target"].ne(pad)]
+
+
+def one_by_one(model: Any, sample: dict[str, Any], pad: int) -> torch.Tensor:
+    """As the generator runs the decoder: a token at a time, with what it keeps of the earlier ones."""
+    inputs, state, steps = sample["net_input"], {}, []
+    given = inputs.get("prev_output_tokens", inputs["src_tokens"])
+    with torch.no_grad():
+        source = {}
+        if "prev_output_tokens" in inputs:
+            source["encoder_out"] = model.encoder(inputs["src_tokens"], inputs["src_lengths"])
+        for length in range(1, given.size(1) + 1):
+            steps.append(model.decoder(given[:, :length], incremental_state=state, **source)[0])
+    return torch.cat(steps, dim=1)[sample["target"].ne(pad)]
+
+
+@pytest.mark.parametrize(
+    "kind, flags, grouping",
+    [
+        ("lm", ("--activation-fn", "gelu"), "coactivation"),
+        ("mt", (), "clustering"),
+        ("mt", ("--activation-fn", "gelu_accurate", "--decoder-normalize-before"), "random"),
+    ],
+)
+def test_with_all_experts_it_is_the_dense_model(
+    stock: Stock, tmp_path: Path, kind: str, flags: tuple[str, ...], grouping: str
+) -> None:
+    path, data = stock(kind, *flags)
+    sparse_path = tmp_path / "sparse.pt"
+    convert(path, sparse_path, data, "--grouping", grouping)
+    dense = read_dense(path, str(data))
+    sparse = read_sparse(sparse_path, dense.task)
+    layers = moe_layers(sparse)
+    assert len(layers) == (2 if kind == "lm" else 4)
+    pad, samples = dense.task.target_dictionary.pad(), list(Batches(dense.task, "valid", 60, 100, 1))
+    assert any(
+        not torch.allclose(outputs(sparse, s, pad), outputs(dense.model, s, pad), atol=1e-2) for s in samples
+    )
+    set_thresholds(sparse, [1.0] * len(layers))
+    for sample in samples:
+        expected = outputs(dense.model, sample, pad)
+        assert_close(outputs(sparse, sample, pad), expected, rtol=0, atol=1e-5)
+        assert_close(one_by_one(sparse, sample, pad), expected, rtol=0, atol=1e-5)
+
+
+def test_one_side_alone_with_a_t_for_each_layer(stock: Stock, tmp_path: Path) -> None:
+    path, data = stock("mt")
+    convert(path, tmp_path / "sparse.pt", data, "--no-moe-encoder", "--per-layer", "--max-loss", "0.005")
+    sparse = read_sparse(tmp_path / "sparse.pt", read_dense(path, str(data)).task)
+    report = json.loads((tmp_path / "sparse.json").read_text())
+    layers = moe_layers(sparse)
+    assert [layer.name.split(".")[0] for layer in layers] == ["decoder", "decoder"]
+    assert [layer.router.threshold for layer in layers] == report["rows"]["chosen"]["thresholds"]
+    assert report["rows"]["chosen"]["loss"] <= report["dense"]["loss"] + 0.005
+    assert report["rows"]["budget 1"]["loss"] == pytest.approx(report["dense"]["loss"], abs=1e-5)
+
+
+@pytest.fixture(scope="module")
+def plain(stock: Stock, tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    """The parameters of a language model that was converted without fine-tuning."""
+    path, data = stock("lm")
+    sparse = tmp_path_factory.mktemp("plain") / "sparse.pt"
+    convert(path, sparse, data)
+    return torch.load(sparse, weights_only=True)["model"]
+
+
+@pytest.mark.parametrize("tuned", ["router", "all"])
+def test_fine_tuning_moves_the_moe_layers_alone(
+    stock: Stock, plain: dict[str, torch.Tensor], tmp_path: Path, tuned: str
+) -> None:
+    path, data = stock("lm")
+    convert(path, tmp_path / "tuned.pt", data, "--finetune-updates", "4", "--finetune", tuned)
+    moved = torch.load(tmp_path / "tuned.pt", weights_only=True)["model"]
+    names = [name for name in plain if "_float_tensor" not in name]  # fairseq leaves it uninitialised
+    changed = {name for name in names if not torch.equal(plain[name], moved[name])}
+    parts = ("router.weight",) if tuned == "router" else ("router.weight", "fc1_weight", "output_bias")
+    assert all(any(name.endswith(part) for name in changed) for part in parts)
+    kept = {name for name in changed if ".moe." not in name or (tuned == "router" and "router" not in name)}
+    assert not kept, {name: (plain[name] - moved[name]).abs().max() for name in kept}
+
+
+def test_stock_commands_open_the_result(stock: Stock, tmp_path: Path) -> None:
+    path, data = stock("lm")
+    sparse = tmp_path / "new" / "sparse.pt"
+    said = run("xmoe-convert", path, sparse, "--split", 8, "--calibration", data, *SMALL)
+    assert "| chosen |" in said and "100%" in said  # table and progress
+    assert sorted(file.name for file in sparse.parent.iterdir()) == [
+        "sparse.json", "sparse.md", "sparse.png", "sparse.pt"
+    ]  # fmt: skip
+    evaluate = ("fairseq-eval-lm", data, *PLUGIN, "--cpu", "--gen-subset", "valid", "--path", sparse)
+    assert "Perplexity" in run(*evaluate, "--tokens-per-sample", 16, "--batch-size", 4)
+
+
+@pytest.mark.parametrize(
+    "flags, words, message",
+    [
+        ((), {"split": 5}, "--split must be 2 or more and divide --decoder-ffn-embed-dim 64, got 5"),
+        ((), {"split": 1}, "--split must be 2 or more and divide"),
+        (("--activation-fn", "tanh"), {}, "--activation-fn must be one of relu, relu_squared, gelu"),
+        (("--scale-fc",), {}, "--scale-fc cannot be combined with MoE layers"),
+        ((), {"more": ("--budget", "0.01")}, "--budget must be at least 0."),
+        ((), {"more": ("--budget", "1.5")}, "--budget must be in (0, 1], got 1.5"),
+        ((), {"more": ("--max-loss", "-1")}, "--max-loss must be above 0, got -1.0"),
+        ((), {"more": ("--no-moe-decoder",)}, "leave nothing to convert"),
+        ((), {"data": "elsewhere"}, "--calibration must be a folder of data-prep or fairseq-preprocess"),
+        ((), {"dense": "nothing.pt"}, "nothing.pt: no such file"),
+        ((), {"sparse": "there.pt"}, "there.pt exists already"),
+    ],
+)
+def test_one_line_for_bad_input(
+    stock: Stock, tmp_path: Path, flags: tuple[str, ...], words: dict[str, Any], message: str,
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    path, data = stock("lm", *flags)
+    (tmp_path / "there.pt").touch()
+    sparse = tmp_path / words.get("sparse", "sparse.pt")
+    said = said_by(
+        monkeypatch, capsys, words.get("dense", path), sparse, "--split", words.get("split", 8),
+        "--calibration", tmp_path / words["data"] if "data" in words else data, *SMALL,
+        *words.get("more", ()),
+    )  # fmt: skip
+    (line,) = [line for line in said.splitlines() if line.startswith("xmoe-convert: ")]
+    assert message in line
+    assert [file.name for file in tmp_path.iterdir()] == ["there.pt"]
+
+
+def said_by(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: Any) -> str:
+    """stderr of a call that must fail."""
+    monkeypatch.setattr(sys, "argv", ["xmoe-convert", *map(str, words)])
+    with pytest.raises(SystemExit) as exit:
+        tool.main()
+    assert exit.value.code not in (0, None)
+    return capsys.readouterr().err
+
+
+def test_other_models_are_refused(
+    stock: Stock, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, data = stock(
+        "lm", "--arch", "xmoe_transformer_lm", "--moe-num-experts", "4", "--moe-ffn-split", "4"
+    )
+    common = (tmp_path / "sparse.pt", "--split", 4, "--calibration", data)
+    assert "is sparse already" in said_by(monkeypatch, capsys, path, *common)
+    state = torch.load(path, weights_only=True)
+    state["cfg"]["model"]["_name"] = "lstm"
+    torch.save(state, tmp_path / "lstm.pt")
+    said = said_by(monkeypatch, capsys, tmp_path / "lstm.pt", *common)
+    assert "must hold a transformer or transformer_lm, got lstm" in said
+    torch.save({"weights": torch.zeros(2)}, tmp_path / "other.pt")
+    assert "other.pt" in said_by(monkeypatch, capsys, tmp_path / "other.pt", *common)
+
+
+def test_an_interruption_leaves_no_file(
+    stock: Stock, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(_: Any, path: Path) -> None:
+        path.write_bytes(b"half of it")
+        raise KeyboardInterrupt
+
+    path, data = stock("lm")
+    monkeypatch.setattr(torch, "save", interrupted)
+    said = said_by(
+        monkeypatch, capsys, path, tmp_path / "sparse.pt", "--split", 8, "--calibration", data, *SMALL
+    )
+    assert "stopped" in said and not list(tmp_path.iterdir())

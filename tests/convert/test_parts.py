@@ -1,0 +1,117 @@
+"""Grouping, router and thresholds, on FFNs and losses made so that the answer is known."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from xmoe_fairseq.convert.dense import ConvertError
+from xmoe_fairseq.convert.ffn import FeedForward
+from xmoe_fairseq.convert.grouping import GROUPINGS, CoActivation, group
+from xmoe_fairseq.convert.measure import Quality
+from xmoe_fairseq.convert.router_fit import Parts, RouterFit
+from xmoe_fairseq.convert.thresholds import Dial, balance
+from xmoe_fairseq.moe import MoELayer, ThresholdRouter
+
+WIDTH, NUM_GROUPS, MODEL_DIM = 32, 4, 8
+
+
+def ffn_of(fc1_weight: Tensor, fc1_bias: Tensor) -> FeedForward:
+    fc2_weight = torch.randn(MODEL_DIM, fc1_weight.size(0))
+    return FeedForward(
+        "decoder.layers.0", nn.Identity(), fc1_weight, fc1_bias, fc2_weight, torch.randn(MODEL_DIM), F.relu
+    )
+
+
+def planted() -> tuple[FeedForward, Tensor, Tensor]:
+    """Group g of neurons, shuffled, is active for tokens of kind g alone: (ffn, group of neuron, tokens)."""
+    group_F = torch.arange(NUM_GROUPS).repeat_interleave(WIDTH // NUM_GROUPS)[torch.randperm(WIDTH)]
+    directions = torch.eye(MODEL_DIM)[:NUM_GROUPS]
+    fc1_weight = 3 * directions[group_F] + 0.1 * torch.randn(WIDTH, MODEL_DIM)
+    x_TD = 2 * directions[torch.randint(NUM_GROUPS, (512,))] + 0.1 * torch.randn(512, MODEL_DIM)
+    return ffn_of(fc1_weight, torch.full((WIDTH,), -1.5)), group_F, x_TD
+
+
+def seen_by(ffn: FeedForward, x_TD: Tensor) -> CoActivation:
+    seen = CoActivation(ffn, pairs=True)
+    for batch_TD in x_TD.split(100):
+        seen.add(ffn.hidden(batch_TD))
+    return seen
+
+
+@pytest.mark.parametrize("method", GROUPINGS)
+def test_each_neuron_is_in_one_of_the_equal_groups(method: str) -> None:
+    ffn = ffn_of(torch.randn(WIDTH, MODEL_DIM), torch.randn(WIDTH) - 2)
+    ffn.fc1_bias[3] = -100.0  # a neuron that is never active
+    seen = seen_by(ffn, torch.randn(200, MODEL_DIM))
+    for groups in (2, 8, 32):
+        neurons_EF = group(method, ffn, seen, groups, seed=1)
+        assert neurons_EF.shape == (groups, WIDTH // groups)
+        assert neurons_EF.flatten().sort().values.tolist() == list(range(WIDTH))
+        assert torch.equal(neurons_EF, group(method, ffn, seen, groups, seed=1))
+
+
+@pytest.mark.parametrize("method", ["coactivation", "clustering"])
+def test_planted_groups_are_found(method: str) -> None:
+    ffn, group_F, x_TD = planted()
+    neurons_EF = group(method, ffn, seen_by(ffn, x_TD), NUM_GROUPS, seed=1)
+    assert all(len(set(group_F[neurons].tolist())) == 1 for neurons in neurons_EF)
+
+
+def test_sums_over_batches_are_those_over_all() -> None:
+    ffn, _, x_TD = planted()
+    once = CoActivation(ffn, pairs=True)
+    once.add(ffn.hidden(x_TD))
+    assert_close(seen_by(ffn, x_TD).pairs_FF, once.pairs_FF)
+    assert_close(once.mean_hidden(), ffn.hidden(x_TD).mean(dim=0))
+
+
+def test_the_router_ranks_experts_by_what_they_contribute() -> None:
+    ffn, _, x_TD = planted()
+    seen = seen_by(ffn, x_TD)
+    parts = Parts(ffn, group("coactivation", ffn, seen, NUM_GROUPS, seed=1), seen.mean_hidden())
+    fit = RouterFit(parts, steps=200, seed=1, lr=0.05)
+    for _ in range(100):
+        fit.add(x_TD)
+    shares_TE, probs_TE = parts.shares(x_TD), (x_TD @ fit.weight_ED.detach().t()).softmax(dim=1)
+    assert_close(shares_TE.sum(dim=1), torch.ones(512))
+    assert (shares_TE.argmax(dim=1) == probs_TE.argmax(dim=1)).float().mean() > 0.98
+    uniform = F.kl_div(torch.full_like(shares_TE, 0.25).log(), shares_TE, reduction="batchmean")
+    assert F.kl_div(probs_TE.log(), shares_TE, reduction="batchmean") < 0.2 * uniform
+
+
+def test_parts_add_up_to_the_dense_ffn_and_what_is_left_out_to_its_mean() -> None:
+    ffn, _, x_TD = planted()
+    seen = seen_by(ffn, x_TD)
+    parts = Parts(ffn, group("random", ffn, seen, NUM_GROUPS, seed=1), seen.mean_hidden())
+    router = ThresholdRouter(MODEL_DIM, NUM_GROUPS, 1.0)
+    layer = MoELayer(MODEL_DIM, WIDTH // NUM_GROUPS, NUM_GROUPS, router, combine="ones")
+    layer.load_state_dict({**parts.state(), "router.weight": torch.eye(NUM_GROUPS, MODEL_DIM)})
+    dense = ffn.hidden(x_TD) @ ffn.fc2_weight.t() + ffn.fc2_bias
+    assert_close(layer(x_TD)[0], dense, rtol=0, atol=1e-5)
+    assert_close(layer.output_bias.detach(), dense.mean(dim=0), rtol=1e-4, atol=1e-5)  # no expert at all
+
+
+def falling(thresholds: list[float]) -> Quality:
+    """Costs a layer t of its FLOPs; what is left out of layer 0 costs ten times the loss of layer 1."""
+    loss = 2 + sum(weight * (1 - t) ** 2 for weight, t in zip((1.0, 0.1), thresholds, strict=True))
+    return Quality(thresholds, loss, sum(thresholds) / len(thresholds) + 0.01, 1.0, 1.0)
+
+
+def test_a_dial_finds_the_budget_and_the_loss() -> None:
+    dial = Dial([0.5, 0.5], falling)
+    assert 0.3 - 0.02 < dial.for_budget(0.3).flops <= 0.3
+    assert 2.4 - 0.03 < dial.for_loss(2.4).loss <= 2.4
+    assert dial.for_budget(1.0).thresholds == [1.0, 1.0]
+    assert dial.for_loss(5.0).thresholds == [0.0, 0.0]
+    with pytest.raises(ConvertError, match="--budget must be at least 0.010"):
+        dial.for_budget(0.005)
+    with pytest.raises(ConvertError, match="--max-loss"):
+        dial.for_loss(1.9)
+
+
+def test_layers_that_the_loss_minds_keep_more() -> None:
+    middle = balance(2, falling)
+    assert middle[0] > middle[1]
+    assert Dial(middle, falling).for_budget(0.5).loss < Dial([0.5, 0.5], falling).for_budget(0.5).loss

@@ -1,0 +1,80 @@
+"""Batches of a binarised data folder, in one pass and little memory."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from xmoe_fairseq.convert.dense import ConvertError
+
+
+def binarised_folders(data: Path) -> str:
+    """A folder of data-prep (bin/, bin1/, ...) or of fairseq-preprocess, as fairseq wants it.
+
+    Raises:
+        ConvertError: there is no dictionary in it.
+    """
+    first = data / "bin" if (data / "bin").is_dir() else data
+    if not any(first.glob("dict*.txt")):
+        raise ConvertError(
+            f"--calibration must be a folder of data-prep or fairseq-preprocess, with dict*.txt, got {data}"
+        )
+    further = [path for path in data.glob("bin*") if re.fullmatch(r"bin\d+", path.name)]
+    return ":".join(map(str, [first, *sorted(further, key=lambda path: int(path.name[3:]))]))
+
+
+class Batches:
+    """The same batches of one split in every pass, up to a number of target tokens; nothing is kept.
+
+    Args:
+        task: fairseq's.
+        limit: target tokens; the batches come in an order drawn from the seed.
+    """
+
+    def __init__(self, task: Any, split: str, limit: int, max_tokens: int, seed: int) -> None:
+        if split not in task.datasets:
+            try:
+                task.load_dataset(split, combine=False)
+            except FileNotFoundError as error:
+                raise ConvertError(f"--calibration has no {split} data: {error}") from None
+        self.task, self.split, self.limit = task, split, limit
+        self.max_tokens, self.seed = max_tokens, seed
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """Raises ConvertError if a batch cannot hold the longest sentence."""
+        dataset = self.task.dataset(self.split)
+        try:
+            iterator = self.task.get_batch_iterator(
+                dataset, max_tokens=max(self.max_tokens, longest(self.task)), max_sentences=None,
+                seed=self.seed, max_positions=limits(self.task), ignore_invalid_inputs=True,
+                disable_iterator_cache=True,
+            ).next_epoch_itr(shuffle=True)  # fmt: skip
+        except AssertionError as error:
+            raise ConvertError(f"--max-tokens {self.max_tokens} is too small: {error}") from None
+        tokens = 0
+        for sample in iterator:
+            if not sample:
+                continue
+            yield sample
+            tokens += sample["ntokens"]
+            if tokens >= self.limit:
+                return
+
+
+def longest(task: Any) -> int:
+    """A batch must hold one sample at least: for a language model a whole block."""
+    return int(getattr(task.cfg, "tokens_per_sample", None) or 0)
+
+
+def limits(task: Any) -> Any:
+    return task.max_positions() if longest(task) == 0 else None
+
+
+def real_tokens(sample: dict[str, Any], side: str, pad: int) -> Tensor:
+    """(length, batch) bool: what is not padding, as the layers of a side get it."""
+    inputs = sample["net_input"]
+    ids = inputs["prev_output_tokens"] if side == "decoder" and "prev_output_tokens" in inputs else None
+    ids = inputs["src_tokens"] if ids is None else ids
+    return ids.ne(pad).transpose(0, 1)

@@ -1,0 +1,94 @@
+"""Which neurons of an FFN become one expert: E groups of equal size."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.cluster.vq import kmeans2
+from scipy.optimize import linear_sum_assignment
+from scipy.sparse.linalg import eigsh
+from torch import Tensor
+
+from xmoe_fairseq.convert.ffn import FeedForward
+
+GROUPINGS = ("coactivation", "clustering", "random")
+Matrix = np.ndarray[Any, np.dtype[np.float64]]
+ROUNDS = 8  # of balanced k-means at most; it has mostly settled by then
+
+
+class CoActivation:
+    """How often, and how strongly, two neurons of one FFN matter for the same token.
+
+    A neuron matters by the length of what it adds to the output, a_i = |h_i| * |column i of fc2|. Kept are
+    the running sums of a_i * a_j, (F, F), and of h_i: memory does not grow with the tokens.
+    """
+
+    def __init__(self, ffn: FeedForward, pairs: bool) -> None:
+        self.scale_F = ffn.fc2_weight.norm(dim=0)
+        width = self.scale_F.numel()
+        self.pairs_FF = torch.zeros(width, width) if pairs else None
+        self.hidden_F = torch.zeros(width, dtype=torch.float64)
+        self.tokens = 0
+
+    def add(self, hidden_TF: Tensor) -> None:
+        self.tokens += hidden_TF.size(0)
+        self.hidden_F += hidden_TF.sum(dim=0)
+        if self.pairs_FF is not None:
+            matters_TF = hidden_TF.abs() * self.scale_F
+            self.pairs_FF.addmm_(matters_TF.t(), matters_TF)
+
+    def mean_hidden(self) -> Tensor:
+        return (self.hidden_F / max(self.tokens, 1)).float()
+
+    def cosine(self) -> Matrix:
+        """(F, F) in [0, 1]; a neuron that never mattered is like no other."""
+        assert self.pairs_FF is not None
+        length_F = self.pairs_FF.diagonal().sqrt().clamp(min=1e-12)
+        return (self.pairs_FF / length_F / length_F.unsqueeze(1)).double().numpy()
+
+
+def group(method: str, ffn: FeedForward, seen: CoActivation, num_groups: int, seed: int) -> Tensor:
+    """(E, F/E) neurons of each expert, each neuron once.
+
+    `clustering`: neurons whose rows of fc1 point the same way. `coactivation`: neurons that matter for the
+    same tokens. `random`: what the others must beat.
+    """
+    width = ffn.fc1_weight.size(0)
+    if method == "random":
+        return torch.randperm(width, generator=torch.Generator().manual_seed(seed)).view(num_groups, -1)
+    if method == "clustering":
+        rows = torch.cat([ffn.fc1_weight, ffn.fc1_bias.unsqueeze(1)], dim=1)
+        points = torch.nn.functional.normalize(rows).double().numpy()
+    else:
+        points = spectral_points(seen.cosine(), num_groups, seed)
+    return balanced_clusters(points, num_groups, seed)
+
+
+def spectral_points(affinity_FF: Matrix, count: int, seed: int) -> Matrix:
+    """A neuron as a point, near to those it is like (Ng, Jordan and Weiss 2001)."""
+    np.fill_diagonal(affinity_FF, 1.0)  # also of a neuron that never mattered
+    degree_F = np.sqrt(affinity_FF.sum(axis=0))
+    normal_FF = affinity_FF / degree_F / degree_F[:, None]
+    start_F = np.random.default_rng(seed).random(len(affinity_FF))
+    if count >= len(affinity_FF) - 1:  # eigsh finds fewer than all
+        points = np.linalg.eigh(normal_FF)[1][:, -count:]
+    else:
+        points = eigsh(normal_FF, k=count, v0=start_F)[1]
+    return points / np.linalg.norm(points, axis=1, keepdims=True).clip(min=1e-12)
+
+
+def balanced_clusters(points: Matrix, count: int, seed: int) -> Tensor:
+    """k-means with equal clusters: each round assigns points at the least total cost (exact, by scipy)."""
+    size = len(points) // count
+    centres, _ = kmeans2(points, count, minit="++", seed=seed)
+    owner = np.full(len(points), -1)
+    for _ in range(ROUNDS):
+        cost = ((points**2).sum(axis=1)[:, None] - 2 * points @ centres.T + (centres**2).sum(axis=1)).clip(
+            min=0
+        )
+        place = linear_sum_assignment(np.repeat(cost, size, axis=1))[1]  # column c is cluster c // size
+        if (place // size == owner).all():
+            break
+        owner = place // size
+        centres = np.stack([points[owner == cluster].mean(axis=0) for cluster in range(count)])
+    return torch.from_numpy(np.argsort(owner, kind="stable")).view(count, size)

@@ -1,0 +1,90 @@
+"""A table (Markdown, JSON) and a plot of what a converted model costs and loses."""
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from xmoe_fairseq.convert.measure import Quality
+
+HEAD = ("setting", "t", "experts per token", "FFN FLOPs", "loss", "perplexity", "FFN us per token", "time")
+
+
+def table(dense: Quality, rows: dict[str, Quality]) -> str:
+    """Markdown: FLOPs and time over the dense model's, loss in nats per token."""
+    lines = ["| " + " | ".join(HEAD) + " |", "|---" * len(HEAD) + "|"]
+    for name, quality in {"dense": dense, **rows}.items():
+        is_dense = quality is dense
+        cells = [
+            name, "" if is_dense else shorten(quality.thresholds),
+            "" if is_dense else f"{quality.experts_per_token:.2f}", f"{quality.flops:.3f}",
+            f"{quality.loss:.4f}", f"{quality.perplexity:.2f}", f"{quality.ffn_seconds * 1e6:.1f}",
+            f"{quality.ffn_seconds / max(dense.ffn_seconds, 1e-12):.2f}",
+        ]  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def shorten(thresholds: list[float]) -> str:
+    texts = [f"{t:.3f}" for t in thresholds]
+    return texts[0] if len(set(texts)) == 1 else " ".join(texts)
+
+
+def write_report(
+    path: Path, about: dict[str, Any], dense: Quality, rows: dict[str, Quality], curve: list[Quality]
+) -> list[Path]:
+    """Beside the checkpoint `path`: its name with .md, .json and .png."""
+    settings = "\n".join(f"- {key}: {value}" for key, value in about.items())
+    text = f"# {path.name}\n\n{settings}\n\n{table(dense, rows)}\n"
+    record = {
+        "about": about, "dense": entry(dense),
+        "rows": {name: entry(quality) for name, quality in rows.items()},
+        "curve": [entry(quality) for quality in curve],
+    }  # fmt: skip
+    written = [path.with_suffix(suffix) for suffix in (".md", ".json", ".png")]
+    replace_with(written[0], lambda file: file.write_text(text, encoding="utf-8"))
+    replace_with(written[1], lambda file: file.write_text(json.dumps(record, indent=1), encoding="utf-8"))
+    replace_with(written[2], lambda file: plot(file, dense, list(rows.values()), curve))
+    return written
+
+
+def entry(quality: Quality) -> dict[str, Any]:
+    return {**asdict(quality), "perplexity": quality.perplexity}
+
+
+def replace_with(path: Path, write: Callable[[Path], Any]) -> None:
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def plot(path: Path, dense: Quality, rows: list[Quality], curve: list[Quality]) -> None:
+    """Quality against FLOPs of all that was measured, and against time of the rows, which were timed well."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # takes a second to import
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, 2, sharey=True)
+    for axis, label in zip(axes, ("FLOPs of the FFNs / dense", "seconds in the FFNs / dense"), strict=True):
+        axis.axhline(dense.perplexity, color="0.6", linewidth=1, linestyle="--")
+        axis.plot([1.0], [dense.perplexity], "s", color="C3", label="dense")
+        axis.set_xlabel(label)
+        axis.grid(alpha=0.3)
+    by_flops = sorted(curve, key=lambda quality: quality.flops)
+    axes[0].plot(
+        [q.flops for q in by_flops], [q.perplexity for q in by_flops], "o-", markersize=4, label="sparse"
+    )
+    by_time = sorted(rows, key=lambda quality: quality.ffn_seconds)
+    seconds = [q.ffn_seconds / max(dense.ffn_seconds, 1e-12) for q in by_time]
+    axes[1].plot(seconds, [q.perplexity for q in by_time], "o-", markersize=4)
+    for axis in axes:  # after plotting: a limit ends the automatic scaling
+        axis.set_xlim(left=0)
+    axes[0].set_ylabel("validation perplexity")
+    axes[0].legend(frameon=False)
+    figure.savefig(path, dpi=120, format="png")

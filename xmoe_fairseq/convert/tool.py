@@ -1,0 +1,237 @@
+"""xmoe-convert DENSE SPARSE --split N --calibration DATA: makes a trained dense fairseq Transformer sparse.
+
+Every FFN is cut into N experts; a router, fitted on DATA, ranks them by what they contribute to a token. With
+all experts (t = 1) the outputs are those of the dense model. t is then set for a budget of FLOPs.
+"""
+
+import argparse
+from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from xmoe_fairseq.convert.data import Batches, binarised_folders
+from xmoe_fairseq.convert.dense import ConvertError, Dense, read_dense
+from xmoe_fairseq.convert.ffn import FeedForward, feed, feed_forwards
+from xmoe_fairseq.convert.finetune import TUNED, finetune
+from xmoe_fairseq.convert.grouping import GROUPINGS, CoActivation, group
+from xmoe_fairseq.convert.measure import Quality, dense_places, in_turn, measure_dense
+from xmoe_fairseq.convert.report import table, write_report
+from xmoe_fairseq.convert.router_fit import ROWS, Parts, RouterFit
+from xmoe_fairseq.convert.sparse import (
+    build_sparse,
+    converted_sides,
+    read_sparse,
+    sparse_config,
+    write_sparse,
+)
+from xmoe_fairseq.convert.thresholds import Dial, make_dial, set_thresholds
+
+ROUTER_PASSES = 2  # over the calibration data
+BUDGETS = (0.15, 0.25, 0.5, 1.0)  # in the table, as far as they can be met
+TIMED_TOKENS = 4096  # for the seconds in the table
+EXACT = 1e-4  # largest difference of log-probabilities from the dense model's at t = 1
+
+
+def main() -> None:
+    parser = argument_parser()
+    arguments = parser.parse_args()
+    try:
+        convert(arguments)
+    except (ConvertError, OSError, RuntimeError) as error:
+        parser.exit(1, f"xmoe-convert: {error}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, "xmoe-convert: stopped, nothing is written\n")
+
+
+def argument_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="xmoe-convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("dense", type=Path, help="checkpoint of fairseq's transformer or transformer_lm")
+    add("sparse", type=Path, help="checkpoint to write; must not exist yet. A report is written beside it")
+    add("--split", type=int, required=True, help="experts per layer, such as 8, 16, 32; must divide the FFN")
+    add(
+        "--calibration",
+        type=Path,
+        required=True,
+        help="folder of data-prep or fairseq-preprocess: train, valid",
+    )
+    add("--calibration-tokens", type=int, default=200_000, help="of train (default: %(default)s)")
+    add("--valid-tokens", type=int, default=20_000, help="of valid, to choose t (default: %(default)s)")
+    add("--max-tokens", type=int, default=2048, help="tokens in a batch (default: %(default)s)")
+    add("--grouping", choices=GROUPINGS, default=GROUPINGS[0], help="of neurons (default: %(default)s)")
+    add("--no-moe-encoder", action="store_true", help="keep the encoder dense")
+    add("--no-moe-decoder", action="store_true", help="keep the decoder dense")
+    aim = parser.add_mutually_exclusive_group()
+    aim.add_argument(
+        "--budget", type=float, default=0.25, help="FLOPs over the dense FFNs' (default: %(default)s)"
+    )
+    aim.add_argument("--max-loss", type=float, help="instead: nats per token that the loss may rise by")
+    add("--per-layer", action="store_true", help="a t for each layer, by how much the loss minds it")
+    add("--finetune-updates", type=int, default=0, help="updates of the MoE layers (default: none)")
+    add(
+        "--finetune",
+        choices=TUNED,
+        default="all",
+        help="the router, or also the experts (default: %(default)s)",
+    )
+    add("--finetune-lr", type=float, default=5e-4, help="of Adam, falling to 0 (default: %(default)s)")
+    add("--seed", type=int, default=1, help="default: %(default)s")
+    return parser
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raises ConvertError."""
+    if args.sparse.exists():
+        raise ConvertError(f"{args.sparse} exists already")
+    for name in ("calibration_tokens", "valid_tokens", "max_tokens"):
+        if getattr(args, name) < 1:
+            raise ConvertError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
+    if not 0 < args.budget <= 1:
+        raise ConvertError(f"--budget must be in (0, 1], got {args.budget}")
+    if args.max_loss is not None and not args.max_loss > 0:
+        raise ConvertError(f"--max-loss must be above 0, got {args.max_loss}")
+    if args.finetune_updates < 0 or not args.finetune_lr > 0:
+        raise ConvertError("--finetune-updates must be 0 or more and --finetune-lr above 0, "
+                           f"got {args.finetune_updates} and {args.finetune_lr}")  # fmt: skip
+
+
+def convert(args: argparse.Namespace) -> None:
+    check(args)
+    torch.manual_seed(args.seed)
+    dense = read_dense(args.dense, binarised_folders(args.calibration))
+    sides = converted_sides(dense, args.no_moe_encoder, args.no_moe_decoder)
+    config = sparse_config(dense, args.split, sides)
+    ffns = feed_forwards(dense.model, sides)
+    valid = Batches(dense.task, "valid", args.valid_tokens, args.max_tokens, args.seed)
+    model = build_sparse(dense, config, calibrate(args, dense, ffns))
+    compare(dense, model, next(iter(valid)))
+    with tqdm(desc="choose t", unit="measurement") as progress:
+        before = measure_dense(dense.model, ffns, valid)
+        choose = partial(choose_thresholds, args, model, valid, before, progress.update)
+        if args.finetune_updates:
+            tune(args, dense, model, lambda: choose())
+        chosen, dial = choose()
+        rows = {"chosen": chosen, **rows_of_budgets(dial)}
+        few = Batches(dense.task, "valid", TIMED_TOKENS, args.max_tokens, args.seed)
+        for name, quality in rows.items():
+            set_thresholds(model, quality.thresholds)
+            ratio = in_turn(dense.model, dense_places(ffns), model, few)
+            rows[name] = replace(quality, ffn_seconds=ratio * before.ffn_seconds)
+            progress.update()
+    set_thresholds(model, chosen.thresholds)
+    save(args, dense, model, config, chosen)
+    about = {
+        "dense": args.dense.name, "experts": args.split, "grouping": args.grouping,
+        "calibration tokens": args.calibration_tokens, "fine-tuning updates": args.finetune_updates,
+        "fine-tuned": args.finetune if args.finetune_updates else "nothing",
+        "thresholds": "per layer" if args.per_layer else "one for all layers", "seed": args.seed,
+        "threads": torch.get_num_threads(),
+    }  # fmt: skip
+    written = write_report(args.sparse, about, before, rows, list(dial.points.values()))
+    print(table(before, rows))
+    print("written: " + ", ".join(str(path) for path in [args.sparse, *written]))
+
+
+def calibrate(
+    args: argparse.Namespace, dense: Dense, ffns: list[FeedForward]
+) -> dict[str, dict[str, Tensor]]:
+    """The parameters of each MoE layer: neurons grouped, routers fitted."""
+    train = Batches(dense.task, "train", args.calibration_tokens, args.max_tokens, args.seed)
+    seen = {ffn.name: CoActivation(ffn, args.grouping == "coactivation") for ffn in ffns}
+    with bar("neurons", args.calibration_tokens) as progress:
+        feed(dense.model, ffns, train, lambda ffn, x: seen[ffn.name].add(ffn.hidden(x)), progress)
+    parts = {}
+    for index, ffn in enumerate(tqdm(ffns, desc="group", unit="layer")):
+        neurons_EF = group(args.grouping, ffn, seen[ffn.name], args.split, args.seed + index)
+        parts[ffn.name] = Parts(ffn, neurons_EF, seen[ffn.name].mean_hidden())
+    fits = {
+        ffn.name: RouterFit(parts[ffn.name], ROUTER_PASSES * seen[ffn.name].tokens // ROWS, args.seed)
+        for ffn in ffns
+    }
+    with bar("routers", ROUTER_PASSES * args.calibration_tokens) as progress:
+        for _ in range(ROUTER_PASSES):
+            feed(dense.model, ffns, train, lambda ffn, x: fits[ffn.name].add(x), progress)
+            progress.set_postfix(excess=f"{sum(f.excess for f in fits.values()) / len(fits):.4f}")
+    return {
+        name: {**parts[name].state(), "router.weight": fit.weight_ED.detach()} for name, fit in fits.items()
+    }
+
+
+def bar(what: str, tokens: int) -> Any:
+    return tqdm(desc=what, total=tokens, unit="token", unit_scale=True)
+
+
+def compare(dense: Dense, sparse: nn.Module, sample: dict[str, Any]) -> None:
+    """Raises ConvertError if the models differ with all experts: the dense one has something that we miss."""
+    real = sample["target"].ne(dense.task.target_dictionary.pad())
+    with torch.no_grad():
+        ours, theirs = (
+            model.get_normalized_probs(model(**sample["net_input"]), log_probs=True)[real]  # type: ignore[operator]
+            for model in (sparse, dense.model)
+        )
+    if not (difference := float((ours - theirs).abs().max())) < EXACT:
+        raise ConvertError(f"with all experts the outputs differ from the dense model's by {difference:.2g}")
+
+
+def choose_thresholds(
+    args: argparse.Namespace, model: nn.Module, valid: Batches, dense: Quality, tick: Callable[[], Any]
+) -> tuple[Quality, Dial]:
+    dial = make_dial(model, valid, args.per_layer, tick)
+    limit = dense.loss + args.max_loss if args.max_loss is not None else None
+    chosen = dial.for_budget(args.budget) if limit is None else dial.for_loss(limit)
+    set_thresholds(model, chosen.thresholds)
+    return chosen, dial
+
+
+def rows_of_budgets(dial: Dial) -> dict[str, Quality]:
+    rows = {}
+    for budget in BUDGETS:
+        if budget >= dial.at(0.0).flops:
+            rows[f"budget {budget:g}"] = dial.for_budget(budget)
+    return rows
+
+
+def tune(args: argparse.Namespace, dense: Dense, model: nn.Module, choose: Callable[[], Any]) -> None:
+    def batches(epoch: int) -> Batches:
+        tokens = 2**62  # all
+        return Batches(dense.task, "train", tokens, args.max_tokens, args.seed + 1 + epoch)
+
+    criterion = dense.task.build_criterion(dense.cfg.criterion)
+    with tqdm(desc="fine-tune", total=args.finetune_updates, unit="update") as progress:
+        finetune(
+            model,
+            criterion,
+            batches,
+            args.finetune_updates,
+            args.finetune,
+            args.finetune_lr,
+            choose,
+            progress,
+        )
+
+
+def save(
+    args: argparse.Namespace, dense: Dense, model: nn.Module, config: Namespace, chosen: Quality
+) -> None:
+    config.moe_threshold = max(chosen.thresholds)
+    if len(set(chosen.thresholds)) > 1:
+        config.moe_layer_thresholds = ",".join(map(repr, chosen.thresholds))
+    write_sparse(dense, model, config, args.sparse)
+    try:
+        read_sparse(args.sparse, dense.task)
+    except Exception:
+        args.sparse.unlink()
+        raise
+
+
+if __name__ == "__main__":
+    main()
