@@ -2,7 +2,7 @@
 # How long an MoE layer takes, as a ratio to the dense matrix products of the same FLOPs (its floor), to the
 # paper's way to execute it, to peers, and to a dense FFN when decoding.
 #
-#   bash scripts/benchmark_layer.sh [--threads 1 2] [--rounds 7] [--only SECTION ...] [--out FOLDER]
+#   bash scripts/benchmark_layer.sh [--threads 1 2] [--rounds 5] [--only SECTION ...] [--out FOLDER]
 #
 # Reference point: T 2,048 tokens, D 512, E 64 experts of width 256, fp32. Floor: (T k, D) x (D, 256) and back, as
 # many rows as the layer computes, and their backward. Everything in a row is timed in turn in one process;

@@ -183,7 +183,7 @@ def measure(rounds: int, quick: bool, sections: list[str]) -> dict[str, list[Row
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--rounds", type=int, default=7, help="counted repetitions (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="counted repetitions (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="fewer cases")
     parser.add_argument(
         "--only", nargs="+", choices=SECTIONS, default=[], metavar="SECTION", help=f"of {SECTIONS}"
