@@ -71,7 +71,7 @@ def compute(work: Callable[[list[Chunk]], Result], shares: list[list[Chunk]]) ->
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        others = [_pool(os.getpid(), len(shares)).submit(_without_graph, work, share) for share in shares[1:]]
+        others = [_pool(os.getpid(), len(shares)).submit(_alone, work, share) for share in shares[1:]]
         try:
             first = work(shares[0])
         finally:
@@ -81,8 +81,12 @@ def compute(work: Callable[[list[Chunk]], Result], shares: list[list[Chunk]]) ->
     return [first, *rest]
 
 
-def _without_graph(work: Callable[[list[Chunk]], Result], share: list[Chunk]) -> Result:
-    """A new thread records gradients, whatever its parent does."""
+def _alone(work: Callable[[list[Chunk]], Result], share: list[Chunk]) -> Result:
+    """A thread has a grad mode and a number of threads of its own, whatever its parent's are.
+
+    Set here and not when the thread starts: that may be after the caller has set the number back for all.
+    """
+    torch.set_num_threads(1)
     with torch.no_grad():
         return work(share)
 
@@ -90,4 +94,4 @@ def _without_graph(work: Callable[[list[Chunk]], Result], share: list[Chunk]) ->
 @cache
 def _pool(process: int, size: int) -> ThreadPoolExecutor:
     """Of this process: a forked one has none of its parent's threads."""
-    return ThreadPoolExecutor(size - 1, "experts", initializer=lambda: torch.set_num_threads(1))
+    return ThreadPoolExecutor(size - 1, "experts")
