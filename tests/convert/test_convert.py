@@ -14,8 +14,9 @@ from torch.testing import assert_close
 from xmoe_fairseq.convert import thresholds, tool
 from xmoe_fairseq.convert.data import Batches
 from xmoe_fairseq.convert.dense import read_dense
-from xmoe_fairseq.convert.sparse import moe_layers, read_sparse
+from xmoe_fairseq.convert.sparse import read_sparse
 from xmoe_fairseq.convert.thresholds import set_thresholds
+from xmoe_fairseq.moe import moe_layers
 
 SMALL = ("--calibration-tokens", "300", "--valid-tokens", "60", "--max-tokens", "100")
 Stock = Callable[..., tuple[Path, Path]]
@@ -182,6 +183,12 @@ def test_other_models_are_refused(
     torch.save(state, tmp_path / "lstm.pt")
     said = said_by(monkeypatch, capsys, tmp_path / "lstm.pt", *common)
     assert "must hold a transformer or transformer_lm, got lstm" in said
+    path, data = stock("lm")
+    state = torch.load(path, weights_only=True)
+    state["model"]["decoder.layers.1.fc1.weight"][3, 4] = float("nan")
+    torch.save(state, tmp_path / "nan.pt")
+    said = said_by(monkeypatch, capsys, tmp_path / "nan.pt", *common)
+    assert "nan.pt holds NaN or inf in decoder.layers.1.fc1.weight" in said
     torch.save({"weights": torch.zeros(2)}, tmp_path / "other.pt")
     assert "other.pt" in said_by(monkeypatch, capsys, tmp_path / "other.pt", *common)
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from fairseq import checkpoint_utils, tasks
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq.models import ARCH_MODEL_NAME_REGISTRY
@@ -52,6 +53,9 @@ def read_dense(path: Path, binarised: str) -> Dense:
     kind = check_model(path, cfg.model)
     task = tasks.setup_task(cfg.task)
     (model,), _, task = checkpoint_utils.load_model_ensemble_and_task([str(path)], task=task, state=state)
+    for name, parameter in model.named_parameters():  # not the buffers: fairseq leaves one uninitialised
+        if not torch.isfinite(parameter).all():
+            raise ConvertError(f"{path} holds NaN or inf in {name}: take an earlier checkpoint")
     return Dense(state, cfg, task, model.float().eval(), kind)
 
 
