@@ -164,7 +164,10 @@ def test_strided_and_expanded_inputs() -> None:
     assert_close(x_SD.grad, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_the_loop_gives_the_same_bits_every_time() -> None:
+@pytest.mark.parametrize("threads", [1, 3])
+def test_the_loop_gives_the_same_bits_every_time(threads: int, request: pytest.FixtureRequest) -> None:
+    if threads == 3:
+        request.getfixturevalue("three_threads")
     rows, stacks, x_SD = rows_of([4, 1, 9, 7], True), stacks_of(4, torch.float32), torch.randn(9, 8)
     first, second = (values_and_gradients(expert_sums_loop, x_SD, rows, stacks, F.relu) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))

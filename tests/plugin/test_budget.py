@@ -9,16 +9,16 @@ import torch
 from commands import TINY_LM, TRAIN, logged, run
 from fairseq import checkpoint_utils
 from parallel_runs import LM, train
-from toy import language_model, sentences
+from toy import language_model, sentences, translation_model
 
 from xmoe_fairseq.budget_trainer import BudgetTrainer
-from xmoe_fairseq.moe import MoELayer, ThresholdRouter
+from xmoe_fairseq.moe import ThresholdRouter, moe_layers
 
 BUDGET = ("--moe-target-experts-per-token", 1.5)
 
 
 def routers(model: Any) -> list[ThresholdRouter]:
-    return [module.router for module in model.modules() if isinstance(module, MoELayer)]
+    return [layer.router for layer in moe_layers(model)]
 
 
 def steered(checkpoint: Path) -> dict[str, float]:
@@ -95,5 +95,11 @@ def test_temperature_divides_the_scores_and_the_initial_scale_multiplies_the_wei
     torch.testing.assert_close(scores[2], 2 * scores[0])
     tokens = sentences([5, 7])
     assert not torch.equal(plain.eval()(tokens)[0], cool.eval()(tokens)[0])
+    of_encoder_and_decoder = []
+    for scale in (1.0, 2.0):
+        torch.manual_seed(2)
+        of_encoder_and_decoder.append(routers(translation_model(moe_router_init_scale=scale)))
+    for single, double in zip(*of_encoder_and_decoder, strict=True):
+        assert torch.equal(double.weight, 2 * single.weight)
     normal = built(moe_router_init_scale=3.0, init_std=0.01)
     assert float(routers(normal)[0].weight.detach().std()) == pytest.approx(0.03, rel=0.2)

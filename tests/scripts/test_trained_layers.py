@@ -1,0 +1,28 @@
+"""benchmark_checkpoints.sh times a dense model's FFNs where the sparse models have experts."""
+
+import pytest
+import torch
+from toy import language_model, translation_model
+from trained_layers import feed_forward, places
+
+
+@pytest.mark.parametrize("task", ["wmt", "lm"])
+def test_the_same_places_in_dense_and_sparse_models(task: str) -> None:
+    found = []
+    for freq in (0, 2):
+        if task == "wmt":
+            model = translation_model(encoder_layers=4, moe_freq=freq)
+            layers = model.encoder.layers
+        else:
+            model = language_model(decoder_layers=4, moe_freq=freq)
+            layers = model.decoder.layers
+        found.append([list(layers).index(layer) for layer in places(model, task)])
+    assert found == [[1, 3], [1, 3]]
+
+
+def test_a_dense_ffn_is_that_of_fairseq() -> None:
+    model = language_model(moe_freq=0)
+    layer = model.decoder.layers[0]
+    x = torch.randn(3, 2, 32)
+    _, ffn = feed_forward(layer)
+    torch.testing.assert_close(ffn(x), layer.fc2(torch.relu(layer.fc1(x))))
