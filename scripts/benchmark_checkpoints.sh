@@ -7,7 +7,5 @@
 # RUNs of scripts/{wmt,lm}/train.sh on the same data; each gets a seconds.json, which scripts/compare.sh shows.
 # Forward pass in evaluation, one thread, all runs in turn. Wants a machine with nothing else to do.
 set -euo pipefail
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-PATH=$(cd "${VENV:-$root/.venv}" && pwd)/bin:$PATH
-export OMP_NUM_THREADS=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=8000000000   # docs/performance.md, Freed memory
-PYTHONWARNINGS=ignore exec python "$root/scripts/benchmarks/trained_layers.py" "$@"
+. "$(dirname "${BASH_SOURCE[0]}")/benchmarks/environment.sh"
+exec python "$root/scripts/benchmarks/trained_layers.py" "$@"

@@ -10,9 +10,5 @@
 # validation text. Figures are medians of ratios, sparse over dense. About 4 minutes on 2 cores that have nothing
 # else to do; expected: docs/dense_to_sparse.md.
 set -euo pipefail
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-PATH=$(cd "${VENV:-$root/.venv}" && pwd)/bin:$PATH
-export OMP_NUM_THREADS=1   # the threads are set per measurement
-# Keep freed memory, as scripts/benchmark_layer.sh.
-export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=8000000000
+. "$(dirname "${BASH_SOURCE[0]}")/benchmarks/environment.sh"
 exec python "$root/scripts/benchmarks/decoding.py" --out "$root/runs/benchmark_decoding" "$@"

@@ -10,6 +10,5 @@
 # bf16, T 16,384, D 768, 64 experts of width 384, 8 experts per token. Aim: 75 % of the dense products' rate.
 # Not measured yet: docs/performance.md.
 set -euo pipefail
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-PATH=$(cd "${VENV:-$root/.venv}" && pwd)/bin:$PATH
+. "$(dirname "${BASH_SOURCE[0]}")/benchmarks/environment.sh"
 exec python "$root/scripts/benchmarks/gpu.py" --out "$root/runs/benchmark_gpu" "$@"

@@ -9,10 +9,5 @@
 # figures are medians of ratios. Hugging Face's block joins in where `pip install transformers` was run.
 # About 5 minutes on 2 cores that have nothing else to do; expected: docs/performance.md.
 set -euo pipefail
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-PATH=$(cd "${VENV:-$root/.venv}" && pwd)/bin:$PATH
-export OMP_NUM_THREADS=1   # the threads are set per measurement
-# Keep freed memory: glibc gives blocks above 32 MiB back to the kernel at once, and a new page costs more than
-# the numbers that are written to it (docs/performance.md).
-export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=8000000000
+. "$(dirname "${BASH_SOURCE[0]}")/benchmarks/environment.sh"
 exec python "$root/scripts/benchmarks/layer.py" --out "$root/runs/benchmark_layer" "$@"

@@ -10,9 +10,6 @@
 # 1,600 target tokens per update. Paper's way: capacity factor s. All models take turns in one process; figures are medians.
 # About 4 minutes on 2 cores that have nothing else to do; expected: docs/performance.md.
 set -euo pipefail
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-PATH=$(cd "${VENV:-$root/.venv}" && pwd)/bin:$PATH
-export OMP_NUM_THREADS=1 PYTHONWARNINGS=ignore   # the threads are set per measurement
-export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=8000000000   # keep freed memory: docs/performance.md
+. "$(dirname "${BASH_SOURCE[0]}")/benchmarks/environment.sh"
 export KINETO_LOG_LEVEL=9   # the profiler prints when it starts and stops
 exec python "$root/scripts/benchmarks/training.py" --out "$root/runs/benchmark_training" "$@"

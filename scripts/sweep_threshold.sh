@@ -7,7 +7,5 @@
 # compare with. Prints a table, mean and standard deviation over RUNs, and writes FOLDER/sweep.md, .json, .png.
 # Each t is one pass over the validation set. Seconds want a machine with nothing else to do.
 set -euo pipefail
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-PATH=$(cd "${VENV:-$root/.venv}" && pwd)/bin:$PATH
-export OMP_NUM_THREADS=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=8000000000   # docs/performance.md, Freed memory
-PYTHONWARNINGS=ignore exec python "$root/scripts/benchmarks/sweep.py" --out "$root/runs/sweep" "$@"
+. "$(dirname "${BASH_SOURCE[0]}")/benchmarks/environment.sh"
+exec python "$root/scripts/benchmarks/sweep.py" --out "$root/runs/sweep" "$@"

@@ -1,7 +1,6 @@
 """Times whole models, dense and sparse, decoding and scoring, and FFNs alone. See benchmark_decoding.sh."""
 
 import argparse
-import json
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,14 +11,15 @@ import torch
 from fairseq.data import Dictionary
 from rich.progress import track
 from subjects import DenseFFN
-from timing import Timing, forward, in_turn, machine
+from tables import about, write_table
+from timing import add_rounds, forward, in_turn, machine
 from torch import Tensor, nn
 
 from xmoe_fairseq.convert.data import Batches, binarised_folders
 from xmoe_fairseq.convert.dense import read_dense
-from xmoe_fairseq.convert.sparse import moe_layers, read_sparse
+from xmoe_fairseq.convert.sparse import read_sparse
 from xmoe_fairseq.models import XMoETransformerLanguageModel
-from xmoe_fairseq.moe import MoELayer, ThresholdRouter, record_routing
+from xmoe_fairseq.moe import MoELayer, ThresholdRouter, moe_layers, record_routing
 
 BATCHES = (1, 8, 64)
 STEPS, LENGTH = 16, 32  # tokens decoded, and tokens of a sentence that is scored
@@ -66,9 +66,8 @@ def steer(model: nn.Module, run: Callable[[], Any], share: float) -> float:
 
 
 def share_taken(model: nn.Module, run: Callable[[], Any], threshold: float | None = None) -> float:
-    layers = [m for m in model.modules() if isinstance(m, MoELayer)]
     if threshold is not None:
-        for layer in layers:
+        for layer in moe_layers(model):
             layer.router.threshold = threshold
     with torch.no_grad(), record_routing(model) as records:
         run()
@@ -166,7 +165,7 @@ def parse() -> argparse.Namespace:
     for name in ("dense", "sparse", "data"):
         parser.add_argument(f"--{name}", type=Path)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--rounds", type=int, default=5)
+    add_rounds(parser, default=5)
     parser.add_argument("--out", type=Path, required=True, help="folder")
     args = parser.parse_args()
     if args.shape == bool(args.dense and args.sparse and args.data):
@@ -193,21 +192,8 @@ def main() -> None:
         results[threads] = [*whole_models(models, make, args.rounds)]
         if args.shape:
             results[threads] += ffns(args.rounds)
-    write(args.out, results)
-
-
-def write(folder: Path, results: dict[int, list[dict]]) -> None:
-    about = ", ".join(f"{name} {value}" for name, value in machine().items())
-    lines = [about, "", HEAD, *(line for t, rows in results.items() for line in markdown(t, rows))]
-    folder.mkdir(parents=True, exist_ok=True)
-    plain = json.dumps(
-        results, indent=1, default=lambda timing: vars(timing) if isinstance(timing, Timing) else str(timing)
-    )
-    for name, text in (("decoding.md", "\n".join(lines) + "\n"), ("decoding.json", plain)):
-        partial = folder / f"{name}.partial"
-        partial.write_text(text)
-        partial.replace(folder / name)
-    print("\n".join(lines))
+    table = [HEAD, *(line for threads, rows in results.items() for line in markdown(threads, rows))]
+    write_table({"machine": machine(), "threads": results}, [about(machine()), "", *table], args.out)
 
 
 if __name__ == "__main__":

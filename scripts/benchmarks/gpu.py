@@ -11,7 +11,7 @@ import torch
 from gpu_subjects import ExpertsBy, expert_sums_padded, megablocks_layer
 from subjects import Floor, output_of, transformers_block
 from tables import about, write_table
-from timing import Timing, forward, forward_backward, in_turn, leaves_of, machine
+from timing import Timing, add_rounds, forward, forward_backward, in_turn, leaves_of, machine
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
@@ -177,15 +177,13 @@ def parse(arguments: list[str] | None) -> Case:
     parser.add_argument("--experts", type=int, default=64)
     parser.add_argument("--expert-dim", type=int, default=384)
     parser.add_argument("--per-token", type=int, default=8, help="experts of a token")
-    parser.add_argument("--rounds", type=int, default=20)
+    add_rounds(parser, default=20)
     parser.add_argument("--calls", type=int, default=10, help="of one way in a turn, before the host waits")
     parser.add_argument("--compile-backend", default="inductor", help="of torch.compile; none = leave it out")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmark_gpu"), help="folder")
     case = parser.parse_args(arguments)
     if case.device.type == "cuda" and not torch.cuda.is_available():
         sys.exit("benchmark_gpu: --device cuda needs a CUDA device, torch finds none; on a CPU: --device cpu")
-    if case.rounds < 2:
-        parser.error(f"--rounds must be at least 2, for quartiles, got {case.rounds}")
     if not 1 <= case.per_token <= case.experts:
         parser.error(f"--per-token must be in [1, --experts = {case.experts}], got {case.per_token}")
     case.dtype = getattr(torch, case.dtype)

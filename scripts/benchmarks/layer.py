@@ -22,7 +22,7 @@ from subjects import (
     transformers_block,
 )
 from tables import write_report
-from timing import forward, forward_backward, in_turn, leaves_of, machine
+from timing import add_rounds, forward, forward_backward, in_turn, leaves_of, machine
 from torch import Tensor, nn
 
 from xmoe_fairseq.moe import MoELayer, TopKRouter
@@ -183,7 +183,7 @@ def measure(rounds: int, quick: bool, sections: list[str]) -> dict[str, list[Row
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--rounds", type=int, default=5, help="counted repetitions (default: %(default)s)")
+    add_rounds(parser, default=5)
     parser.add_argument("--quick", action="store_true", help="fewer cases")
     parser.add_argument(
         "--only", nargs="+", choices=SECTIONS, default=[], metavar="SECTION", help=f"of {SECTIONS}"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from xmoe_fairseq.moe import MoELayer
+from xmoe_fairseq.moe import MoELayer, moe_layers
 
 PRODUCTS = "matrix products (mm, addmm), the router's too"
 REST = "other operations"
@@ -59,8 +59,7 @@ def catch_calls(model: nn.Module) -> Iterator[list[LayerCall]]:
         x, *others = inputs
         calls.append(LayerCall(layer, (x.detach(), *others), torch.randn_like(x)))
 
-    layers = [module for module in model.modules() if isinstance(module, MoELayer)]
-    hooks = [layer.register_forward_pre_hook(keep) for layer in layers]
+    hooks = [layer.register_forward_pre_hook(keep) for layer in moe_layers(model)]
     try:
         yield calls
     finally:

@@ -12,7 +12,7 @@ import matplotlib
 import torch
 from results import ResultError, markdown, read, records, write, write_json
 from threshold_meter import Meter
-from timing import in_turn
+from timing import add_rounds, in_turn
 from torch import nn
 from trained_layers import work_of  # also puts scripts/tools on the path
 
@@ -95,7 +95,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--thresholds", type=float, nargs="+", default=tenths, metavar="T", help="0.3 to 1.0")
     parser.add_argument("--dense", type=Path, nargs="+", default=[], metavar="RUN")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
-    parser.add_argument("--rounds", type=int, default=15, help="timed repetitions (default: %(default)s)")
+    add_rounds(parser, default=15)
     parser.add_argument("--tokens", type=int, default=4000, help="at most in the timed batch")
     args = parser.parse_args()
     if bad := [t for t in args.thresholds if not 0 <= t <= 1]:

@@ -4,6 +4,7 @@ import os
 import platform
 import statistics
 import time
+from argparse import ArgumentParser, ArgumentTypeError
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,17 @@ import torch
 from torch import Tensor, nn
 
 WARM_UP = 2  # rounds
+
+
+def add_rounds(parser: ArgumentParser, default: int) -> None:
+    def rounds(text: str) -> int:
+        if int(text) < 2:
+            raise ArgumentTypeError(f"must be at least 2, for quartiles, got {text}")
+        return int(text)
+
+    parser.add_argument(
+        "--rounds", type=rounds, default=default, help="counted repetitions (default: %(default)s)"
+    )
 
 
 @dataclass(frozen=True)

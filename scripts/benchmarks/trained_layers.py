@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from fairseq import checkpoint_utils
-from timing import forward, in_turn, machine
+from timing import add_rounds, forward, in_turn, machine
 from torch import Tensor, nn
 
 import xmoe_fairseq  # noqa: F401  (registers the models)
@@ -66,7 +66,7 @@ def work_of(run: Path, max_tokens: int) -> tuple[nn.Module, Callable[[], None]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN")
-    parser.add_argument("--rounds", type=int, default=15, help="counted repetitions (default: %(default)s)")
+    add_rounds(parser, default=15)
     parser.add_argument(
         "--tokens", type=int, default=4000, help="at most in the batch (default: %(default)s)"
     )

@@ -11,11 +11,11 @@ from profile_layer import catch_calls, share_outside_products, time_by_kind
 from rich.progress import track
 from subjects import PaperStyleExperts, SlotExperts, set_experts_per_token
 from tables import about, write_table
-from timing import Timing, in_turn, machine
+from timing import Timing, add_rounds, in_turn, machine
 from torch import nn
 from translation import SIDES, Sample, Setup, batch, build_setup, dropped_share
 
-from xmoe_fairseq.moe import MoELayer
+from xmoe_fairseq.moe import MoELayer, moe_layers
 
 DENSE = "dense FFN"
 OURS = "chosen rows only"
@@ -43,10 +43,6 @@ def with_every_slot(model: nn.Module, way: type[PaperStyleExperts], capacity_fac
     for layer in moe_layers(other):
         layer.experts = way(layer.experts, capacity_factor)
     return other
-
-
-def moe_layers(model: nn.Module) -> list[MoELayer]:
-    return [module for module in model.modules() if isinstance(module, MoELayer)]
 
 
 def calibrate(setup: Setup, model: nn.Module, sample: Sample, per_token: float) -> None:
@@ -165,9 +161,7 @@ def profile_table(by_threads: dict[int, list[Row]]) -> Iterator[str]:
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    parser.add_argument(
-        "--rounds", type=int, default=5, help="counted updates of each (default: %(default)s)"
-    )
+    add_rounds(parser, default=5)
     parser.add_argument("--per-token", type=float, nargs="+", default=[2], help="experts, on average")
     parser.add_argument("--sentences", type=int, default=64, help="in a batch (default: %(default)s)")
     parser.add_argument("--vocabulary", type=int, default=8000)
@@ -181,8 +175,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--flags", default="", help="further flags of fairseq-train, as one word")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmark_training"), help="folder")
     args = parser.parse_args(arguments)
-    if args.rounds < 2:
-        parser.error(f"--rounds must be at least 2, for quartiles, got {args.rounds}")
+    if args.split < 1:
+        parser.error(f"--split must be at least 1, got {args.split}")
     for per_token in args.per_token:
         if not 1 <= per_token <= args.experts:
             parser.error(f"--per-token must be in [1, --experts = {args.experts}], got {per_token:g}")
@@ -194,7 +188,10 @@ def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
     torch.manual_seed(1)
     setups = [build_setup(args, moe_in) for moe_in in args.moe_in]
-    results = {"machine": machine(), "shape": setups[0].shape, "threads": dict(measure(setups))}
+    try:
+        results = {"machine": machine(), "shape": setups[0].shape, "threads": dict(measure(setups))}
+    except ValueError as error:  # a rule of the --moe-* flags
+        raise SystemExit(f"benchmark_training: {error}") from None
     write_table(results, markdown(results), args.out)
 
 

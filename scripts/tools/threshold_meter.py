@@ -11,7 +11,7 @@ from fairseq import checkpoint_utils, utils
 from results import ResultError
 from rich.progress import Progress
 
-from xmoe_fairseq.moe import Budget, MoELayer, ThresholdRouter, record_routing
+from xmoe_fairseq.moe import Budget, ThresholdRouter, moe_layers, record_routing
 from xmoe_fairseq.moe.budget import threshold_for
 
 
@@ -46,8 +46,7 @@ class Meter:
         overrides = {"data": str(data / "bin"), "eval_bleu": False}
         models, self.cfg, task = checkpoint_utils.load_model_ensemble_and_task([str(checkpoint)], overrides)
         self.task, self.model = task, models[0].eval()
-        layers = [module for module in self.model.modules() if isinstance(module, MoELayer)]
-        self.routers = [getattr(layer, "router", None) for layer in layers]
+        self.routers = [getattr(layer, "router", None) for layer in moe_layers(self.model)]
         if not self.routers or not all(isinstance(router, ThresholdRouter) for router in self.routers):
             raise ResultError(f"CHECKPOINT must be of a model with --moe-router threshold, got {checkpoint}")
         self.as_it_is = [float(router.threshold_in_use) for router in self.routers]

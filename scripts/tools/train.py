@@ -22,6 +22,8 @@ from plan import Plan
 from presets import PRESETS
 from results import write_json
 
+from xmoe_fairseq.convert.data import with_further_shards
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -38,8 +40,7 @@ def shards(data: Path, task: str) -> str:
     first = data / "bin"
     if not (first / ("dict.txt" if task == "lm" else ".")).exists():
         raise ValueError(f"DATA must be a folder of data-prep with bin/ in it, got {data}")
-    further = [path for path in data.glob("bin*") if re.fullmatch(r"bin\d+", path.name)]
-    return ":".join(map(str, [first, *sorted(further, key=lambda path: int(path.name[3:]))]))
+    return with_further_shards(first, data)
 
 
 def command(plan: Plan, data: Path, run: Path, seed: int, more: list[str]) -> list[str]:
