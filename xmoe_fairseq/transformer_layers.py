@@ -23,6 +23,7 @@ from xmoe_fairseq.moe import (
     ThresholdRouter,
     TopKRouter,
     balanced_table,
+    moe_layers,
     random_table,
 )
 from xmoe_fairseq.parallel import ExpertParallel, expert_parallel, spread_experts
@@ -34,9 +35,8 @@ def install_experts(model: nn.Module, config: MoEConfig, sides: tuple[str, ...])
     parallel = expert_parallel(config) if any(config.has_experts(side) for side in sides) else None
     for side in sides:
         install_moe_layers(getattr(model, side), config, side, parallel)
-    layers = [module for module in model.modules() if isinstance(module, MoELayer)]
     if config.moe_layer_thresholds:
-        for layer, threshold in zip(layers, config.layer_thresholds, strict=True):
+        for layer, threshold in zip(moe_layers(model), config.layer_thresholds, strict=True):
             layer.router.threshold = threshold  # type: ignore[assignment]
     if config.moe_target_experts_per_token:
         # Imported here: fairseq's trainer is needed for training only.

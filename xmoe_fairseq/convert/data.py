@@ -21,6 +21,11 @@ def binarised_folders(data: Path) -> str:
         raise ConvertError(
             f"--calibration must be a folder of data-prep or fairseq-preprocess, with dict*.txt, got {data}"
         )
+    return with_further_shards(first, data)
+
+
+def with_further_shards(first: Path, data: Path) -> str:
+    """The folder `first` and data/bin1, data/bin2, ... as fairseq wants several folders of training data."""
     further = [path for path in data.glob("bin*") if re.fullmatch(r"bin\d+", path.name)]
     return ":".join(map(str, [first, *sorted(further, key=lambda path: int(path.name[3:]))]))
 

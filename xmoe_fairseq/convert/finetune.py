@@ -8,8 +8,7 @@ import torch
 from torch import nn
 
 from xmoe_fairseq.convert.data import Batches
-from xmoe_fairseq.convert.sparse import moe_layers
-from xmoe_fairseq.moe import Router
+from xmoe_fairseq.moe import Router, moe_layers
 
 TUNED = ("router", "all")
 PARTS = 4  # the thresholds are chosen anew for each: a router that learns changes what they cost

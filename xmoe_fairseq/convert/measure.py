@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from xmoe_fairseq.convert.data import Batches
 from xmoe_fairseq.convert.ffn import FeedForward
-from xmoe_fairseq.convert.sparse import moe_layers
-from xmoe_fairseq.moe import record_routing
+from xmoe_fairseq.moe import moe_layers, record_routing
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,6 @@ from xmoe_fairseq.model_config import complete_namespace
 from xmoe_fairseq.models import XMoETransformerLanguageModel, XMoETransformerModel
 from xmoe_fairseq.models.language_model import XMoETransformerLanguageModelConfig
 from xmoe_fairseq.models.translation import XMoETransformerConfig
-from xmoe_fairseq.moe import MoELayer
 
 MODELS: dict[str, tuple[Any, Any]] = {
     "transformer": (XMoETransformerModel, XMoETransformerConfig),
@@ -72,10 +71,6 @@ def build_sparse(dense: Dense, config: Namespace, layers: dict[str, dict[str, Te
         values |= {f"{layer}.moe.{name}": value for name, value in parameters.items()}
     model.load_state_dict(values)
     return model.eval()
-
-
-def moe_layers(model: nn.Module) -> list[MoELayer]:
-    return [module for module in model.modules() if isinstance(module, MoELayer)]
 
 
 def write_sparse(dense: Dense, model: nn.Module, config: Namespace, path: Path) -> None:

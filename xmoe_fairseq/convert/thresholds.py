@@ -8,7 +8,7 @@ from torch import nn
 from xmoe_fairseq.convert.data import Batches
 from xmoe_fairseq.convert.dense import ConvertError
 from xmoe_fairseq.convert.measure import Quality, measure_sparse
-from xmoe_fairseq.convert.sparse import moe_layers
+from xmoe_fairseq.moe import moe_layers
 
 STEPS = 7  # of bisection: the dial to 1/128
 PROBES = (0.25, 0.5, 0.75)  # where one layer's loss is measured, the others computing everything

@@ -9,7 +9,7 @@ from fairseq import metrics
 from fairseq.dataclass import FairseqDataclass
 from torch import Tensor, nn
 
-from xmoe_fairseq.moe import MoELayer, Routing, RoutingStats, ThresholdRouter, record_routing
+from xmoe_fairseq.moe import MoELayer, Routing, RoutingStats, ThresholdRouter, moe_layers, record_routing
 
 SIDES = ("encoder", "decoder")
 STATS = tuple(f.name for f in fields(RoutingStats))
@@ -53,7 +53,7 @@ class MoELossMixin:
             loss = loss + sample_size * self.auxiliary_loss(routing for _, routing in records)
         # The sides that have experts, not those that ran: LayerDrop leaves layers out, and ranks must log the
         # same keys for their sums to be reduced together.
-        for side in sorted({side_of(m) for m in model.modules() if isinstance(m, MoELayer)}):
+        for side in sorted({side_of(layer) for layer in moe_layers(model)}):
             ran = [(layer, routing) for layer, routing in records if side_of(layer) == side]
             logging_output.update(side_sums(side, ran, loss.device))
         return loss, sample_size, logging_output

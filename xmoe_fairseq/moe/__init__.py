@@ -8,7 +8,7 @@ from xmoe_fairseq.moe.budget import Budget, step_budgets
 from xmoe_fairseq.moe.expert_choice import ExpertChoiceRouter
 from xmoe_fairseq.moe.experts import Experts
 from xmoe_fairseq.moe.hash_router import HashRouter, balanced_table, random_table
-from xmoe_fairseq.moe.layer import MoELayer, record_routing
+from xmoe_fairseq.moe.layer import MoELayer, moe_layers, record_routing
 from xmoe_fairseq.moe.router import Router, ThresholdRouter, TopKRouter
 from xmoe_fairseq.moe.routing import Routing
 from xmoe_fairseq.moe.stats import RoutingStats
@@ -26,6 +26,7 @@ __all__ = [
     "ThresholdRouter",
     "TopKRouter",
     "balanced_table",
+    "moe_layers",
     "random_table",
     "record_routing",
     "step_budgets",

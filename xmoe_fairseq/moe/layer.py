@@ -177,6 +177,11 @@ def weigh_one(routing: Routing, x_TD: Tensor) -> Routing:
     return replace(routing, weight_R=torch.ones_like(weight_R), all_ones=is_fp32)
 
 
+def moe_layers(model: nn.Module) -> list[MoELayer]:
+    """In the order of the model's modules: an encoder's before a decoder's, from the lowest up."""
+    return [module for module in model.modules() if isinstance(module, MoELayer)]
+
+
 @contextmanager
 def record_routing(model: nn.Module) -> Iterator[list[tuple[MoELayer, Routing]]]:
     """Collects the (layer, routing) of every MoE layer call of `model` inside the `with` block, in order.
@@ -189,9 +194,7 @@ def record_routing(model: nn.Module) -> Iterator[list[tuple[MoELayer, Routing]]]
     def keep(layer: MoELayer, _: Any, output: tuple[Tensor, Routing]) -> None:
         records.append((layer, output[1]))
 
-    handles = [
-        module.register_forward_hook(keep) for module in model.modules() if isinstance(module, MoELayer)
-    ]
+    handles = [layer.register_forward_hook(keep) for layer in moe_layers(model)]
     try:
         yield records
     finally:
