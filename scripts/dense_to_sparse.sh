@@ -5,36 +5,38 @@
 #   bash scripts/dense_to_sparse.sh lm data/docs-lm-small OUT       # bash data-prep/prepare_docs_lm.sh small
 #   bash scripts/dense_to_sparse.sh mt data/packages-en-de OUT      # bash data-prep/prepare_packages_mt.sh de
 #
-# UPDATES=1000 of the dense model, of 512 tokens each; FINETUNE=150; SPLIT=16; SEED=1. About half an hour on two
-# cores; expected: docs/dense_to_sparse.md. What is in OUT already is kept.
+# The dense model: LAYERS (lm 4; mt 2 and 2), WIDTH=128, FFN=1024, LR=4e-3, UPDATES=1000 of 512 tokens each. The
+# conversions: SPLIT=16, GROUPINGS="random clustering coactivation", FINETUNE=150 updates. SEED=1. About half an hour on
+# two cores; expected: docs/dense_to_sparse.md. What is in OUT already is kept.
 set -euo pipefail
 task=${1:?lm or mt} data=${2:?folder of data-prep} out=${3:?folder}
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 PATH=$(cd "${VENV:-$root/.venv}" && pwd)/bin:$PATH
+layers=${LAYERS:-} width=${WIDTH:-128} ffn=${FFN:-1024} lr=${LR:-4e-3}
 updates=${UPDATES:-1000} tuning=${FINETUNE:-150} split=${SPLIT:-16} seed=${SEED:-1}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
 case $task in
-  lm) model=(--task language_modeling --arch transformer_lm --decoder-layers 4 --criterion cross_entropy
+  lm) model=(--task language_modeling --arch transformer_lm --decoder-layers "${layers:-4}" --criterion cross_entropy
         --share-decoder-input-output-embed --adam-betas '(0.9, 0.95)' --weight-decay 0.1 --warmup-updates 100
         --tokens-per-sample 128 --batch-size 4) ;;
-  mt) model=(--task translation -s en -t de --arch transformer --encoder-layers 2 --decoder-layers 2
-        --encoder-embed-dim 128 --encoder-ffn-embed-dim 1024 --encoder-attention-heads 4
-        --encoder-normalize-before --share-all-embeddings --criterion label_smoothed_cross_entropy
+  mt) model=(--task translation -s en -t de --arch transformer --encoder-layers "${layers:-2}"
+        --decoder-layers "${layers:-2}" --encoder-embed-dim "$width" --encoder-ffn-embed-dim "$ffn"
+        --encoder-attention-heads 4 --encoder-normalize-before --share-all-embeddings --criterion label_smoothed_cross_entropy
         --label-smoothing 0.1 --adam-betas '(0.9, 0.98)' --warmup-updates 150 --max-tokens 512) ;;
   *) echo "dense_to_sparse: the first argument must be lm or mt, got $task" >&2; exit 2 ;;
 esac
 dense=$out/dense/checkpoint_last.pt
 if [[ ! -e $dense || -e $out/dense/unfinished ]]; then
   mkdir -p "$out/dense" && touch "$out/dense/unfinished"
-  fairseq-train "$data/bin" --cpu --num-workers 0 "${model[@]}" --decoder-embed-dim 128 --activation-fn relu \
-    --decoder-ffn-embed-dim 1024 --decoder-attention-heads 4 --decoder-normalize-before --dropout 0 \
-    --optimizer adam --clip-norm 1.0 --lr 4e-3 --lr-scheduler polynomial_decay --total-num-update "$updates" \
+  fairseq-train "$data/bin" --cpu --num-workers 0 "${model[@]}" --decoder-embed-dim "$width" --activation-fn relu \
+    --decoder-ffn-embed-dim "$ffn" --decoder-attention-heads 4 --decoder-normalize-before --dropout 0 \
+    --optimizer adam --clip-norm 1.0 --lr "$lr" --lr-scheduler polynomial_decay --total-num-update "$updates" \
     --max-update "$updates" --seed "$seed" --disable-validation --no-epoch-checkpoints --log-format simple \
-    --log-interval 50 --save-dir "$out/dense"
+    --log-interval 50 --save-interval-updates 250 --keep-interval-updates 1 --save-dir "$out/dense"
   rm "$out/dense/unfinished"
 fi
-for grouping in random clustering coactivation; do
+for grouping in ${GROUPINGS:-random clustering coactivation}; do
   for n in 0 "$tuning"; do
     sparse=$out/$grouping-$n.pt
     [[ -e $sparse ]] || xmoe-convert "$dense" "$sparse" --split "$split" --calibration "$data" \

@@ -5,7 +5,7 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from fairseq.data import Dictionary
@@ -25,28 +25,37 @@ BATCHES = (1, 8, 64)
 STEPS, LENGTH = 16, 32  # tokens decoded, and tokens of a sentence that is scored
 FFN_TOKENS = (1, 8, 64, 1024, 4096)
 SHARE = 0.25  # of the experts
-SHAPE = {"layers": 6, "dim": 512, "ffn": 8192, "experts": 32, "vocabulary": 8000}
+VOCABULARY, HEADS = 8000, 8  # of a shape
 Models = tuple[Any, Any]
 
 
-def random_models() -> Models:
-    """(dense, sparse): language models of SHAPE, alike but for the FFNs."""
+class Shape(NamedTuple):
+    """Of a language model with random weights."""
+
+    layers: int = 6
+    dim: int = 512
+    ffn: int = 8192
+    experts: int = 32
+
+
+def random_models(shape: Shape) -> Models:
+    """(dense, sparse): alike but for the FFNs."""
     symbols = Dictionary()
-    for i in range(SHAPE["vocabulary"] - len(symbols)):
+    for i in range(VOCABULARY - len(symbols)):
         symbols.add_symbol(f"symbol{i}")
     task: Any = SimpleNamespace(
         source_dictionary=symbols, target_dictionary=symbols,
         cfg=Namespace(tokens_per_sample=512, max_target_positions=512),
     )  # fmt: skip
     size = {
-        "decoder_layers": SHAPE["layers"], "decoder_embed_dim": SHAPE["dim"],
-        "decoder_input_dim": SHAPE["dim"], "decoder_output_dim": SHAPE["dim"],
-        "decoder_ffn_embed_dim": SHAPE["ffn"], "decoder_attention_heads": 8,
+        "decoder_layers": shape.layers, "decoder_embed_dim": shape.dim,
+        "decoder_input_dim": shape.dim, "decoder_output_dim": shape.dim,
+        "decoder_ffn_embed_dim": shape.ffn, "decoder_attention_heads": HEADS,
         "decoder_normalize_before": True, "dropout": 0.0,
         "share_decoder_input_output_embed": True,
     }  # fmt: skip
     experts = {
-        "moe_freq": 1, "moe_num_experts": SHAPE["experts"], "moe_ffn_split": SHAPE["experts"],
+        "moe_freq": 1, "moe_num_experts": shape.experts, "moe_ffn_split": shape.experts,
         "moe_max_experts_per_token": 0, "moe_combine": "ones",
     }  # fmt: skip
     build = XMoETransformerLanguageModel.build_model
@@ -109,9 +118,9 @@ def whole_models(models: Models, make: Callable[[int], dict[str, Tensor]], round
             yield {"what": what, "batch": batch, "tokens": count, "share": share, **timings}
 
 
-def ffns(rounds: int) -> Iterator[dict]:
-    """One FFN of SHAPE alone; tokens that take about a quarter of the experts each."""
-    dim, ffn, experts = SHAPE["dim"], SHAPE["ffn"], SHAPE["experts"]
+def ffns(shape: Shape, rounds: int) -> Iterator[dict]:
+    """One FFN alone; tokens that take about a quarter of the experts each."""
+    _, dim, ffn, experts = shape
     layer = MoELayer(dim, ffn // experts, experts, ThresholdRouter(dim, experts), combine="ones").eval()
     layer.router.weight.data.mul_(3.0)
     dense, x_TD = DenseFFN(dim, ffn).eval(), torch.randn(max(FFN_TOKENS), dim)
@@ -145,9 +154,7 @@ HEAD = (
 
 
 def inputs_of_shape(batch: int) -> dict[str, Tensor]:
-    tokens = torch.randint(
-        4, SHAPE["vocabulary"], (batch, LENGTH), generator=torch.Generator().manual_seed(2)
-    )
+    tokens = torch.randint(4, VOCABULARY, (batch, LENGTH), generator=torch.Generator().manual_seed(2))
     return {"src_tokens": tokens, "src_lengths": torch.full((batch,), LENGTH)}
 
 
@@ -161,15 +168,23 @@ def inputs_of_data(task: Any, batch: int) -> dict[str, Tensor]:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--shape", action="store_true", help="random weights instead of checkpoints")
+    parser.add_argument(
+        "--shape", type=int, nargs="*", metavar="N", help="random weights: layers, D, FFN and experts"
+    )
     for name in ("dense", "sparse", "data"):
         parser.add_argument(f"--{name}", type=Path)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     add_rounds(parser, default=5)
     parser.add_argument("--out", type=Path, required=True, help="folder")
     args = parser.parse_args()
-    if args.shape == bool(args.dense and args.sparse and args.data):
+    if (args.shape is not None) == bool(args.dense and args.sparse and args.data):
         parser.error("give --shape, or --dense, --sparse and --data")
+    if args.shape is not None:
+        sizes = args.shape or Shape()
+        if len(sizes) != len(Shape()) or min(sizes) < 1 or sizes[1] % HEADS or sizes[2] % sizes[3]:
+            rule = f"layers, D (a multiple of {HEADS}), FFN and experts, which divide FFN"
+            parser.error(f"--shape must be four numbers, {rule}; got {' '.join(map(str, sizes))}")
+        args.shape = Shape(*sizes)
     return args
 
 
@@ -177,7 +192,7 @@ def main() -> None:
     args = parse()
     torch.manual_seed(1)
     if args.shape:
-        models, make = random_models(), inputs_of_shape
+        models, make = random_models(args.shape), inputs_of_shape
         steer(models[1], score(models[1], make(8)), SHARE)
     else:
         dense = read_dense(args.dense, binarised_folders(args.data))
@@ -191,7 +206,7 @@ def main() -> None:
         torch.set_num_threads(threads)
         results[threads] = [*whole_models(models, make, args.rounds)]
         if args.shape:
-            results[threads] += ffns(args.rounds)
+            results[threads] += ffns(args.shape, args.rounds)
     table = [HEAD, *(line for threads, rows in results.items() for line in markdown(threads, rows))]
     write_table({"machine": machine(), "threads": results}, [about(machine()), "", *table], args.out)
 

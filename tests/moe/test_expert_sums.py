@@ -13,6 +13,7 @@ from xmoe_fairseq.moe.dispatch import ExpertRows
 from xmoe_fairseq.moe.expert_chunks import chunks, compute, shares_of
 from xmoe_fairseq.moe.expert_grouped import can_group, expert_sums_grouped
 from xmoe_fairseq.moe.expert_loop import expert_sums_loop
+from xmoe_fairseq.moe.expert_single import expert_sums_single, is_single
 from xmoe_fairseq.moe.expert_sums import Stacks, expert_sums_plain
 
 SOURCES, MODEL_DIM, EXPERT_DIM = 9, 8, 16
@@ -76,6 +77,34 @@ def test_equals_plain_autograd(
     got = values_and_gradients(FAST[fast], *arguments)
     for mine, expected in zip(got, values_and_gradients(expert_sums_plain, *arguments), strict=True):
         assert_close(mine, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("weighted", [True, False], ids=["weighted", "unweighted"])
+@pytest.mark.parametrize("counts", [[0, 1, 0, 1], [1, 1, 1, 1], [0, 0, 0, 1], [0, 0, 0, 0]])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_one_token(activation: str, counts: list[int], weighted: bool, dtype: torch.dtype) -> None:
+    weight_R = torch.rand(sum(counts), dtype=dtype) if weighted else None
+    rows = ExpertRows(torch.zeros(sum(counts), dtype=torch.long), weight_R, torch.tensor(counts))
+    arguments = torch.randn(1, 8, dtype=dtype), rows, stacks_of(4, dtype), ACTIVATIONS[activation]
+    before = [stack.clone() for stack in arguments[2]]
+    with torch.no_grad():
+        y_1D = expert_sums_single(*arguments)
+    tolerance = 1e-6 if dtype == torch.float32 else 1e-14
+    assert_close(y_1D, expert_sums_plain(*arguments), rtol=10 * tolerance, atol=tolerance)
+    for now, then in zip(arguments[2], before, strict=True):
+        assert_close(now, then, rtol=0, atol=0)  # what is added to are copies
+
+
+def test_which_tokens_are_computed_alone() -> None:
+    rows = ExpertRows(torch.zeros(1, dtype=torch.long), torch.ones(1), torch.tensor([1]))
+    one, half, two = torch.ones(1, 8), torch.ones(1, 8, dtype=torch.bfloat16), torch.ones(2, 8)
+    with torch.no_grad():
+        assert is_single(one, rows)
+        assert not is_single(two, rows)
+        assert not is_single(half, rows)  # sums are fp32
+        assert not is_single(half, ExpertRows(rows.source_R, None, rows.counts_E))
+    assert not is_single(one, rows)  # gradients
 
 
 def test_chunks_by_hand() -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from xmoe_fairseq.moe.dispatch import ExpertRows
 from xmoe_fairseq.moe.expert_grouped import can_group, expert_sums_grouped
 from xmoe_fairseq.moe.expert_loop import expert_sums_loop
+from xmoe_fairseq.moe.expert_single import expert_sums_single, is_single
 from xmoe_fairseq.moe.expert_sums import Activation, Stacks, expert_sums_plain
 
 ACTIVATIONS: dict[str, Activation] = {
@@ -100,6 +101,8 @@ class Experts(nn.Module):
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
             x_SD, stacks = x_SD.to(dtype), Stacks(*(stack.to(dtype) for stack in stacks))
+        if is_single(x_SD, rows):
+            return expert_sums_single(x_SD, rows, stacks, self.activation)
         compute = expert_sums_grouped if can_group(x_SD, stacks) else expert_sums_loop
         return compute(x_SD, rows, stacks, self.activation)
 
