@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Makes a dense model sparse in every way that docs/dense_to_sparse.md compares: trains it by plain fairseq-train
-# (unless it is there), converts it by each grouping of neurons, without and with fine-tuning, and makes a table.
+# (unless it is there), converts it by each grouping of neurons, without and with fine-tuning, and makes a table of
+# validation perplexities; then scores all on the test sets by fairseq-generate or fairseq-eval-lm (OUT/scores).
 #
 #   bash scripts/dense_to_sparse.sh lm data/docs-lm-small OUT       # bash data-prep/prepare_docs_lm.sh small
 #   bash scripts/dense_to_sparse.sh mt data/packages-en-de OUT      # bash data-prep/prepare_packages_mt.sh de
@@ -22,8 +23,9 @@ case $task in
         --tokens-per-sample 128 --batch-size 4) ;;
   mt) model=(--task translation -s en -t de --arch transformer --encoder-layers "${layers:-2}"
         --decoder-layers "${layers:-2}" --encoder-embed-dim "$width" --encoder-ffn-embed-dim "$ffn"
-        --encoder-attention-heads 4 --encoder-normalize-before --share-all-embeddings --criterion label_smoothed_cross_entropy
-        --label-smoothing 0.1 --adam-betas '(0.9, 0.98)' --warmup-updates 150 --max-tokens 512) ;;
+        --encoder-attention-heads 4 --encoder-normalize-before --share-all-embeddings
+        --criterion label_smoothed_cross_entropy --label-smoothing 0.1 --adam-betas '(0.9, 0.98)'
+        --warmup-updates 150 --max-tokens 512) ;;
   *) echo "dense_to_sparse: the first argument must be lm or mt, got $task" >&2; exit 2 ;;
 esac
 dense=$out/dense/checkpoint_last.pt
@@ -44,3 +46,4 @@ for grouping in ${GROUPINGS:-random clustering coactivation}; do
   done
 done
 python "$root/scripts/tools/compare_conversions.py" "$out"/*.json
+python "$root/scripts/tools/score_conversions.py" "$task" "$data" "$dense" "$out"/*.pt --out "$out/scores"

@@ -46,6 +46,20 @@ def run(tool: str, *arguments: object, succeeds: bool = True, stdin: str = "", *
     return _run_forks(tool, arguments, [env], succeeds, stdin)[0]
 
 
+def script(name: str, *arguments: object, succeeds: bool = True, **env: str) -> str:
+    """A shell script of scripts/ in a process of its own; what it printed."""
+    result = subprocess.run(
+        ["bash", str(REPO / "scripts" / name), *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=DEADLINE,
+        env={"PATH": f"{BIN}:/usr/bin:/bin", "VENV": str(BIN.parent), "OMP_NUM_THREADS": "1", **env},
+    )
+    assert (result.returncode == 0) == succeeds, result.stdout[-3000:]
+    return result.stdout
+
+
 def run_as_torchrun(ranks: int, tool: str, *arguments: object) -> str:
     """As `run`, on ranks that find one another by torchrun's variables; what rank after rank printed."""
     from torch.distributed import TCPStore

@@ -2,7 +2,6 @@
 
 import json
 import math
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,48 +16,9 @@ import sweep
 import torch
 import train
 import trained_layers
-from commands import BIN, DEADLINE, logged
+from commands import logged, script
 from commands import run as command
 from sacrebleu.metrics import BLEU, CHRF
-
-SCRIPTS = Path(__file__).parents[2] / "scripts"
-
-
-def script(name: str, *arguments: object, succeeds: bool = True, **env: str) -> str:
-    result = subprocess.run(
-        ["bash", str(SCRIPTS / name), *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=DEADLINE,
-        env={"PATH": f"{BIN}:/usr/bin:/bin", "VENV": str(BIN.parent), "OMP_NUM_THREADS": "1", **env},
-    )
-    assert (result.returncode == 0) == succeeds, result.stdout[-3000:]
-    return result.stdout
-
-
-@pytest.fixture(scope="module")
-def mt_data(corpus: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """As data-prep leaves it: pieces in bin/, each a whole word, and text in text/."""
-    folder = tmp_path_factory.mktemp("mt")
-    shutil.copytree(corpus[0], folder / "bin")
-    for path in (folder / "bin").glob("dict.*.txt"):
-        path.write_text("".join(f"▁{line}\n" for line in path.read_text().splitlines()))
-    (folder / "text").mkdir()
-    for split in ("valid", "test"):
-        for language in ("en", "de"):
-            shutil.copy(corpus[0].parent / f"{split}.{language}", folder / "text")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def lm_data(corpus: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("lm")
-    shutil.copytree(corpus[1], folder / "bin")
-    (folder / "text").mkdir()
-    for split in ("valid", "test"):
-        shutil.copy(corpus[1].parent / f"{split}.en", folder / "text" / f"docs.{split}")
-    return folder
 
 
 def score_with_forks(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
