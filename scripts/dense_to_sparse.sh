@@ -7,14 +7,14 @@
 #   bash scripts/dense_to_sparse.sh mt data/packages-en-de OUT      # bash data-prep/prepare_packages_mt.sh de
 #
 # The dense model: LAYERS (lm 4; mt 2 and 2), WIDTH=128, FFN=1024, LR=4e-3, UPDATES=1000 of 512 tokens each. The
-# conversions: SPLIT=16, GROUPINGS="random clustering coactivation", FINETUNE=150 updates. SEED=1. About half an hour on
-# two cores; expected: docs/dense_to_sparse.md. What is in OUT already is kept.
+# conversions: SPLIT=16, GROUPINGS="random clustering coactivation", FINETUNE=150 updates, CALIBRATION=200000 tokens.
+# SEED=1. About half an hour on two cores; expected: docs/dense_to_sparse.md. What is in OUT already is kept.
 set -euo pipefail
 task=${1:?lm or mt} data=${2:?folder of data-prep} out=${3:?folder}
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 PATH=$(cd "${VENV:-$root/.venv}" && pwd)/bin:$PATH
 layers=${LAYERS:-} width=${WIDTH:-128} ffn=${FFN:-1024} lr=${LR:-4e-3}
-updates=${UPDATES:-1000} tuning=${FINETUNE:-150} split=${SPLIT:-16} seed=${SEED:-1}
+updates=${UPDATES:-1000} tuning=${FINETUNE:-150} split=${SPLIT:-16} calibration=${CALIBRATION:-200000} seed=${SEED:-1}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
 case $task in
@@ -42,7 +42,7 @@ for grouping in ${GROUPINGS:-random clustering coactivation}; do
   for n in 0 "$tuning"; do
     sparse=$out/$grouping-$n.pt
     [[ -e $sparse ]] || xmoe-convert "$dense" "$sparse" --split "$split" --calibration "$data" \
-      --grouping "$grouping" --finetune-updates "$n" --seed "$seed"
+      --calibration-tokens "$calibration" --grouping "$grouping" --finetune-updates "$n" --seed "$seed"
   done
 done
 python "$root/scripts/tools/compare_conversions.py" "$out"/*.json

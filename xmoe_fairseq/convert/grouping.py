@@ -13,6 +13,7 @@ from xmoe_fairseq.convert.ffn import FeedForward
 
 GROUPINGS = ("coactivation", "clustering", "random")
 Matrix = np.ndarray[Any, np.dtype[np.float64]]
+PAIR_TOKENS = 50_000  # of which pairs of neurons are looked at: that costs F/D as much as the FFN itself
 ROUNDS = 8  # of balanced k-means at most; it has mostly settled by then
 
 
@@ -20,7 +21,8 @@ class CoActivation:
     """How often, and how strongly, two neurons of one FFN matter for the same token.
 
     A neuron matters by the length of what it adds to the output, a_i = |h_i| * |column i of fc2|. Kept are
-    the running sums of a_i * a_j, (F, F), and of h_i: memory does not grow with the tokens.
+    the running sums of a_i * a_j, (F, F), of the first PAIR_TOKENS, and of h_i: memory does not grow with the
+    tokens.
     """
 
     def __init__(self, ffn: FeedForward, pairs: bool) -> None:
@@ -31,11 +33,11 @@ class CoActivation:
         self.tokens = 0
 
     def add(self, hidden_TF: Tensor) -> None:
-        self.tokens += hidden_TF.size(0)
-        self.hidden_F += hidden_TF.sum(dim=0)
-        if self.pairs_FF is not None:
+        if self.pairs_FF is not None and self.tokens < PAIR_TOKENS:
             matters_TF = hidden_TF.abs() * self.scale_F
             self.pairs_FF.addmm_(matters_TF.t(), matters_TF)
+        self.tokens += hidden_TF.size(0)
+        self.hidden_F += hidden_TF.sum(dim=0)
 
     def mean_hidden(self) -> Tensor:
         return (self.hidden_F / max(self.tokens, 1)).float()
