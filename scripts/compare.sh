@@ -3,7 +3,8 @@
 #
 #   bash scripts/compare.sh RUN...          writes compare.md, compare.json, compare.png to OUT=runs/compare
 #   SCORES=average5                         those of averaged checkpoints (default: best)
+#   QUALITY="test ppl"                      what the picture shows (default: test BLEU, or test ppl)
 set -euo pipefail
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 PATH=${VENV:-$ROOT/.venv}/bin:$PATH
-exec python "$ROOT/scripts/tools/compare.py" "$@" --out "${OUT:-$ROOT/runs/compare}" --scores "${SCORES:-best}"
+exec python "$ROOT/scripts/tools/compare.py" "$@" --out "${OUT:-$ROOT/runs/compare}" --scores "${SCORES:-best}" --quality "${QUALITY:-}"

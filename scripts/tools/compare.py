@@ -1,9 +1,10 @@
 """One table (Markdown and JSON) and one picture of runs that train.py trained and score.py scored.
 
-    python scripts/tools/compare.py RUN ... --out FOLDER [--scores best|averageN]
+    python scripts/tools/compare.py RUN ... --out FOLDER [--scores best|averageN] [--quality COLUMN]
 
 Runs of one task on the same data. Runs that differ in the seed alone make one row: mean and, after ±,
-standard deviation. What benchmark_checkpoints.sh measured is shown too. Writes FOLDER/compare.md,
+standard deviation. What benchmark_checkpoints.sh measured is shown too, and takes the place of the seconds of
+training, which other work on the machine disturbs, in the picture. Writes FOLDER/compare.md,
 compare.json and compare.png.
 """
 
@@ -90,12 +91,17 @@ def mean(members: list[Run], column: str) -> float:
 DIGITS = {"updates": 0, "training seconds": 0, "s/update": 3, "parameters (M)": 1}
 
 
+def spread(members: list[Run], column: str) -> float:
+    """Standard deviation; 0 of one run."""
+    return statistics.stdev(run.values[column] for run in members) if len(members) > 1 else 0.0
+
+
 def cell(members: list[Run], column: str) -> str:
     value, digits = mean(members, column), DIGITS.get(column, 2)
     if math.isnan(value):
         return "-"
-    spread = statistics.stdev(run.values[column] for run in members) if len(members) > 1 else 0.0
-    return f"{value:,.{digits}f}" + (f" ± {spread:,.{digits}f}" if spread else "")
+    deviation = spread(members, column)
+    return f"{value:,.{digits}f}" + (f" ± {deviation:,.{digits}f}" if deviation else "")
 
 
 def main() -> None:
@@ -104,6 +110,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument(
         "--scores", default="best", metavar="best|averageN", help="which scores.*.json of the runs"
+    )
+    parser.add_argument(
+        "--quality", metavar="COLUMN", help="what the picture shows (default: test BLEU, or test ppl)"
     )
     args = parser.parse_args()
     try:
@@ -114,6 +123,9 @@ def main() -> None:
     rows, columns = groups(runs), list(runs[0].values)
     if all(math.isnan(run.values[FFN_SECONDS]) for run in runs):
         columns.remove(FFN_SECONDS)
+    quality = args.quality or ("test BLEU" if runs[0].about["task"] == "wmt" else "test ppl")
+    if quality not in columns:
+        raise SystemExit(f"compare: --quality must be one of {', '.join(columns)}, got {quality}")
     table = markdown(
         ["model", "runs", *columns],
         [[name, str(len(members)), *(cell(members, c) for c in columns)] for name, members in rows.items()],
@@ -125,13 +137,14 @@ def main() -> None:
         {"run": str(run.folder), **run.about, "values": run.values, "curve": run.curve} for run in runs
     ]
     write_json(args.out / "compare.json", everything)
-    quality = "test BLEU" if runs[0].about["task"] == "wmt" else "test ppl"
+    timed = all(not math.isnan(run.values[FFN_SECONDS]) for run in runs)
+    costs = ("MoE FLOPs / dense FFN", FFN_SECONDS if timed else "training seconds")
     points = {
-        name: {c: mean(members, c) for c in ("MoE FLOPs / dense FFN", "training seconds", quality)}
+        name: {c: (mean(members, c), spread(members, c)) for c in (*costs, quality)}
         for name, members in rows.items()
     }
     curves = {name: [run.curve for run in members] for name, members in rows.items()}
-    draw(points, curves, quality, args.out / "compare.png")
+    draw(points, curves, costs, quality, args.out / "compare.png")
     print(f"compare: {args.out}/compare.md, compare.json, compare.png")
 
 

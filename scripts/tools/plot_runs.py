@@ -1,5 +1,7 @@
 """The picture of compare.py: quality against MoE FLOPs, quality against seconds, learning curves."""
 
+from collections.abc import Iterable
+from itertools import cycle
 from pathlib import Path
 
 import matplotlib
@@ -20,26 +22,42 @@ MARKERS = {"xmoe": "o", "topk": "s", "switch": "s", "dense": "X"}
 Curve = list[tuple[float, float]]
 
 
-def style(name: str) -> dict[str, str]:
-    """Of a row's name, which holds its model, perhaps with the preset before it and flags after it."""
-    model = next(word for word in name.split() if word in COLOURS)
-    return {"color": COLOURS[model], "marker": MARKERS.get(model.split("-")[0], "D")}
+def styles_of(names: Iterable[str]) -> dict[str, dict[str, str]]:
+    """Of rows' names, which hold their model, perhaps with the preset before it and flags after it.
+
+    A model with further flags has its colour, and a marker of its own that is not filled.
+    """
+    styles, hollow = {}, cycle("^v<>phd*")
+    for name in names:
+        model = next(word for word in name.split() if word in COLOURS)
+        styles[name] = {"color": COLOURS[model], "marker": MARKERS.get(model.split("-")[0], "D")}
+        if "--" in name:
+            styles[name] |= {"marker": next(hollow), "markerfacecolor": "none"}
+    return styles
 
 
 def draw(
-    points: dict[str, dict[str, float]], curves: dict[str, list[Curve]], quality: str, path: Path
+    points: dict[str, dict[str, tuple[float, float]]],
+    curves: dict[str, list[Curve]],
+    costs: tuple[str, str],
+    quality: str,
+    path: Path,
 ) -> None:
     """
     Args:
-        points: by row, its values of MoE FLOPs, seconds and quality.
+        points: by row, mean and standard deviation of each column.
         curves: by row, of each run (updates, perplexity in validation).
+        costs: the columns against which quality is shown.
         quality: the column that says how good a model is.
     """
+    styles = styles_of(points)
     figure, axes = plt.subplots(1, 3, figsize=(15, 4.6), layout="constrained")
     lower = " (lower is better)" if quality.endswith("ppl") else ""
-    for panel, column in zip(axes, ("MoE FLOPs / dense FFN", "training seconds"), strict=False):
+    for panel, column in zip(axes, costs, strict=False):
         for name, values in points.items():
-            panel.scatter(values[column], values[quality], s=70, label=name, **style(name))
+            (x, x_deviation), (y, y_deviation) = values[column], values[quality]
+            bars = {"linestyle": "none", "elinewidth": 1, "markersize": 8, "label": name}
+            panel.errorbar(x, y, y_deviation, x_deviation, **bars, **styles[name])
         panel.set_xlabel(column)
         panel.set_ylabel(quality + lower)
         panel.margins(0.1)
@@ -47,14 +65,20 @@ def draw(
     axes[1].set_xlim(left=0)
     for name, of_runs in curves.items():
         for curve in filter(None, of_runs):  # none where validation was off
-            axes[2].plot(*zip(*curve, strict=True), markersize=3, linewidth=1.3, **style(name))
+            axes[2].plot(*zip(*curve, strict=True), markersize=3, linewidth=1.3, **styles[name])
     axes[2].set_xlabel("updates")
     axes[2].set_ylabel("validation ppl (lower is better)")
     axes[2].set_yscale("log")
     for panel in axes:
         panel.spines[["top", "right"]].set_visible(False)
         panel.grid(alpha=0.25)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=8, frameon=False)
+    columns = max(1, min(8, 130 // max(map(len, points))))  # of names, which a picture is wide enough for
+    figure.legend(
+        *axes[0].get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=columns,
+        frameon=False,
+    )
     partial = path.with_suffix(".partial.png")
     figure.savefig(partial, dpi=120)
     plt.close(figure)

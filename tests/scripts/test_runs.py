@@ -18,6 +18,7 @@ import train
 import trained_layers
 from commands import logged, script
 from commands import run as command
+from plot_runs import styles_of
 from sacrebleu.metrics import BLEU, CHRF
 
 
@@ -188,6 +189,16 @@ def test_compare_takes_seeds_together(tmp_path: Path, monkeypatch: pytest.Monkey
     (row,) = (line for line in (tmp_path / "out/compare.md").read_text().splitlines() if "dense" in line[:8])
     assert compare.FFN_SECONDS in (tmp_path / "out/compare.md").read_text() and " | - | " in row
     assert (tmp_path / "out/compare.png").read_bytes().startswith(b"\x89PNG")
+    said = call(compare.main, monkeypatch, *runs, "--out", tmp_path / "out", "--quality", "BLEU")
+    assert said.startswith("compare: --quality must be one of valid ppl, valid ppl/word, test ppl")
+
+
+def test_rows_with_further_flags_look_different() -> None:
+    names = ["dense", "xmoe-s4", "xmoe-s4 --moe-threshold 0.8", "claims xmoe-s4 --moe-threshold 0.7"]
+    dense, plain, *with_flags = styles_of(names).values()
+    assert dense["color"] != plain["color"] and "markerfacecolor" not in plain
+    assert all(style["color"] == plain["color"] for style in with_flags)
+    assert len({style["marker"] for style in (plain, *with_flags)}) == 3
 
 
 def test_compare_refuses_what_cannot_be_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
