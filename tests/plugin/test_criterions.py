@@ -10,7 +10,7 @@ from fairseq.criterions.label_smoothed_cross_entropy import LabelSmoothedCrossEn
 from toy import language_model, language_sample, sentences, task, translation_model, translation_sample
 
 from xmoe_fairseq.criterions import MoECrossEntropyCriterion, MoELabelSmoothedCrossEntropyCriterion
-from xmoe_fairseq.moe import RoutingStats, record_routing
+from xmoe_fairseq.moe import RoutingStats, moe_layers, record_routing
 
 
 def criterion(sentence_avg: bool = False, coeff: float = 0.01, z_coeff: float = 0.0) -> Any:
@@ -32,6 +32,17 @@ def test_auxiliary_losses_are_scaled_by_the_sample_size_and_summed_over_layers(s
     assert len(records) == 3
     assert (loss - stock).item() == pytest.approx(expected.item(), rel=1e-4)
     assert logged["loss"].item() == pytest.approx(stock.item(), rel=1e-6)  # the task's own
+
+
+@pytest.mark.parametrize("coeff", [0.0, 0.01])
+def test_a_loss_that_has_overflowed_and_does_not_count_does_no_harm(coeff: float) -> None:
+    model = translation_model()
+    for layer in moe_layers(model):
+        layer.router.weight.data.mul_(1e21)
+    loss, _, logged = criterion(coeff=coeff)(model, sample())
+    loss.backward()
+    assert loss.isfinite() and logged["moe_encoder_z_loss"].isinf()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
 
 def test_auxiliary_losses_reach_the_router_and_nothing_else_in_the_layer() -> None:

@@ -58,13 +58,18 @@ class MoELossMixin:
             logging_output.update(side_sums(side, ran, loss.device))
         return loss, sample_size, logging_output
 
-    def auxiliary_loss(self, routings: Iterable[Routing]) -> Tensor:
-        return torch.stack(
-            [
-                self.moe_loss_coeff * routing.load_balance_loss + self.moe_z_loss_coeff * routing.z_loss
-                for routing in routings
-            ]
-        ).sum()
+    def auxiliary_loss(self, routings: Iterable[Routing]) -> Tensor | float:
+        """A loss that does not count is left out: 0 times one that has overflowed would be NaN."""
+        terms = [
+            coefficient * loss
+            for routing in routings
+            for coefficient, loss in (
+                (self.moe_loss_coeff, routing.load_balance_loss),
+                (self.moe_z_loss_coeff, routing.z_loss),
+            )
+            if coefficient
+        ]
+        return torch.stack(terms).sum() if terms else 0.0
 
     @classmethod
     def reduce_metrics(cls, logging_outputs: list[dict[str, Any]]) -> None:
