@@ -14,7 +14,7 @@ from results import ResultError, markdown, read, records, write, write_json
 from threshold_meter import Meter
 from timing import add_rounds, in_turn
 from torch import nn
-from trained_layers import work_of  # also puts scripts/tools on the path
+from trained_layers import work_of
 
 from xmoe_fairseq.moe import ThresholdRouter
 

@@ -2,19 +2,16 @@
 
 import argparse
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from fairseq import checkpoint_utils
+from results import ResultError, read, write_json
 from timing import add_rounds, forward, in_turn, machine
 from torch import Tensor, nn
 
 import xmoe_fairseq  # noqa: F401  (registers the models)
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
-from results import ResultError, read, write_json  # noqa: E402  (after the path)
 
 DENSE_PLACES = slice(1, None, 2)  # of a dense model the layers that have experts in the others
 

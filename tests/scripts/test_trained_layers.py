@@ -1,7 +1,10 @@
 """benchmark_checkpoints.sh times a dense model's FFNs where the sparse models have experts."""
 
+from pathlib import Path
+
 import pytest
 import torch
+from commands import script
 from toy import language_model, translation_model
 from trained_layers import feed_forward, places
 
@@ -26,3 +29,9 @@ def test_a_dense_ffn_is_that_of_fairseq() -> None:
     x = torch.randn(3, 2, 32)
     _, ffn = feed_forward(layer)
     torch.testing.assert_close(ffn(x), layer.fc2(torch.relu(layer.fc1(x))))
+
+
+@pytest.mark.parametrize("name", ["benchmark_checkpoints.sh", "sweep_threshold.sh"])
+def test_the_scripts_find_the_tools(name: str, tmp_path: Path) -> None:
+    """Which pytest has on its path anyway."""
+    assert "none/run.json: No such file" in script(name, tmp_path / "none", succeeds=False)
