@@ -29,10 +29,9 @@ def measure(run: Path, thresholds: list[float]) -> list[dict[str, float]]:
     """Quality and FLOPs of one run, a row for each threshold."""
     meter = Meter(run / "checkpoint_best.pt", Path(json.loads(read(run / "run.json"))["data"]))
     rows = []
-    with meter.progress:
-        for t in thresholds:
-            point = meter.measure((t,) * len(meter.routers))
-            rows.append({TITLES[1]: point.perplexity, TITLES[2]: point.experts, TITLES[3]: point.flops})
+    for t in thresholds:
+        point = meter.measure((t,) * len(meter.routers))
+        rows.append({TITLES[1]: point.perplexity, TITLES[2]: point.experts, TITLES[3]: point.flops})
     return rows
 
 

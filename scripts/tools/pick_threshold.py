@@ -1,6 +1,7 @@
 """Finds t of a trained model on validation data and writes a checkpoint that holds it: pick_threshold.sh."""
 
 import argparse
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ class Picker:
 
     def keep(self, point: Point) -> Point:
         self.tried.append(point)
-        if not self.meter.progress.console.is_terminal:  # no bar to see
+        if not sys.stderr.isatty():  # no bar to see
             numbers = f"{point.loss:.4f} bits per token, {point.experts:.3f} experts per token"
             print(f"[pick_threshold] t {thresholds_text(point)}: {numbers}", flush=True)
         return point
@@ -174,9 +175,8 @@ def main() -> None:
             raise ResultError(f"--output: there is no folder {args.output.parent}")
         meter = Meter(args.checkpoint, args.data)
         picker = Picker(meter, args.per_layer)
-        with meter.progress:
-            picker.measure(tuple(meter.as_it_is))
-            picked = picker.for_loss(args.max_loss) if args.budget is None else picker.for_budget(args.budget)
+        picker.measure(tuple(meter.as_it_is))
+        picked = picker.for_loss(args.max_loss) if args.budget is None else picker.for_budget(args.budget)
     except ResultError as error:
         raise SystemExit(f"pick_threshold: {error}") from None
     show(picker.tried, picked)

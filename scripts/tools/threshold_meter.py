@@ -1,18 +1,22 @@
 """A trained model on its validation set, with any thresholds: loss, experts per token, MoE FLOPs."""
 
 import math
-from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from fairseq import checkpoint_utils, utils
+from fairseq import checkpoint_utils
 from results import ResultError
-from rich.progress import Progress
+from tqdm import tqdm
 
-from xmoe_fairseq.moe import Budget, ThresholdRouter, moe_layers, record_routing
+from xmoe_fairseq.convert.data import Batches
+from xmoe_fairseq.convert.measure import measure_sparse
+from xmoe_fairseq.moe import Budget, MoELayer, Routing, ThresholdRouter, moe_layers
 from xmoe_fairseq.moe.budget import threshold_for
+
+MAX_TOKENS = 4096  # in a batch, where the checkpoint was trained by --batch-size
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,21 @@ class Point:
     @property
     def perplexity(self) -> float:
         return float(2**self.loss)
+
+
+class Shown(Batches):
+    """With a progress bar on a terminal; after the first pass it knows how many there are."""
+
+    text, number = "", None
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        seen = 0
+        for batch in tqdm(
+            super().__iter__(), self.text, self.number, leave=False, unit="batch", disable=None
+        ):
+            seen += 1
+            yield batch
+        self.number = seen
 
 
 class Meter:
@@ -50,30 +69,15 @@ class Meter:
         if not self.routers or not all(isinstance(router, ThresholdRouter) for router in self.routers):
             raise ResultError(f"CHECKPOINT must be of a model with --moe-router threshold, got {checkpoint}")
         self.as_it_is = [float(router.threshold_in_use) for router in self.routers]
-        self.on_gpu = torch.cuda.is_available() and not self.cfg.common.cpu
-        if self.on_gpu:
+        if torch.cuda.is_available() and not self.cfg.common.cpu:
             self.model.cuda()
-        self.criterion = self.task.build_criterion(self.cfg.criterion).eval()
-        self.batches = self._read("valid")
-        self.progress = Progress(transient=True)
+        max_tokens = self.cfg.dataset.max_tokens_valid or MAX_TOKENS
+        self.batches = Shown(self.task, "valid", limit=2**62, max_tokens=max_tokens, seed=1)
 
     @property
     def limit(self) -> int:
         """Experts that a token may take."""
         return self.routers[0].limit
-
-    def _read(self, split: str) -> list[dict[str, Any]]:
-        dataset_cfg = self.cfg.dataset
-        self.task.load_dataset(split, combine=False, epoch=1, task_cfg=self.cfg.task)
-        iterator = self.task.get_batch_iterator(
-            dataset=self.task.dataset(split),
-            max_tokens=dataset_cfg.max_tokens_valid,
-            max_sentences=dataset_cfg.batch_size_valid,
-            max_positions=utils.resolve_max_positions(self.task.max_positions(), self.model.max_positions()),
-            ignore_invalid_inputs=dataset_cfg.skip_invalid_size_inputs_valid_test,
-            required_batch_size_multiple=dataset_cfg.required_batch_size_multiple,
-        )
-        return list(iterator.next_epoch_itr(shuffle=False))
 
     def set(self, thresholds: tuple[float, ...]) -> None:
         for router, threshold in zip(self.routers, thresholds, strict=True):
@@ -85,28 +89,16 @@ class Meter:
             budget: experts per token; not 0 = say also which t each layer would need for that.
         """
         self.set(thresholds)
-        counters = [Budget(budget, router.num_experts) for router in self.routers] if budget else []
-        sums: Counter[str] = Counter()
-        text = "t " + " ".join(f"{threshold:.4g}" for threshold in sorted(set(thresholds)))
-        for batch in self.progress.track(self.batches, description=text):
-            sample = utils.move_to_cuda(batch) if self.on_gpu else batch
-            with record_routing(self.model) as records:
-                _, _, log = self.task.valid_step(sample, self.model, self.criterion)
-            sums.update({key: float(value) for key, value in log.items() if not isinstance(value, list)})
-            for counter, (layer, routing) in zip(counters, records, strict=bool(counters)):
-                counter.count(layer.router.candidates(routing.probs_TE)[0])
-        self.progress.remove_task(self.progress.task_ids[-1])
-        total = {
-            name: sum(sums[f"moe_{side}_{name}"] for side in ("encoder", "decoder"))
-            for name in ("rows_kept", "tokens", "flops", "flops_dense_ffn")
-        }
-        return Point(
-            thresholds,
-            loss=sums["nll_loss" if "nll_loss" in sums else "loss"] / sums["ntokens"] / math.log(2),
-            experts=total["rows_kept"] / total["tokens"],
-            flops=total["flops"] / total["flops_dense_ffn"],
-            wanted=wanted_by(counters),
-        )
+        counters = {layer: Budget(budget, layer.num_experts) for layer in moe_layers(self.model) if budget}
+
+        def count(layer: MoELayer, routing: Routing) -> None:
+            counters[layer].count(layer.router.candidates(routing.probs_TE)[0])
+
+        self.batches.text = "t " + " ".join(f"{threshold:.4g}" for threshold in sorted(set(thresholds)))
+        quality = measure_sparse(self.model, self.batches, count if budget else None)
+        bits = quality.loss / math.log(2)
+        wanted = wanted_by([*counters.values()])
+        return Point(thresholds, bits, quality.experts_per_token, quality.flops, wanted)
 
 
 def wanted_by(counters: list[Budget]) -> tuple[float, ...]:

@@ -3,17 +3,18 @@
 import math
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from fairseq.utils import apply_to_sample
 from torch import Tensor, nn
 
 from xmoe_fairseq.convert.data import Batches
 from xmoe_fairseq.convert.ffn import FeedForward
-from xmoe_fairseq.moe import moe_layers, record_routing
+from xmoe_fairseq.moe import MoELayer, Routing, moe_layers, record_routing
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,13 @@ def dense_places(ffns: list[FeedForward]) -> list[tuple[nn.Module, nn.Module]]:
     return [(layer.fc1, layer.fc2) for layer in layers]
 
 
-def measure_sparse(model: nn.Module, batches: Batches) -> Quality:
+def measure_sparse(
+    model: nn.Module, batches: Batches, look: Callable[[MoELayer, Routing], Any] | None = None
+) -> Quality:
+    """
+    Args:
+        look: called with each MoE layer and its routing, batch after batch.
+    """
     layers = moe_layers(model)
     with record_routing(model) as records:
         totals = {"flops": 0.0, "flops_dense_ffn": 0.0, "rows": 0.0, "tokens": 0.0}
@@ -55,6 +62,8 @@ def measure_sparse(model: nn.Module, batches: Batches) -> Quality:
                 totals["flops_dense_ffn"] += tokens * 4 * layer.model_dim * layer.dense_ffn_dim
                 totals["rows"] += rows
                 totals["tokens"] += tokens
+                if look:
+                    look(layer, routing)
             records.clear()
 
         loss, seconds = run(model, batches, [(layer, layer) for layer in layers], count)
@@ -81,9 +90,11 @@ def run(
     """Loss in nats, and seconds that passed between the modules of each place; both per target token."""
     pad = batches.task.target_dictionary.pad()
     loss, tokens = 0.0, 0
+    device = next(model.parameters()).device
     model.eval()
     with torch.no_grad(), stopwatch(places) as watch:
-        for sample in batches:
+        for batch in batches:
+            sample = apply_to_sample(lambda tensor: tensor.to(device), batch)
             output = model(**sample["net_input"])
             loss += float(nll(model, output, sample["target"], pad))
             tokens += int(sample["target"].ne(pad).sum())
