@@ -74,10 +74,14 @@ def steer(model: nn.Module, run: Callable[[], Any], share: float) -> float:
     return share_taken(model, run, high)
 
 
+def set_threshold(model: nn.Module, threshold: float) -> None:
+    for layer in moe_layers(model):
+        layer.router.threshold = threshold
+
+
 def share_taken(model: nn.Module, run: Callable[[], Any], threshold: float | None = None) -> float:
     if threshold is not None:
-        for layer in moe_layers(model):
-            layer.router.threshold = threshold
+        set_threshold(model, threshold)
     with torch.no_grad(), record_routing(model) as records:
         run()
     return sum(r.experts_per_token / r.num_experts for _, r in records) / len(records)
@@ -173,12 +177,15 @@ def parse() -> argparse.Namespace:
     )
     for name in ("dense", "sparse", "data"):
         parser.add_argument(f"--{name}", type=Path)
+    parser.add_argument("--threshold", type=float, metavar="T", help="instead of the checkpoint's own")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     add_rounds(parser, default=5)
     parser.add_argument("--out", type=Path, required=True, help="folder")
     args = parser.parse_args()
     if (args.shape is not None) == bool(args.dense and args.sparse and args.data):
         parser.error("give --shape, or --dense, --sparse and --data")
+    if args.threshold is not None and not 0 <= args.threshold <= 1:
+        parser.error(f"--threshold must be in [0, 1], got {args.threshold:g}")
     if args.shape is not None:
         sizes = args.shape or Shape()
         if len(sizes) != len(Shape()) or min(sizes) < 1 or sizes[1] % HEADS or sizes[2] % sizes[3]:
@@ -197,6 +204,8 @@ def main() -> None:
     else:
         dense = read_dense(args.dense, binarised_folders(args.data))
         models = (dense.model, read_sparse(args.sparse, dense.task))
+        if args.threshold is not None:
+            set_threshold(models[1], args.threshold)
 
         def make(batch: int) -> dict[str, Tensor]:
             return inputs_of_data(dense.task, batch)
