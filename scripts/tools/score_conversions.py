@@ -1,6 +1,6 @@
 """Scores a dense checkpoint and its conversions on test sets, by the stock commands: one table.
 
-    python scripts/tools/score_conversions.py lm|mt DATA DENSE.pt SPARSE.pt ... --out FOLDER [--beam N]
+    python scripts/tools/score_conversions.py lm|mt DATA DENSE.pt SPARSE.pt ... --out FOLDER
 
 Translation: BLEU and chrF of detokenised text; language models: perplexity per token. What was printed
 stays in FOLDER, beside scores.md and scores.json.
@@ -11,6 +11,7 @@ import re
 import shlex
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,8 @@ def stock(tool: str, data: Path, checkpoint: Path, split: str, flags: list[str],
     return partial.rename(log)
 
 
-def translation(data: Path, checkpoint: Path, split: str, beam: int, log: Path) -> dict[str, float]:
-    flags = ["--beam", str(beam), "--remove-bpe", "sentencepiece", "--max-tokens", "2000"]
+def translation(data: Path, checkpoint: Path, split: str, args: Namespace, log: Path) -> dict[str, float]:
+    flags = ["--beam", str(args.beam), "--remove-bpe", "sentencepiece", "--max-tokens", "2000"]
     for name, value in LENGTHS.items():
         flags += ["--" + name.replace("_", "-"), str(value)]
     output = stock("fairseq-generate", data, checkpoint, split, flags, log)
@@ -45,9 +46,12 @@ def translation(data: Path, checkpoint: Path, split: str, beam: int, log: Path) 
     return score(hypotheses(output), reference, METRICS)[0]
 
 
-def language_model(data: Path, checkpoint: Path, split: str, _: int, log: Path) -> dict[str, float]:
-    flags = ["--batch-size", "8"]
+def language_model(data: Path, checkpoint: Path, split: str, args: Namespace, log: Path) -> dict[str, float]:
+    # eval-lm's own length is 1,024, and it skips what is longer than the model's.
+    flags = ["--tokens-per-sample", str(args.context), "--batch-size", "8"]
     printed = read(stock("fairseq-eval-lm", data, checkpoint, split, flags, log))
+    if "Evaluated 0 tokens" in printed:
+        raise ResultError(f"{log}: nothing was evaluated; is --context longer than the model's?")
     return {"perplexity": float(re.findall(r"Perplexity: ([\d.]+)", printed)[-1])}
 
 
@@ -60,7 +64,8 @@ def main() -> None:
     parser.add_argument("data", type=Path, help="folder of data-prep")
     parser.add_argument("checkpoints", type=Path, nargs="+", metavar="CHECKPOINT")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER")
-    parser.add_argument("--beam", type=int, default=5)
+    parser.add_argument("--beam", type=int, default=5, help="of translation")
+    parser.add_argument("--context", type=int, default=128, help="tokens per sample of a language model")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     run = TASKS[args.task]
@@ -72,7 +77,7 @@ def main() -> None:
         for checkpoint in args.checkpoints:
             name = checkpoint.parent.name if checkpoint.stem == "checkpoint_last" else checkpoint.stem
             for split in splits:
-                found = run(args.data, checkpoint, split, args.beam, args.out / f"{name}.{split}.out")
+                found = run(args.data, checkpoint, split, args, args.out / f"{name}.{split}.out")
                 results.setdefault(name, {}).update({f"{split} {key}": n for key, n in found.items()})
     except ResultError as error:
         raise SystemExit(f"score_conversions: {error}") from None
