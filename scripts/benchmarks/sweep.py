@@ -21,7 +21,7 @@ from xmoe_fairseq.moe import ThresholdRouter
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (after the backend)
 
-TITLES = ("t", "perplexity", "experts/token", "MoE FLOPs / dense FFN", "FFN seconds / {}")
+TITLES = ("t", "perplexity", "experts/token", "MoE FLOPs / dense FFN", "FFN seconds / {}", "perplexity / {}")
 Row = dict[str, list[float]]  # by title, of each run
 
 
@@ -68,7 +68,7 @@ def cell(values: list[float], digits: int) -> str:
 
 def plot(rows: list[Row], titles: list[str], dense: list[float], path: Path) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained", sharey=True)
-    for panel, title in zip(axes, titles[3:], strict=True):
+    for panel, title in zip(axes, titles[3:5], strict=True):
         points = [(statistics.mean(row[title]), statistics.mean(row[titles[1]])) for row in rows]
         panel.plot(*zip(*points, strict=True), "o-", color="#2070b4")
         for row, point in zip(rows, points, strict=True):
@@ -107,7 +107,8 @@ def main() -> None:
     args = parse()
     torch.set_num_threads(1)
     dense = args.dense[0] if args.dense else None
-    titles = [title.format("dense" if dense else f"those at t = {args.thresholds[-1]:g}") for title in TITLES]
+    last = f"that at t = {args.thresholds[-1]:g}"
+    titles = [title.format("dense" if dense else last) for title in TITLES[:-1]] + [TITLES[-1].format(last)]
     rows: list[Row] = [{"t": [t]} for t in args.thresholds]
     try:
         for run in args.runs:
@@ -118,9 +119,15 @@ def main() -> None:
         dense_perplexities = [best_perplexity(run) for run in args.dense]
     except ResultError as error:
         raise SystemExit(f"sweep_threshold: {error}") from None
-    body = [[f"{row['t'][0]:g}", *(cell(row[title], 2) for title in titles[1:])] for row in rows]
+    for row in rows:  # of the same run: seeds differ by more than thresholds
+        pairs = zip(row[titles[1]], rows[-1][titles[1]], strict=True)
+        row[titles[5]] = [perplexity / of_last for perplexity, of_last in pairs]
+    body = [
+        [f"{row['t'][0]:g}", *(cell(row[title], 2) for title in titles[1:5]), cell(row[titles[5]], 3)]
+        for row in rows
+    ]
     if dense_perplexities:
-        body.append(["dense", cell(dense_perplexities, 2), "-", "1.00", "1.00"])
+        body.append(["dense", cell(dense_perplexities, 2), "-", "1.00", "1.00", "-"])
     table = markdown(titles, body)
     print(table, end="")
     args.out.mkdir(parents=True, exist_ok=True)

@@ -71,6 +71,8 @@ def test_translation(mt_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert low["experts/token"] < high["experts/token"] == [4]  # the limit, 2s
     assert low["MoE FLOPs / dense FFN"] < high["MoE FLOPs / dense FFN"]
     assert (tmp_path / "sweep/sweep.md").read_text().splitlines()[-1].startswith("| dense | ")
+    assert high["perplexity / that at t = 1"] == [1]
+    assert low["perplexity / that at t = 1"][0] == low["perplexity"][0] / high["perplexity"][0]
 
 
 def test_language_model(lm_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
