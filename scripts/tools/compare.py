@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from plan import Plan
 from plot_runs import draw
 from presets import MODELS
 from results import ResultError, markdown, read, records, seconds_per_update, write, write_json
@@ -48,9 +49,10 @@ def load(folder: Path, tag: str) -> Run:
     values: dict[str, float] = {}
     for split, result in splits.items():
         values |= {f"{split} {TITLES[key]}": result[key] for key in SHOWN[about["task"]]}
+    dense_flops = Plan(about["task"], about["preset"], about["model"], 1).dense_flops
     sides = list(splits[FLOPS_SPLIT]["routing"].values())
     values["experts/token"] = statistics.mean(s["experts"] for s in sides) if sides else math.nan
-    values["MoE FLOPs / dense FFN"] = statistics.mean(s["flops"] for s in sides) if sides else 1.0
+    values["MoE FLOPs / dense FFN"] = statistics.mean(s["flops"] for s in sides) if sides else dense_flops
     values["s/update"] = seconds_per_update(log)
     seconds = folder / "seconds.json"
     values[FFN_SECONDS] = json.loads(read(seconds))["ratio"] if seconds.exists() else math.nan

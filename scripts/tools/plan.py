@@ -25,6 +25,11 @@ class Plan:
         return self.model.startswith("dense")
 
     @property
+    def dense_flops(self) -> float:
+        """Of a dense model's FFNs, over those of `dense`."""
+        return self.size.wide_ffn / self.size.ffn_dim if self.model == "dense-wide" else 1.0
+
+    @property
     def split(self) -> int:
         return MODELS[self.model][0]
 

@@ -149,11 +149,13 @@ def test_further_shards_are_training_data(lm_data: Path, tmp_path: Path) -> None
     assert [Path(p).name for p in train.shards(tmp_path, "lm").split(":")] == ["bin", "bin1", "bin2", "bin10"]
 
 
-def made_up_run(folder: Path, model: str, seed: int, perplexity: float, data: str = "data") -> Path:
+def made_up_run(
+    folder: Path, model: str, seed: int, perplexity: float, data: str = "data", preset: str = "tiny"
+) -> Path:
     folder.mkdir(parents=True)
-    about = {"task": "lm", "preset": "tiny", "model": model, "data": data, "seed": seed, "flags": []}
+    about = {"task": "lm", "preset": preset, "model": model, "data": data, "seed": seed, "flags": []}
     (folder / "run.json").write_text(json.dumps(about))
-    sides = {} if model == "dense" else {"decoder": {"experts": 2.5, "flops": 0.75}}
+    sides = {} if model.startswith("dense") else {"decoder": {"experts": 2.5, "flops": 0.75}}
     result = {"perplexity": perplexity, "perplexity_per_word": 2 * perplexity, "routing": sides}
     (folder / "scores.best.json").write_text(json.dumps({"splits": {"valid": result, "test": result}}))
     log = [
@@ -211,3 +213,8 @@ def test_compare_refuses_what_cannot_be_compared(tmp_path: Path, monkeypatch: py
     assert "scores.average3.json: No such file" in missing and "train and score each run first" in missing
     assert not (tmp_path / "out").exists()
     assert math.isnan(compare.load(here, "best").values["experts/token"])
+
+
+def test_wide_dense_models_compute_more(tmp_path: Path) -> None:
+    wide = made_up_run(tmp_path / "wide", "dense-wide", 1, 30.0, preset="claims")
+    assert compare.load(wide, "best").values["MoE FLOPs / dense FFN"] == 1984 / 512
