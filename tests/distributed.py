@@ -43,7 +43,7 @@ def run_ranks(world_size: int, function: Callable[[], Any], timeout: float = 300
         assert not errors, "\n".join(errors)
         assert not hung, f"ranks {hung} of {world_size} did not end within {timeout} s"
         results = [Path(folder, f"{rank}.pt") for rank in range(world_size)]
-        return [torch.load(path, weights_only=False) if path.exists() else None for path in results]
+        return [torch.load(path, weights_only=True) if path.exists() else None for path in results]
 
 
 def _rank(rank: int, world_size: int, function: Callable[[], Any], folder: Path, timeout: float) -> None:
