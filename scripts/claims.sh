@@ -7,7 +7,8 @@
 #   OUT=runs/claims-mt                     the runs, and compare.md, .json, .png, sweep-xmoe-s4/, sweep-split-s8/
 #
 # One run per core at a time, one thread each; `taskset -c 0` leaves the other cores alone. The same command goes
-# on where it was stopped. About 1.5 hours each on 2 cores; mt needs the package sources of Debian or Ubuntu.
+# on where it was stopped. About 2 hours each on 2 cores, an estimate from single runs; mt needs the package sources
+# of Debian or Ubuntu.
 set -euo pipefail
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 PATH=$(cd "${VENV:-$ROOT/.venv}" && pwd)/bin:$PATH
