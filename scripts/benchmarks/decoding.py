@@ -187,6 +187,10 @@ def parse() -> argparse.Namespace:
     if args.threshold is not None and not 0 <= args.threshold <= 1:
         parser.error(f"--threshold must be in [0, 1], got {args.threshold:g}")
     if args.shape is not None:
+        if args.threshold is not None:
+            parser.error(
+                "--threshold goes with checkpoints: with --shape a token takes a quarter of the experts"
+            )
         sizes = args.shape or Shape()
         if len(sizes) != len(Shape()) or min(sizes) < 1 or sizes[1] % HEADS or sizes[2] % sizes[3]:
             rule = f"layers, D (a multiple of {HEADS}), FFN and experts, which divide FFN"

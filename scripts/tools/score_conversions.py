@@ -23,14 +23,16 @@ METRICS = ("bleu", "chrf")
 
 
 def stock(tool: str, data: Path, checkpoint: Path, split: str, flags: list[str], log: Path) -> Path:
-    """Runs a stock command, unless its whole output is there already."""
+    """Runs a stock command, unless what it printed for this checkpoint is there; the log begins with it."""
     words = [str(Path(sys.executable).parent / tool), str(data / "bin"), "--path", str(checkpoint)]
     words += ["--user-dir", str(ROOT / "xmoe_fairseq"), "--gen-subset", split, "--num-workers", "0", *flags]
-    if log.exists():
+    command = shlex.join(words)
+    if log.exists() and log.stat().st_mtime >= checkpoint.stat().st_mtime and lines(log)[0] == command:
         return log
-    print(f"[score] {shlex.join(words)}", flush=True)
+    print(f"[score] {command}", flush=True)
     partial = log.with_suffix(".partial")
     with partial.open("w", encoding="utf-8") as file:
+        print(command, file=file, flush=True)
         status = subprocess.run(words, stdout=file, stderr=subprocess.STDOUT).returncode
     if status:
         raise ResultError(f"{tool} failed: {lines(partial)[-1]} (all of it: {partial})")
@@ -67,15 +69,19 @@ def main() -> None:
     parser.add_argument("--beam", type=int, default=5, help="of translation")
     parser.add_argument("--context", type=int, default=128, help="tokens per sample of a language model")
     args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
     run = TASKS[args.task]
     splits = sorted({path.name.split(".")[0] for path in (args.data / "bin").glob("test*.idx")})
     if not splits:
         raise SystemExit(f"score_conversions: DATA must hold bin/test*.idx, got {args.data}")
+    args.out.mkdir(parents=True, exist_ok=True)
     results: dict[str, dict[str, Any]] = {}
     try:
         for checkpoint in args.checkpoints:
+            if not checkpoint.is_file():
+                raise ResultError(f"CHECKPOINT {checkpoint}: No such file")
             name = checkpoint.parent.name if checkpoint.stem == "checkpoint_last" else checkpoint.stem
+            if name in results:
+                raise ResultError(f"two checkpoints are called {name}: the second is {checkpoint}")
             for split in splits:
                 found = run(args.data, checkpoint, split, args, args.out / f"{name}.{split}.out")
                 results.setdefault(name, {}).update({f"{split} {key}": n for key, n in found.items()})

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.testing import assert_close
 
+from xmoe_fairseq.convert import grouping
 from xmoe_fairseq.convert.dense import ConvertError
 from xmoe_fairseq.convert.ffn import FeedForward
 from xmoe_fairseq.convert.grouping import GROUPINGS, CoActivation, group
@@ -65,6 +66,16 @@ def test_sums_over_batches_are_those_over_all() -> None:
     once.add(ffn.hidden(x_TD))
     assert_close(seen_by(ffn, x_TD).pairs_FF, once.pairs_FF)
     assert_close(once.mean_hidden(), ffn.hidden(x_TD).mean(dim=0))
+
+
+def test_pairs_are_looked_at_in_the_first_tokens_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grouping, "PAIR_TOKENS", 150)
+    ffn, _, x_TD = planted()
+    few = CoActivation(ffn, pairs=True)
+    few.add(ffn.hidden(x_TD[:200]))  # as its batches of 100: the second begins before token 150
+    seen = seen_by(ffn, x_TD)
+    assert_close(seen.pairs_FF, few.pairs_FF)
+    assert_close(seen.mean_hidden(), ffn.hidden(x_TD).mean(dim=0))
 
 
 def test_the_router_ranks_experts_by_what_they_contribute() -> None:
