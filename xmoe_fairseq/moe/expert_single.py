@@ -11,11 +11,10 @@ from xmoe_fairseq.moe.dispatch import ExpertRows
 from xmoe_fairseq.moe.expert_sums import Activation, Stacks
 
 
-def is_single(x_SD: Tensor, rows: ExpertRows) -> bool:
-    """One source row, on a CPU, without gradients; sums are in the rows' own precision."""
+def is_single(x_SD: Tensor) -> bool:
+    """One source row, on a CPU, without gradients, and in a precision in which it may be summed."""
     is_alone = x_SD.size(0) == 1 and x_SD.is_cpu and not torch.is_grad_enabled()
-    own = x_SD.dtype if rows.weight_R is None else rows.weight_R.dtype
-    return is_alone and x_SD.dtype in (torch.float32, torch.float64) and own == x_SD.dtype
+    return is_alone and x_SD.dtype in (torch.float32, torch.float64)
 
 
 def expert_sums_single(x_1D: Tensor, rows: ExpertRows, stacks: Stacks, activation: Activation) -> Tensor:

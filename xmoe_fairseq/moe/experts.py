@@ -101,7 +101,7 @@ class Experts(nn.Module):
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
             x_SD, stacks = x_SD.to(dtype), Stacks(*(stack.to(dtype) for stack in stacks))
-        if is_single(x_SD, rows):
+        if is_single(x_SD):
             return expert_sums_single(x_SD, rows, stacks, self.activation)
         compute = expert_sums_grouped if can_group(x_SD, stacks) else expert_sums_loop
         return compute(x_SD, rows, stacks, self.activation)
