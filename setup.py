@@ -1,4 +1,4 @@
-"""Metadata and dependencies, and the start-up line that mends fairseq (see xmoe_fairseq_compat.py)."""
+"""Metadata and dependencies, and the start-up line that mends fairseq (see xmoe_fairseq_compat)."""
 
 from pathlib import Path
 
@@ -30,8 +30,7 @@ setup(
     author="The xmoe_fairseq authors",
     license="MIT",
     python_requires=">=3.10",
-    packages=find_packages(include=["xmoe_fairseq", "xmoe_fairseq.*"]),
-    py_modules=["xmoe_fairseq_compat"],
+    packages=find_packages(include=["xmoe_fairseq", "xmoe_fairseq.*", "xmoe_fairseq_compat"]),
     entry_points={
         "console_scripts": [
             "xmoe-checkpoint = xmoe_fairseq.parallel.tool:main",

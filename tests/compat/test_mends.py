@@ -30,6 +30,8 @@ from fairseq.modules.transformer_layer import TransformerEncoderLayerBase
 from torch import nn
 
 import xmoe_fairseq_compat as compat
+from xmoe_fairseq_compat import models, registry
+from xmoe_fairseq_compat.checkpoints import CheckpointError
 
 COMPAT = Path(compat.__file__)
 
@@ -82,16 +84,16 @@ print(runpy.run_path({str(COMPAT)!r})["is_active"]())
 
 @pytest.mark.parametrize("version", ["0.11.1", "0.13.0", "1.0.0"])
 def test_another_fairseq_is_left_alone(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert compat._Finder.find_spec("fairseq") is not None
+    assert compat.Finder.find_spec("fairseq") is not None
     monkeypatch.setattr(metadata, "version", lambda package: version)
-    assert compat._Finder.find_spec("fairseq") is None
+    assert compat.Finder.find_spec("fairseq") is None
 
 
 def test_versions_that_have_no_defect_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     ran = []
-    monkeypatch.setattr(compat, "_after", {"m": [(lambda: False, ran.append), (lambda: True, ran.append)]})
+    monkeypatch.setattr(registry, "after", {"m": [(lambda: False, ran.append), (lambda: True, ran.append)]})
     module = SimpleNamespace()
-    compat._mended("m", lambda module: None)(module)
+    registry.mended("m", lambda module: None)(module)
     assert ran == [module]
 
 
@@ -152,7 +154,7 @@ def test_refused_checkpoints(content: object, problem: str, tmp_path: Path) -> N
         file.write_bytes(content)
     else:
         torch.save(content, file)
-    with pytest.raises(compat.CheckpointError, match=f"cannot load checkpoint {file}: {problem}") as error:
+    with pytest.raises(CheckpointError, match=f"cannot load checkpoint {file}: {problem}") as error:
         checkpoint_utils.load_checkpoint_to_cpu(str(file))
     assert isinstance(error.value, RuntimeError) and error.value.code == str(error.value)
     assert "\n" not in str(error.value)
@@ -215,7 +217,7 @@ def test_bf16_does_not_ask_for_a_tpu() -> None:
 
 
 def test_strings_of_a_configuration_are_literals_not_code(tmp_path: Path) -> None:
-    """_evaluate_literals_only"""
+    """evaluate_literals_only"""
     from fairseq import utils
     from fairseq.models import fconv, transformer_lm
 
@@ -232,13 +234,9 @@ def test_strings_of_a_configuration_are_literals_not_code(tmp_path: Path) -> Non
 
 
 def test_development_versions_of_torch_can_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    """_read_development_versions"""
-    import types
-
-    import xmoe_fairseq_compat
-
+    """read_development_versions"""
     monkeypatch.setattr(torch, "__version__", "2.14.0a0+git1234")
-    module = types.ModuleType("stand-in")
-    xmoe_fairseq_compat._read_development_versions(module)
+    module = SimpleNamespace()
+    models.read_development_versions(module)
     assert module.torch.__version__ == "2.14.0"
     assert module.torch.cat is torch.cat

@@ -18,11 +18,10 @@ PTH = "xmoe_fairseq_compat.pth"
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy: a build leaves folders in the source tree."""
     copy = tmp_path_factory.mktemp("source")
-    for name in ("setup.py", "pyproject.toml", "LICENSE", "xmoe_fairseq_compat.py"):
+    for name in ("setup.py", "pyproject.toml", "LICENSE"):
         shutil.copy(REPO / name, copy)
-    shutil.copytree(
-        REPO / "xmoe_fairseq", copy / "xmoe_fairseq", ignore=shutil.ignore_patterns("__pycache__")
-    )
+    for name in ("xmoe_fairseq", "xmoe_fairseq_compat"):
+        shutil.copytree(REPO / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
     return copy
 
 
@@ -51,8 +50,8 @@ def test_start_up_line_is_installed(kind: str, source: Path, tmp_path: Path) -> 
     assert f"{PTH}," in wheel.read(next(n for n in wheel.namelist() if n.endswith("/RECORD"))).decode()
     assert run_start_up_line(line, source) == "True"
     assert run_start_up_line(line, tmp_path) == "False", "silent where the package was removed"
-    assert ("xmoe_fairseq/moe/layer.py" in wheel.namelist()) == (kind == "wheel")
-    assert ("xmoe_fairseq_compat.py" in wheel.namelist()) == (kind == "wheel")
+    for file in ("xmoe_fairseq/moe/layer.py", "xmoe_fairseq_compat/registry.py"):
+        assert (file in wheel.namelist()) == (kind == "wheel")
 
 
 def test_metadata(source: Path, tmp_path: Path) -> None:

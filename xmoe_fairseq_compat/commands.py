@@ -1,0 +1,59 @@
+"""What single commands of fairseq need."""
+
+from __future__ import annotations
+
+import os
+from argparse import Namespace
+from typing import Any
+
+from xmoe_fairseq_compat.registry import has, mend, stand_in
+
+
+@mend("fairseq_cli.generate")
+def generate_on_several_ranks(module: Any) -> None:
+    """Every torch: under torchrun fairseq-generate joins no ranks, so each of them translates everything.
+
+    Each takes its share, and with --results-path writes into a folder of its own there (rank0, rank1, ...).
+    """
+    plain_main = module.main
+
+    def shared_out(cfg: Any) -> Any:
+        rank, results = cfg.distributed_training.distributed_rank, cfg.common_eval.results_path
+        if results is not None:
+            cfg.common_eval.results_path = os.path.join(results, f"rank{rank}")
+        return plain_main(cfg)
+
+    def main(cfg: Any) -> Any:
+        if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+            return plain_main(cfg)
+        from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+        from fairseq.distributed import utils
+
+        cfg = convert_namespace_to_omegaconf(cfg) if isinstance(cfg, Namespace) else cfg
+        return utils.call_main(cfg, shared_out)
+
+    module.main = main
+
+
+@mend("fairseq_cli.score", when=lambda: has("sacrebleu", 2))
+def score_with_sacrebleu_2(module: Any) -> None:
+    """fairseq-score --sacrebleu hands over open files, where sacrebleu >= 2 wants lists of lines."""
+    import sacrebleu
+
+    plain_bleu = sacrebleu.corpus_bleu
+
+    def corpus_bleu(hypotheses: Any, references: Any, *args: Any, **kwargs: Any) -> Any:
+        return plain_bleu(list(hypotheses), [list(lines) for lines in references], *args, **kwargs)
+
+    sacrebleu.corpus_bleu = corpus_bleu
+
+
+@mend("fairseq_cli.score")
+def score_sentences(module: Any) -> None:
+    """Every torch: fairseq-score --sentence-bleu makes its scorer of three numbers, not of one config."""
+    from fairseq.scoring import bleu
+
+    def scorer(*args: Any) -> Any:
+        return bleu.Scorer(*args) if len(args) == 1 else bleu.Scorer(bleu.BleuConfig(*args))
+
+    module.bleu = stand_in(bleu, Scorer=scorer)

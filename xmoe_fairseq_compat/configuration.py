@@ -1,0 +1,99 @@
+"""What fairseq's configurations and messages need."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import operator
+import sys
+import warnings
+from collections.abc import Iterator
+from importlib.util import find_spec
+from typing import Any
+
+from xmoe_fairseq_compat.registry import mend, mend_around
+
+
+@mend_around("fairseq")
+def quiet_deprecations(module: Any) -> Iterator[None]:
+    """hydra >= 1.1, torch >= 2 and fairscale warn of fairseq's old style, some 20 lines at each start.
+
+    Some of hydra's begin with "H", as the hypotheses that fairseq-generate prints do.
+    """
+    for category, message in (
+        (UserWarning, r"(?s).*(hydra|package header|strict flag)"),
+        (UserWarning, "'pin_memory' argument is set as true but no accelerator is found"),
+        (UserWarning, "Support for mismatched key_padding_mask and attn_mask is deprecated"),
+        (FutureWarning, "`(torch.cuda.amp.*|broadcast_buffers)` is deprecated"),
+    ):
+        warnings.filterwarnings("ignore", message, category)
+    yield
+
+
+@mend_around("fairseq.dataclass.configs", when=lambda: sys.version_info >= (3, 11))
+def hashable_configs(module: Any) -> Iterator[None]:
+    """Python >= 3.11 refuses `field: Config = Config()` where Config has no hash, as none of fairseq's has.
+
+    @dataclass keeps a __hash__ that it finds in the class body, so each subclass of FairseqDataclass gets
+    one. (A default_factory would not do: fairseq reads the fields' `.default`.)
+    """
+    plain_dataclass = dataclasses.dataclass
+
+    def dataclass(cls: Any = None, /, **options: Any) -> Any:
+        if cls is not None and cls.__name__ == "FairseqDataclass":
+
+            def give_hash(subclass: Any, /, **kwargs: Any) -> None:
+                super(cls, subclass).__init_subclass__(**kwargs)
+                if "__hash__" not in subclass.__dict__:
+                    subclass.__hash__ = object.__hash__
+
+            cls.__init_subclass__ = classmethod(give_hash)
+        return plain_dataclass(cls, **options)
+
+    dataclasses.dataclass = dataclass
+    try:
+        yield
+    finally:
+        dataclasses.dataclass = plain_dataclass
+
+
+@mend(
+    "fairseq.models.fconv",
+    "fairseq.models.fconv_lm",
+    "fairseq.models.fconv_self_att",
+    "fairseq.models.hubert.hubert",
+    "fairseq.models.lightconv_lm",
+    "fairseq.models.speech_to_text.s2t_wav_transformer",
+    "fairseq.models.transformer_lm",
+    "fairseq.models.wav2vec.wav2vec",
+    "fairseq.models.wav2vec.wav2vec2",
+    "fairseq.utils",
+)
+def evaluate_literals_only(module: Any) -> None:
+    """Every torch: fairseq calls eval on strings of a model's configuration, which a checkpoint brings along.
+
+    A name in the module hides the builtin. Sums and products of literals stay, as in `[(512, 3)] * 20`.
+    """
+    operators: dict[type, Any] = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul}
+
+    def value(node: ast.AST) -> Any:
+        if isinstance(node, ast.BinOp) and type(node.op) in operators:
+            return operators[type(node.op)](value(node.left), value(node.right))
+        return ast.literal_eval(node)
+
+    module.eval = lambda text: value(ast.parse(text.strip(), mode="eval").body)
+
+
+@mend("fairseq.options")
+def bf16_without_tpu(module: Any) -> None:
+    """Every torch: --bf16 turns --tpu on, and so needs torch_xla also on a CPU or GPU."""
+    plain_parse = module.parse_args_and_arch
+
+    def parse_args_and_arch(*args: Any, **kwargs: Any) -> Any:
+        parsed = plain_parse(*args, **kwargs)
+        namespace = parsed[0] if isinstance(parsed, tuple) else parsed
+        if getattr(namespace, "bf16", False) and find_spec("torch_xla") is None:
+            namespace.tpu = False
+        return parsed
+
+    module.parse_args_and_arch = parse_args_and_arch

@@ -1,0 +1,44 @@
+"""What fairseq's data sets and iterators need."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from xmoe_fairseq_compat.registry import has, mend, stand_in
+
+
+@mend(
+    "fairseq.data.data_utils",
+    "fairseq.data.language_pair_dataset",
+    "fairseq.data.token_block_dataset",
+    "fairseq.modules.dynamic_crf_layer",
+    when=lambda: has("numpy", 1, 24),
+)
+def old_numpy_names(module: Any) -> None:
+    """np.int and np.float went in numpy 1.24, np.compat in 2.0, percentile(interpolation=) in 2.4."""
+    import numpy
+
+    class compat:
+        long = int
+
+    def percentile(a: Any, q: Any, interpolation: Any = "linear", **kwargs: Any) -> Any:
+        return numpy.percentile(a, q, method=interpolation, **kwargs)
+
+    module.np = stand_in(numpy, int=int, float=float, compat=compat, percentile=percentile)
+
+
+@mend("fairseq.data.iterators")
+def resume_on_another_number_of_ranks(module: Any) -> None:
+    """Every torch: a checkpoint's place in the epoch counts one rank's batches, so with fewer or more ranks
+    a resumed run would read some of the epoch's batches again, or leave some out."""
+    iterator = module.EpochBatchIterator
+    plain_state, plain_load = iterator.state_dict, iterator.load_state_dict
+
+    def state_dict(self: Any) -> dict[str, Any]:
+        return {**plain_state(self), "num_shards": self.num_shards}
+
+    def load_state_dict(self: Any, state: dict[str, Any]) -> None:
+        read = state.get("iterations_in_epoch", 0) * state.get("num_shards", self.num_shards)
+        plain_load(self, {**state, "iterations_in_epoch": read // self.num_shards})
+
+    iterator.state_dict, iterator.load_state_dict = state_dict, load_state_dict

@@ -1,0 +1,72 @@
+"""Which mends there are: each for one module of fairseq, and only for the versions that have the defect."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import sys
+from collections.abc import Callable, Iterator
+from importlib import metadata
+from typing import Any
+
+When = Callable[[], bool]
+Mend = Callable[[Any], None]  # takes the module
+MendAround = Callable[[Any], Iterator[None]]
+
+# To run after a module, or around it (what is before a mend's `yield` runs before the module).
+after: dict[str, list[tuple[When, Mend]]] = {}
+around: dict[str, list[tuple[When, MendAround]]] = {}
+
+
+def has(package: str, *version: int) -> bool:
+    """Whether this version of a package, or a later one, is installed."""
+    try:
+        installed = metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return False
+    return tuple(int(part) for part in re.findall(r"\d+", installed)[: len(version)]) >= version
+
+
+def mend(*modules: str, when: When = lambda: True) -> Callable[[Mend], Mend]:
+    def register(mend: Mend) -> Mend:
+        for module in modules:
+            after.setdefault(module, []).append((when, mend))
+        return mend
+
+    return register
+
+
+def mend_around(module: str, when: When = lambda: True) -> Callable[[MendAround], MendAround]:
+    def register(mend: MendAround) -> MendAround:
+        around.setdefault(module, []).append((when, mend))
+        return mend
+
+    return register
+
+
+def concerns(name: str) -> bool:
+    """Whether a module has mends, and the fairseq that is installed is the one they are for."""
+    return (name in after or name in around) and has("fairseq", 0, 12) and not has("fairseq", 0, 13)
+
+
+def mended(name: str, exec_module: Callable[[Any], None]) -> Callable[[Any], None]:
+    """What runs a module, with its mends."""
+
+    def exec_mended_module(module: Any) -> None:
+        with contextlib.ExitStack() as stack:
+            for when, mend_around in around.get(name, []):
+                if when():
+                    stack.enter_context(contextlib.contextmanager(mend_around)(module))
+            exec_module(module)
+        for when, mend in after.get(name, []):
+            if when():
+                mend(module)
+
+    return exec_mended_module
+
+
+def stand_in(library: Any, **replaced: Any) -> Any:
+    """A stand-in for a library within one of fairseq's modules: the same but for the names given."""
+    module = type(sys)(library.__name__)
+    module.__dict__.update(replaced, __getattr__=lambda name: getattr(library, name))
+    return module

@@ -1,0 +1,71 @@
+"""What fairseq's trainer needs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from xmoe_fairseq_compat.registry import mend, stand_in
+
+
+@mend("fairseq.trainer")
+def model_may_bring_its_trainer(module: Any) -> None:
+    """Every torch: the trainer takes it that all ranks hold the same parameters, and leaves a model no say.
+
+    Its gradient norm, checkpoints and recovery from errors are wrong for experts that lie on some ranks.
+    """
+
+    def __new__(cls: Any, cfg: Any, task: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+        return object.__new__(getattr(model, "trainer_class", cls))
+
+    module.Trainer.__new__ = __new__
+
+
+@mend("fairseq.trainer")
+def skip_an_overflow_on_cpu(module: Any) -> None:
+    """Every torch: where --fp16 skips an update whose gradients overflowed, the norm is put on a GPU."""
+    import torch
+
+    class OnHost(torch.Tensor):
+        def cuda(self, *args: Any, **kwargs: Any) -> Any:
+            return self.as_subclass(torch.Tensor)
+
+    if not torch.cuda.is_available():
+        module.torch = stand_in(
+            torch, tensor=lambda *args, **kw: torch.tensor(*args, **kw).as_subclass(OnHost)
+        )
+
+
+@mend("fairseq.trainer")
+def count_what_came_before_a_dummy_batch(module: Any) -> None:
+    """Every torch: a rank whose last micro-batch of an update is a dummy loses the size of its real ones.
+
+    So with --update-freq > 1 the last update of an epoch divides the gradient by too small a number. With the
+    dummies first, and counted as nothing, the sum is right.
+    """
+    import torch
+
+    plain_step = module.Trainer.train_step
+
+    def nothing(value: Any) -> Any:
+        return torch.zeros_like(value) if torch.is_tensor(value) else 0
+
+    def train_step(self: Any, samples: Any, raise_oom: bool = False) -> Any:
+        real = [sample for sample in samples if sample]
+        dummies = [sample for sample in samples if not sample]
+        if not (real and dummies):
+            return plain_step(self, samples, raise_oom)
+        plain_task_step = self.task.train_step
+
+        def task_step(*args: Any, ignore_grad: bool = False, **kwargs: Any) -> Any:
+            loss, size, log = plain_task_step(*args, ignore_grad=ignore_grad, **kwargs)
+            if ignore_grad:
+                size, log = nothing(size), {key: nothing(value) for key, value in log.items()}
+            return loss, size, log
+
+        self.task.train_step = task_step
+        try:
+            return plain_step(self, dummies + real, raise_oom)
+        finally:
+            del self.task.train_step
+
+    module.Trainer.train_step = train_step
