@@ -97,3 +97,28 @@ def bf16_without_tpu(module: Any) -> None:
         return parsed
 
     module.parse_args_and_arch = parse_args_and_arch
+
+
+@mend("fairseq.options")
+def help_with_all_flags(module: Any) -> None:
+    """Every torch: --help ends the command before the flags of the --arch, --task, ... given are known, and
+    without --arch fairseq-train ends with a RuntimeError that says nothing."""
+    plain_parse = module.parse_args_and_arch
+
+    def parse_args_and_arch(parser: Any, *args: Any, **kwargs: Any) -> Any:
+        plain_known = parser.parse_known_args
+
+        def first_pass(arguments: Any = None, namespace: Any = None) -> Any:
+            """Which --arch and the like there are; the second pass, with all flags known, answers --help."""
+            parser.parse_known_args = plain_known
+            arguments = sys.argv[1:] if arguments is None else arguments
+            known, rest = plain_known([a for a in arguments if a not in ("-h", "--help")], namespace)
+            if getattr(known, "arch", "") is None:
+                plain_known(arguments, namespace)  # --help ends here: of no model's flags
+                parser.error("--arch must be given, such as --arch xmoe_transformer or --arch transformer_lm")
+            return known, rest
+
+        parser.parse_known_args = first_pass
+        return plain_parse(parser, *args, **kwargs)
+
+    module.parse_args_and_arch = parse_args_and_arch

@@ -69,3 +69,18 @@ def count_what_came_before_a_dummy_batch(module: Any) -> None:
             del self.task.train_step
 
     module.Trainer.train_step = train_step
+
+
+@mend("fairseq_cli.train")
+def stop_where_the_run_has_ended(module: Any) -> None:
+    """Every torch: a run that has made all its --max-update updates makes one more whenever it is resumed."""
+    plain_train = module.train
+
+    def train(cfg: Any, trainer: Any, *args: Any) -> Any:
+        most = cfg.optimization.max_update
+        if 0 < most <= trainer.get_num_updates():
+            module.logger.info(f"nothing left to train: all --max-update {most} updates were made before")
+            return [None], True
+        return plain_train(cfg, trainer, *args)
+
+    module.train = train

@@ -66,7 +66,12 @@ def test_train_resumes(corpus: tuple[Path, Path], checkpoint: Path, tmp_path: Pa
     arguments = ("--max-update", 5, "--save-dir", tmp_path, "--restore-file", checkpoint, "--bf16")
     output = run("fairseq-train", corpus[0], *TRANSFORMER, *arguments)
     assert f"Loaded checkpoint {checkpoint} (epoch 1 @ 4 updates)" in output
-    assert updates(tmp_path / "checkpoint_last.pt") == 5
+    last = tmp_path / "checkpoint_last.pt"
+    assert updates(last) == 5
+    written = last.read_bytes()
+    output = run("fairseq-train", corpus[0], *TRANSFORMER, *arguments[:4], "--bf16")
+    assert "nothing left to train: all --max-update 5 updates were made before" in output
+    assert last.read_bytes() == written
 
 
 def test_validate(corpus: tuple[Path, Path], checkpoint: Path) -> None:
