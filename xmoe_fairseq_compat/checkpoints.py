@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import os
 import re
 import typing
 from typing import Any
@@ -36,9 +37,46 @@ class CheckpointError(RuntimeError, SystemExit):
     """An unusable checkpoint: a command ends with this one line, a library may catch it as a RuntimeError."""
 
     def __init__(self, file: Any, problem: str) -> None:
-        message = f"cannot load checkpoint {getattr(file, 'name', file)}: {problem}"
+        name = file if isinstance(file, (str, os.PathLike)) else getattr(file, "name", file)
+        message = f"cannot load checkpoint {name}: {problem}"
         super().__init__(message)
         self.code = message  # what Python prints when this ends it; the exit status is then 1
+
+
+def load(file: Any, *args: Any, **kwargs: Any) -> Any:
+    """torch.load that never runs code, whatever the caller or an environment variable says.
+
+    Raises:
+        CheckpointError: the file is damaged, or holds what is not on the list of safe types.
+        OSError: there is no such file, or it may not be read.
+    """
+    import torch
+
+    try:
+        return torch.load(file, *args, **{**kwargs, "weights_only": True})
+    except (MemoryError, FileNotFoundError, IsADirectoryError, PermissionError):
+        raise
+    except Exception as error:
+        refused = re.search(r"GLOBAL (\S+) (?:was not an allowed|whose module)", str(error))
+        if refused:
+            problem = (
+                f"it holds {refused[1]}, which is not on the list of types that are safe to load; save it"
+                " again without, or if you trust it allow the type in a --user-dir with"
+                " torch.serialization.add_safe_globals"
+            )
+        else:
+            reason = " ".join(str(error).rpartition("WeightsUnpickler error:")[2].split())
+            reason = reason.split(" Check the documentation")[0] or "it ends too early"
+            problem = f"it is damaged or no checkpoint ({reason[:80]}); copy it again or use another"
+        raise CheckpointError(file, problem) from None
+
+
+def load_checkpoint(file: Any, *args: Any, **kwargs: Any) -> Any:
+    """A file that must be a checkpoint. Raises what `load` raises."""
+    state = load(file, *args, **kwargs)
+    if not isinstance(state, dict) or "model" not in state:
+        raise CheckpointError(file, "it has no entry 'model'; name a file that fairseq-train saved")
+    return state
 
 
 @mend("fairseq.checkpoint_utils", when=lambda: has("torch", 2, 6))
@@ -46,30 +84,7 @@ def say_why_a_checkpoint_is_refused(module: Any) -> None:
     """torch >= 2.6 reports a refused type in a page of advice, and a damaged file without its name."""
     import torch
 
-    def load(file: Any, *args: Any, **kwargs: Any) -> Any:
-        try:
-            # Said here, no environment variable can turn it off.
-            state = torch.load(file, *args, **{**kwargs, "weights_only": True})
-        except MemoryError:
-            raise
-        except Exception as error:
-            refused = re.search(r"GLOBAL (\S+) (?:was not an allowed|whose module)", str(error))
-            if refused:
-                problem = (
-                    f"it holds {refused[1]}, which is not on the list of types that are safe to load; save it"
-                    " again without, or if you trust it allow the type in a --user-dir with"
-                    " torch.serialization.add_safe_globals"
-                )
-            else:
-                reason = " ".join(str(error).rpartition("WeightsUnpickler error:")[2].split())
-                reason = reason.split(" Check the documentation")[0] or "it ends too early"
-                problem = f"it is damaged or no checkpoint ({reason[:80]}); copy it again or use another"
-            raise CheckpointError(file, problem) from None
-        if not isinstance(state, dict) or "model" not in state:
-            raise CheckpointError(file, "it has no entry 'model'; name a file that fairseq-train saved")
-        return state
-
-    module.torch = stand_in(torch, load=load)
+    module.torch = stand_in(torch, load=load_checkpoint)
 
 
 @mend("fairseq.checkpoint_utils")

@@ -26,8 +26,9 @@ from parallel_runs import (
     train,
 )
 
-from xmoe_fairseq.parallel.shards import ShardError, remove_orphans, write_shard
+from xmoe_fairseq.parallel.shards import remove_orphans, write_shard
 from xmoe_fairseq.parallel.tool import main
+from xmoe_fairseq_compat.checkpoints import CheckpointError
 
 UPDATES = 2  # before the checkpoint, in the middle of an epoch
 LAYOUTS = [(1, 1), (2, 2), (4, 2), (4, 4)]  # ranks, ranks that share out the experts
@@ -176,13 +177,37 @@ def test_a_missing_or_foreign_shard_is_named(written: Any, tmp_path: Path) -> No
     checkpoint = folder / "checkpoint_last.pt"
     first.write_bytes(second.read_bytes())
     status, text = tool("merge", checkpoint, tmp_path / "whole.pt")
-    assert status == 1 and f"{first} does not belong to {checkpoint}" in text
+    assert status == 1 and f"cannot load checkpoint {checkpoint}: {first} is another checkpoint's" in text
+    first.write_bytes(second.read_bytes()[:-100])
+    status, text = tool("merge", checkpoint, tmp_path / "whole.pt")
+    assert status == 1 and f"cannot load checkpoint {first}: it is damaged" in text
     first.unlink()
     status, text = tool("merge", checkpoint, tmp_path / "whole.pt")
-    assert status == 1 and f"{checkpoint} needs {first}, which is missing" in text
-    with pytest.raises(ShardError, match=first.name):
+    assert status == 1 and f"cannot load checkpoint {checkpoint}: it needs {first}, which is missing" in text
+    with pytest.raises(CheckpointError, match=first.name):  # ends a fairseq command with one line
         checkpoint_utils.load_checkpoint_to_cpu(str(checkpoint))
-    assert tool("shard", written(1, 1)[0] / "checkpoint_last.pt", tmp_path / "3.pt", "--parts", 3)[0] == 1
+    assert not (tmp_path / "whole.pt").exists()
+
+
+def test_the_tool_says_in_one_line_what_it_cannot_convert(written: Any, tmp_path: Path) -> None:
+    whole, new = written(1, 1)[0] / "checkpoint_last.pt", tmp_path / "new" / "checkpoint.pt"
+    dense, tensor, text = (tmp_path / name for name in ("dense.pt", "tensor.pt", "text.pt"))
+    torch.save({"model": {"weight": torch.ones(1)}}, dense)
+    torch.save(torch.ones(1), tensor)
+    text.write_text("no checkpoint")
+    for status, message, arguments in (
+        (1, "--parts must divide the number of experts 8, got 3", ("shard", whole, new, "--parts", 3)),
+        (2, "--parts must be 2 or more", ("shard", whole, new, "--parts", 0)),
+        (1, f"{whole} exists already", ("shard", whole, whole, "--parts", 2)),
+        (1, f"{dense} holds no experts", ("merge", dense, new)),
+        (1, f"cannot load checkpoint {tensor}: it has no entry 'model'", ("info", tensor)),
+        (1, f"cannot load checkpoint {text}: it is damaged or no checkpoint", ("merge", text, new)),
+        (1, "No such file", ("info", tmp_path / "none.pt")),
+    ):
+        got, printed = tool(*arguments)
+        assert got == status and message in printed and "Traceback" not in printed
+        assert printed.count("\n") == status  # the usage too where it is a flag that is wrong
+    assert not new.exists() and "experts: none" in tool("info", dense)[1]
 
 
 def test_experts_that_no_checkpoint_names_are_removed(corpus: tuple[Path, Path], tmp_path: Path) -> None:

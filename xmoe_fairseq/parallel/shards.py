@@ -8,6 +8,7 @@ before anything names it, so a kill at any moment leaves the previous checkpoint
 import logging
 import os
 import re
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -17,16 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from xmoe_fairseq_compat.checkpoints import CheckpointError, load
+
 logger = logging.getLogger(__name__)
 
 State = dict[str, Any]
 FOLDER = "experts"
 KEY = "expert_shards"  # in the checkpoint: {"id", "files"}
 _part: ContextVar[tuple[int, int]] = ContextVar("part", default=(0, 1))
-
-
-class ShardError(RuntimeError):
-    """A file that holds some of a checkpoint's experts is missing, or is another checkpoint's."""
 
 
 @contextmanager
@@ -83,7 +82,7 @@ def join_shards(state: State, path: str | Path) -> State:
     """Put the experts back into a checkpoint read from `path`: all, or those of `reading_part`.
 
     Raises:
-        ShardError: names the file that is missing or does not belong to the checkpoint.
+        CheckpointError: names the file that is missing or does not belong to the checkpoint.
     """
     shards = state.pop(KEY, None)
     if shards is None:
@@ -101,14 +100,22 @@ def join_shards(state: State, path: str | Path) -> State:
 def _read_shard(path: Path, shards: State, index: int) -> State:
     file = path.parent / shards["files"][index]
     if not file.is_file():
-        raise ShardError(f"{path} needs {file}, which is missing: keep them in the same folder")
-    # Mapped, not read: a rank takes its own rows only.
-    shard = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-    found, wanted = (shard["id"], shard["index"], shard["count"]), (shards["id"], index, len(shards["files"]))
+        raise CheckpointError(path, f"it needs {file}, which is missing; keep them in the same folder")
+    shard = load(file, **mapped(file))  # a rank takes its own rows only
+    parts = ("id", "index", "count")
+    found = tuple(map(shard.get, parts)) if isinstance(shard, dict) else ()
+    wanted = (shards["id"], index, len(shards["files"]))
     if found != wanted:
-        raise ShardError(f"{file} does not belong to {path}: it is {found}, not {wanted}")
+        raise CheckpointError(
+            path, f"{file} is another checkpoint's: {found}, not {wanted}; copy the right one"
+        )
     experts: State = shard["experts"]
     return experts
+
+
+def mapped(path: Path) -> dict[str, Any]:
+    """For torch.load: tensors are mapped, so that those nobody asks for are not read."""
+    return {"map_location": "cpu", "mmap": zipfile.is_zipfile(path)}  # torch < 1.6 wrote no zip files
 
 
 def _join(parts: list[Any]) -> Any:
@@ -142,5 +149,5 @@ def remove_orphans(folder: Path) -> None:
 
 
 def named_shards(checkpoint: Path) -> list[str]:
-    state = torch.load(checkpoint, map_location="cpu", mmap=True, weights_only=True)
+    state = load(checkpoint, **mapped(checkpoint))
     return list(state[KEY]["files"]) if isinstance(state, dict) and KEY in state else []

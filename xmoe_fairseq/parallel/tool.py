@@ -13,13 +13,14 @@ from torch import Tensor
 
 from xmoe_fairseq.parallel.shards import (
     KEY,
-    ShardError,
     State,
     join_shards,
+    mapped,
     shard_names,
     split_experts,
     write_shard,
 )
+from xmoe_fairseq_compat.checkpoints import CheckpointError, load_checkpoint
 
 EXPERTS = re.compile(r".+\.experts\.fc[12]_(weight|bias)")
 
@@ -34,49 +35,61 @@ def main() -> None:
         command.add_argument("checkpoint", type=Path)
     for command in (merge, shard):
         command.add_argument("output", type=Path, help="must not exist yet")
-    shard.add_argument("--parts", type=int, required=True, help="number of files; must divide the experts")
+    shard.add_argument("--parts", type=int, required=True, help="2 or more files; must divide the experts")
     arguments = parser.parse_args()
+    if arguments.command == "shard" and arguments.parts < 2:
+        shard.error(
+            f"--parts must be 2 or more (merge puts all experts into one file), got {arguments.parts}"
+        )
     try:
         if arguments.command == "info":
             print("\n".join(describe(arguments.checkpoint)))
         else:
             convert(arguments.checkpoint, arguments.output, getattr(arguments, "parts", 1))
-    except (ShardError, ValueError, OSError) as error:
+    except (CheckpointError, ValueError, OSError) as error:
         parser.exit(1, f"xmoe-checkpoint: {error}\n")
 
 
 def read(path: Path) -> State:
-    state: State = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    state: State = load_checkpoint(path, **mapped(path))
     return state
 
 
 def describe(path: Path) -> list[str]:
     state = read(path)
     files = [path.parent / file for file in state.get(KEY, {}).get("files", [])]
-    history = state["optimizer_history"][-1]
+    history = state.get("optimizer_history") or [{}]
     whole = join_shards(state, path)["model"]
     stacks = {name: value for name, value in whole.items() if EXPERTS.fullmatch(name)}
     experts = sum(value.numel() for value in stacks.values())
     layers = [f"  {name}: {list(value.shape)}" for name, value in stacks.items() if "fc1_weight" in name]
     return [
-        f"{path}: {history['num_updates']} updates, {state['cfg']['model']['_name']}",
+        f"{path}: {history[-1].get('num_updates', '?')} updates, {model_name(state)}",
         f"parameters: {sum(v.numel() for v in whole.values()):,}, of these in experts {experts:,}",
         f"optimizer state: {'yes' if state.get('last_optimizer_state') else 'no'}",
-        "experts (number, width, model width):",
-        *layers,
-        *([f"expert files: {len(files)}"] if files else ["expert files: none, all in this one"]),
+        *(["experts (number, width, model width):", *layers] if layers else ["experts: none"]),
+        f"expert files: {len(files) or 'none, all in this one'}",
         *(f"  {file}: {file.stat().st_size:,} bytes" for file in files),
     ]
+
+
+def model_name(state: State) -> str:
+    """As --arch named it; fairseq's older checkpoints have `args` in the place of `cfg`."""
+    if state.get("cfg"):
+        return str(state["cfg"]["model"]["_name"])
+    return str(getattr(state.get("args"), "arch", "no configuration"))
 
 
 def convert(source: Path, target: Path, parts: int) -> None:
     """Write `source` with its experts in `parts` files; 1 = in the checkpoint itself."""
     if target.exists():
-        raise ValueError(f"{target} exists already")
+        raise ValueError(f"{target} exists already; name a file that does not")
     state = join_shards(read(source), source)
+    names = [name for name in state["model"] if EXPERTS.fullmatch(name)]
+    if not names:
+        raise ValueError(f"{source} holds no experts: its model is {model_name(state)}")
     target.parent.mkdir(parents=True, exist_ok=True)
     if parts > 1:
-        names = [name for name in state["model"] if EXPERTS.fullmatch(name)]
         state, experts = split_experts(state, names, expert_slots(state))
         identity = f"{state['optimizer_history'][-1]['num_updates']}-{secrets.token_hex(4)}"
         for index in range(parts):

@@ -20,7 +20,6 @@ from xmoe_fairseq.parallel.gradients import norm_with_experts, reduce_expert_gra
 from xmoe_fairseq.parallel.groups import ExpertParallel, expert_names
 from xmoe_fairseq.parallel.shards import KEY as SHARDS
 from xmoe_fairseq.parallel.shards import (
-    ShardError,
     named_shards,
     reading_part,
     remove_orphans,
@@ -28,6 +27,7 @@ from xmoe_fairseq.parallel.shards import (
     split_experts,
     write_shard,
 )
+from xmoe_fairseq_compat.checkpoints import CheckpointError
 
 logger = logging.getLogger(__name__)
 
@@ -154,8 +154,8 @@ class ExpertParallelTrainer(BudgetTrainer):
         if not sharded[0]:
             return super().load_checkpoint(filename, *args, **kwargs)
         if not Path(filename).is_file():
-            raise ShardError(
-                f"rank {dist.get_rank()} does not see {filename}: all ranks must share its folder"
+            raise CheckpointError(
+                filename, f"rank {dist.get_rank()} does not see it; all ranks must share its folder"
             )
         # Each rank reads its own experts: no rank could hold them all, and send them to the others.
         self.cfg.checkpoint.load_checkpoint_on_all_dp_ranks = True
