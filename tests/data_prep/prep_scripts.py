@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 PREP = Path(__file__).parents[2] / "data-prep"
+NEEDS_CURL = pytest.mark.skipif(shutil.which("curl") is None, reason="downloads need curl")
 
 PREPROCESS = """#!/usr/bin/env bash
 # Stands in for fairseq-preprocess, which takes seconds to import: files under the right names.

@@ -10,8 +10,10 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from prep_scripts import PREP
+from prep_scripts import NEEDS_CURL, PREP
 from stand_ins import Files, serve
+
+pytestmark = NEEDS_CURL
 
 BODY = bytes(range(256)) * 4000
 

@@ -9,9 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from prep_scripts import PREP, Scripts
+from prep_scripts import NEEDS_CURL, PREP, Scripts
 from stand_ins import Files, serve
 from wmt_sources import last_line, pairs, prepare, put_testset, sgm, tgz
+
+pytestmark = NEEDS_CURL
 
 
 @pytest.fixture

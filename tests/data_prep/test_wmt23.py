@@ -10,8 +10,10 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
-from prep_scripts import PREP
+from prep_scripts import NEEDS_CURL, PREP
 from wmt_sources import last_line, pairs, prepare, put_testset, tgz
+
+pytestmark = NEEDS_CURL
 
 MTDATA = PREP.parent / ".venv.mtdata" / "bin" / "mtdata"
 # Stands in for mtdata: its arguments, its files, and what it says when a server has no such file.

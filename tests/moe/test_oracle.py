@@ -206,3 +206,7 @@ def test_gradients_to_double_precision() -> None:
         return y, routing.load_balance_loss, routing.z_loss
 
     assert torch.autograd.gradcheck(run, (x, *parameters), eps=1e-7, atol=1e-5)
+    # and those of the gradients, as a penalty on them needs
+    assert torch.autograd.gradgradcheck(run, (x, *parameters), eps=1e-7, atol=1e-4)
+    plain, with_graph = (torch.autograd.grad(layer(x)[0].sum(), x, create_graph=g)[0] for g in (False, True))
+    assert_close(with_graph, plain)

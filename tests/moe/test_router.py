@@ -1,3 +1,5 @@
+import re
+
 import pytest
 import torch
 from torch.testing import assert_close
@@ -149,6 +151,13 @@ def test_bad_padding_mask_gets_one_clear_line() -> None:
         ValueError, match=r"padding_mask must be bool of shape \(2, 3\), got torch.bool of shape \(3, 2\)"
     ):
         layer(torch.randn(2, 3, 4), torch.zeros(3, 2, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("shape", [(2, 3), ()])
+def test_tokens_of_another_width_get_one_clear_line(shape: tuple[int, ...]) -> None:
+    layer = MoELayer(4, 3, 5, ThresholdRouter(4, 5))
+    with pytest.raises(ValueError, match=rf"x must be of shape \(..., 4\), got {re.escape(str(shape))}"):
+        layer(torch.randn(shape))
 
 
 def test_scores_whose_sum_overflows_are_finite_all_the_same() -> None:

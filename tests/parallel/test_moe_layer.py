@@ -86,6 +86,31 @@ def test_ranks_equal_one_with_weights_of_one() -> None:
     compare(TOKENS["uneven"], lambda group: layer(group, combine="ones"))
 
 
+def penalty_gradients(moe: MoELayer, x_TD: Tensor) -> dict[str, Tensor]:
+    """Of a penalty on the gradient of x: second derivatives."""
+    x_TD.requires_grad_()
+    (grad_TD,) = torch.autograd.grad(moe(x_TD)[0].sin().sum(), x_TD, create_graph=True)
+    grad_TD.square().sum().backward()
+    return {"x.grad": x_TD.grad, **{name: p.grad for name, p in moe.named_parameters() if p.grad is not None}}
+
+
+def test_ranks_equal_one_in_second_derivatives() -> None:
+    counts = [3, 0, 5, 1]
+
+    def ranks() -> dict[str, Tensor]:
+        rank = dist.get_rank()
+        return penalty_gradients(layer(dist.group.WORLD), tokens(rank, counts[rank]))
+
+    results = run_ranks(len(counts), ranks)
+    whole = torch.cat([tokens(rank, count) for rank, count in enumerate(counts)])
+    expected = penalty_gradients(layer(), whole)
+    assert len(expected) == 6  # x, the router, four stacks
+    for name in expected:
+        parts = [result[name] for result in results]
+        got = sum(parts) if name == "router.weight" else torch.cat(parts)
+        assert_close(got, expected[name], rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
 def test_a_part_holds_what_the_whole_holds_and_leaves_the_random_state_alike() -> None:
     def ranks() -> tuple[dict[str, Tensor], Tensor]:
         return layer(dist.group.WORLD).state_dict(), torch.rand(1)

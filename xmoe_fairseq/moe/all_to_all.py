@@ -44,7 +44,7 @@ class _ExchangeRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
-        return _exchange(grads[0], ctx.receive, ctx.send, ctx.group), None, None, None, None
+        return exchange_rows(grads[0], ctx.receive, ctx.send, ctx.group), None, None, None, None
 
 
 def _exchange(rows_RD: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> Tensor:

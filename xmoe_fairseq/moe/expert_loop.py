@@ -12,22 +12,21 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from xmoe_fairseq.moe.dispatch import ExpertRows
 from xmoe_fairseq.moe.expert_chunks import Chunk, compute, shares_of
-from xmoe_fairseq.moe.expert_sums import Activation, Stacks
+from xmoe_fairseq.moe.expert_sums import Activation, Stacks, expert_sums_plain
 
 
 def expert_sums_loop(x_SD: Tensor, rows: ExpertRows, stacks: Stacks, activation: Activation) -> Tensor:
-    """As `expert_sums_plain`, to rounding; gradients of first order only."""
+    """As `expert_sums_plain`, to rounding, gradients of any order too."""
     threads = torch.get_num_threads() if x_SD.is_cpu else 1
     shares = shares_of(rows.counts_E.tolist(), stacks.fc1_weight[0].numel(), threads)
     with torch.autocast(x_SD.device.type, enabled=False):
         if not torch.is_grad_enabled():
             return _sums(Call(x_SD, rows.weight_R, stacks, rows.source_R, activation), shares, None)
         y_SD: Tensor = _ExpertLoop.apply(  # type: ignore[no-untyped-call]
-            x_SD, rows.weight_R, *stacks, rows.source_R, shares, activation
+            x_SD, rows.weight_R, *stacks, rows.source_R, rows.counts_E, shares, activation
         )
     return y_SD
 
@@ -89,6 +88,7 @@ class _ExpertLoop(torch.autograd.Function):
         fc2_weight: Tensor,
         fc2_bias: Tensor,
         source_R: Tensor,
+        counts_E: Tensor,
         shares: list[list[Chunk]],
         activation: Activation,
     ) -> Tensor:
@@ -96,13 +96,15 @@ class _ExpertLoop(torch.autograd.Function):
         stacks = Stacks(fc1_weight, fc1_bias, fc2_weight, fc2_bias)
         y_SD = _sums(Call(x_SD, weight_R, stacks, source_R, activation), shares, inner_RF)
         ctx.shares, ctx.activation = shares, activation
-        ctx.save_for_backward(x_SD, weight_R, *stacks, source_R, inner_RF)
+        ctx.save_for_backward(x_SD, weight_R, *stacks, source_R, counts_E, inner_RF)
         return y_SD
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_y_SD: Tensor) -> tuple[Tensor | None, ...]:
-        x_SD, weight_R, *parameters, source_R, inner_RF = ctx.saved_tensors
+        x_SD, weight_R, *parameters, source_R, counts_E, inner_RF = ctx.saved_tensors
+        if torch.is_grad_enabled():  # create_graph=True
+            rows = ExpertRows(source_R, weight_R, counts_E)
+            return *_differentiable(x_SD, rows, Stacks(*parameters), ctx.activation, grad_y_SD), *[None] * 4
         call = Call(x_SD, weight_R, Stacks(*parameters), source_R, ctx.activation)
         grads = Stacks(*(torch.empty_like(parameter) for parameter in parameters))
         busy = {expert for share in ctx.shares for chunk in share for expert in chunk.experts}
@@ -114,7 +116,24 @@ class _ExpertLoop(torch.autograd.Function):
         grad_x_SD, *others = compute(work, ctx.shares)
         for other in others:
             grad_x_SD.add_(other)
-        return grad_x_SD, grad_weight_R, *grads, None, None, None
+        return grad_x_SD, grad_weight_R, *grads, *[None] * 4
+
+
+def _differentiable(
+    x_SD: Tensor, rows: ExpertRows, stacks: Stacks, activation: Activation, grad_y_SD: Tensor
+) -> list[Tensor | None]:
+    """Gradients of x, the weights, and the stacks that can be differentiated again: in plain autograd."""
+    # Views: the weights themselves depend on x, whose gradient by that way is not this function's.
+    inputs = [None if tensor is None else tensor.view_as(tensor) for tensor in (x_SD, rows.weight_R, *stacks)]
+    x_SD, weight_R, *parameters = inputs  # type: ignore[assignment]
+    rows = ExpertRows(rows.source_R, weight_R, rows.counts_E)
+    y_SD = expert_sums_plain(x_SD, rows, Stacks(*parameters), activation)  # type: ignore[arg-type]
+    needed = {i: tensor for i, tensor in enumerate(inputs) if tensor is not None and tensor.requires_grad}
+    grads = torch.autograd.grad(
+        y_SD, list(needed.values()), grad_y_SD, create_graph=True, materialize_grads=True
+    )
+    found = dict(zip(needed, grads, strict=True))
+    return [found.get(i) for i in range(len(inputs))]
 
 
 def _gradients_of_share(

@@ -109,6 +109,8 @@ class MoELayer(nn.Module):
             ValueError: shapes or mask type do not fit.
             FloatingPointError: a non-padding token holds NaN or inf.
         """
+        if x.shape[-1:] != (self.model_dim,):
+            raise ValueError(f"x must be of shape (..., {self.model_dim}), got {tuple(x.shape)}")
         if token_ids is not None and token_ids.shape != x.shape[:-1]:
             raise ValueError(
                 f"token_ids must be of shape {tuple(x.shape[:-1])}, got {tuple(token_ids.shape)}"
