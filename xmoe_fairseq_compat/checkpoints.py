@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import difflib
 import os
 import re
 import typing
@@ -105,6 +106,28 @@ def read_experts_whole(module: Any) -> None:
         from xmoe_fairseq.parallel.shards import join_shards
 
         return join_shards(state, path)
+
+    module.load_checkpoint_to_cpu = load_checkpoint_to_cpu
+
+
+@mend("fairseq.checkpoint_utils")
+def refuse_overrides_of_nothing(module: Any) -> None:
+    """Every torch: a misspelt name in --model-overrides is passed over, and a study varies nothing.
+
+    Of names that begin with moe_ only: fairseq itself hands over some that a model need not have.
+    """
+    plain_load = module.load_checkpoint_to_cpu
+
+    def load_checkpoint_to_cpu(path: Any, arg_overrides: Any = None, *args: Any, **kwargs: Any) -> Any:
+        state = plain_load(path, arg_overrides, *args, **kwargs)
+        model_cfg = (state.get("cfg") or {}).get("model") or {}
+        settings = list(vars(model_cfg) if isinstance(model_cfg, argparse.Namespace) else model_cfg)
+        for name in arg_overrides or ():
+            if name.startswith("moe_") and name not in settings:
+                close = difflib.get_close_matches(name, settings, 1)
+                hint = f"did you mean {close[0]}?" if close else "it has no experts"
+                raise ValueError(f"--model-overrides: the model of {path} has no setting {name}; {hint}")
+        return state
 
     module.load_checkpoint_to_cpu = load_checkpoint_to_cpu
 

@@ -71,6 +71,24 @@ def count_what_came_before_a_dummy_batch(module: Any) -> None:
     module.Trainer.train_step = train_step
 
 
+@mend("fairseq.optim.fp16_optimizer")
+def flatten_on_cpu(module: Any) -> None:
+    """Every torch: --fp16 keeps its flat copy of the parameters under the number of the current GPU. Without
+    one it fails, and with one --cpu would train nothing, as a parameter's own device has another number."""
+    import torch
+
+    mixin = module._FP16OptimizerMixin
+    plain_build = mixin.build_fp32_params.__func__
+
+    def build_fp32_params(cls: Any, args: Any, params: Any, flatten: bool = True) -> Any:
+        params = list(params)
+        where_they_are = stand_in(torch.cuda, current_device=lambda: params[0].device.index)
+        module.torch = stand_in(torch, cuda=where_they_are)
+        return plain_build(cls, args, params, flatten)
+
+    mixin.build_fp32_params = classmethod(build_fp32_params)
+
+
 @mend("fairseq_cli.train")
 def stop_where_the_run_has_ended(module: Any) -> None:
     """Every torch: a run that has made all its --max-update updates makes one more whenever it is resumed."""

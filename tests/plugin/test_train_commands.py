@@ -81,7 +81,7 @@ def test_statistics_are_logged_for_both_sides_and_count_recomputed_layers_once(
         assert f"moe_encoder_{key}".encode() in written
 
 
-@pytest.mark.parametrize("precision", ["--bf16", "--amp"])
+@pytest.mark.parametrize("precision", ["--bf16", "--amp", "--fp16"])
 def test_low_precision_trains(precision: str, corpus: tuple[Path, Path], tmp_path: Path) -> None:
     output = run(
         "fairseq-train",
