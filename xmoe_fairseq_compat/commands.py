@@ -57,3 +57,23 @@ def score_sentences(module: Any) -> None:
         return bleu.Scorer(*args) if len(args) == 1 else bleu.Scorer(bleu.BleuConfig(*args))
 
     module.bleu = stand_in(bleu, Scorer=scorer)
+
+
+@mend("fairseq_cli.validate")
+def validate_on_several_ranks(module: Any) -> None:
+    """Every torch: a rank that runs out of batches before the others validates an empty one, and fails."""
+    checkpoint_utils = module.checkpoint_utils
+
+    def load_model_ensemble_and_task(*args: Any, **kwargs: Any) -> Any:
+        models, cfg, task = checkpoint_utils.load_model_ensemble_and_task(*args, **kwargs)
+        plain_step = task.valid_step
+
+        def valid_step(sample: Any, *args: Any, **kwargs: Any) -> Any:
+            return plain_step(sample, *args, **kwargs) if sample else (0, 0, {})
+
+        task.valid_step = valid_step
+        return models, cfg, task
+
+    module.checkpoint_utils = stand_in(
+        checkpoint_utils, load_model_ensemble_and_task=load_model_ensemble_and_task
+    )

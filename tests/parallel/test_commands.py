@@ -15,7 +15,7 @@ def hypotheses(output: str) -> dict[int, tuple[str, str]]:
 
 
 def test_translation_from_sharded_experts(corpus: tuple[Path, Path], tmp_path: Path) -> None:
-    """Two ranks train; one process, then two ranks, generate with no flag about experts or shards.
+    """Two ranks train; one process, then two, generate and validate with no flag about experts or shards.
 
     3 batches for 2 ranks: the one that has finished must not keep the other from going on.
     """
@@ -37,6 +37,10 @@ def test_translation_from_sharded_experts(corpus: tuple[Path, Path], tmp_path: P
     shares = [hypotheses((results / f"rank{rank}" / "generate-test.txt").read_text()) for rank in range(2)]
     assert sorted(map(len, shares)) == [4, 8]  # each sentence once
     assert shares[0] | shares[1] == one
+    validate = (*generate[:-2], "--task", "translation", "--valid-subset", "test", "--log-format", "json")
+    (expected,) = logged(run("fairseq-validate", *validate), "test")
+    found = logged(run_as_torchrun(2, "fairseq-validate", *validate, *CPU), "test")
+    assert found == [expected] * 2
 
 
 def test_scoring_holds_all_experts_whoever_trained(corpus: tuple[Path, Path], tmp_path: Path) -> None:
