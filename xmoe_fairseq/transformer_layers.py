@@ -38,11 +38,11 @@ def install_experts(model: nn.Module, config: MoEConfig, sides: tuple[str, ...])
     if config.moe_layer_thresholds:
         for layer, threshold in zip(moe_layers(model), config.layer_thresholds, strict=True):
             layer.router.threshold = threshold  # type: ignore[assignment]
-    if config.moe_target_experts_per_token:
+    if any(config.has_experts(side) for side in sides):
         # Imported here: fairseq's trainer is needed for training only.
-        from xmoe_fairseq.budget_trainer import BudgetTrainer
+        from xmoe_fairseq.trainer import MoETrainer
 
-        model.trainer_class = BudgetTrainer  # type: ignore[assignment]  # see xmoe_fairseq_compat
+        model.trainer_class = MoETrainer  # type: ignore[assignment]  # see xmoe_fairseq_compat
     spread_experts(model, parallel)  # last: its trainer does what the other does, and more
 
 

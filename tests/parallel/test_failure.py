@@ -27,7 +27,7 @@ MESSAGES = {
 }
 
 
-def last_words(data: Path, folder: Path) -> str:
+def last_words(data: Path, folder: Path, size: int = 2) -> str:
     """What this rank logs when a training with a checkpoint after 2 updates fails."""
     messages: list[str] = []
     handler = logging.Handler()
@@ -36,13 +36,15 @@ def last_words(data: Path, folder: Path) -> str:
     with pytest.raises((RuntimeError, FloatingPointError)):
         fairseq_train(
             data, *MT, *EXACT, "--max-update", 4, "--ddp-backend", "legacy_ddp", "--save-interval-updates", 2,
-            "--moe-expert-parallel-size", 2, "--disable-validation", "--save-dir", folder,
+            "--moe-expert-parallel-size", size, "--disable-validation", "--save-dir", folder,
         )  # fmt: skip
     return messages[-1]
 
 
-@pytest.mark.parametrize("how", MESSAGES)
-def test_others_end_and_say_who_is_missing(how: str, corpus: tuple[Path, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("how, size", [*((how, 2) for how in MESSAGES), ("dies", 1)])
+def test_others_end_and_say_who_is_missing(
+    how: str, size: int, corpus: tuple[Path, Path], tmp_path: Path
+) -> None:
     """fairseq would retry, or save a crash checkpoint, on that rank alone; the others would wait."""
     plain_step = FairseqTask.train_step
 
@@ -55,7 +57,7 @@ def test_others_end_and_say_who_is_missing(how: str, corpus: tuple[Path, Path], 
 
     def ranks() -> str:
         with patch.object(FairseqTask, "train_step", step):
-            return last_words(corpus[0], tmp_path)
+            return last_words(corpus[0], tmp_path, size)
 
     first, second = run_ranks(2, ranks)
     assert first.startswith("rank 0 of 2, update 3: ")

@@ -11,8 +11,8 @@ from fairseq import checkpoint_utils
 from parallel_runs import LM, train
 from toy import language_model, sentences, translation_model
 
-from xmoe_fairseq.budget_trainer import BudgetTrainer
 from xmoe_fairseq.moe import ThresholdRouter, moe_layers
+from xmoe_fairseq.trainer import MoETrainer
 
 BUDGET = ("--moe-target-experts-per-token", 1.5)
 
@@ -77,8 +77,8 @@ def test_a_checkpoint_can_be_opened_with_other_thresholds(trained: tuple[Path, l
 
 
 def test_a_model_names_its_trainer() -> None:
-    assert language_model(moe_target_experts_per_token=2).trainer_class is BudgetTrainer
-    assert not hasattr(language_model(), "trainer_class")
+    assert language_model().trainer_class is MoETrainer
+    assert not hasattr(language_model(moe_freq=0), "trainer_class")
 
 
 def test_temperature_divides_the_scores_and_the_initial_scale_multiplies_the_weight() -> None:

@@ -170,3 +170,13 @@ def test_wrong_flags_end_with_one_clear_line(
     )
     assert output.strip().splitlines()[-1].endswith(message)
     assert not (tmp_path / "run").exists() or not any((tmp_path / "run").iterdir())
+
+
+@pytest.mark.parametrize("router", ["topk", "hash"])
+def test_a_criterion_without_the_load_balance_loss_gets_a_warning(
+    router: str, corpus: tuple[Path, Path], tmp_path: Path
+) -> None:
+    flags = ("--criterion", "cross_entropy", "--moe-router", router, "--max-update", 1, "--no-save")
+    output = run("fairseq-train", corpus[1], *TINY_LM, *TRAIN, *flags, "--save-dir", tmp_path)
+    warned = "--criterion cross_entropy leaves out the load-balance loss" in output
+    assert warned == (router == "topk")  # a hash table is balanced by itself

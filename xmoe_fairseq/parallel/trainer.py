@@ -11,11 +11,9 @@ import torch.distributed as dist
 from fairseq import utils
 from torch import Tensor, nn
 
-from xmoe_fairseq.budget_trainer import BudgetTrainer
 from xmoe_fairseq.config import read_field
 from xmoe_fairseq.parallel.check import check_optimizer, check_training
 from xmoe_fairseq.parallel.checkpoint import gather_model, gather_optimizer, slice_optimizer
-from xmoe_fairseq.parallel.failure import explain
 from xmoe_fairseq.parallel.gradients import norm_with_experts, reduce_expert_gradients
 from xmoe_fairseq.parallel.groups import ExpertParallel, expert_names
 from xmoe_fairseq.parallel.shards import KEY as SHARDS
@@ -27,12 +25,13 @@ from xmoe_fairseq.parallel.shards import (
     split_experts,
     write_shard,
 )
+from xmoe_fairseq.trainer import MoETrainer
 from xmoe_fairseq_compat.checkpoints import CheckpointError
 
 logger = logging.getLogger(__name__)
 
 
-class ExpertParallelTrainer(BudgetTrainer):
+class ExpertParallelTrainer(MoETrainer):
     """Overrides what fairseq does on one rank alone, or as if all ranks held the same parameters.
 
     Every rank must enter the same collectives in the same order, whatever its data; what one rank alone
@@ -48,11 +47,11 @@ class ExpertParallelTrainer(BudgetTrainer):
         super().__init__(cfg, task, model, criterion, quantizer)
 
     def train_step(self, samples: list[Any], raise_oom: bool = False) -> Any:
-        with self._in_one_step(), self._explained("update", self.get_num_updates() + 1):
+        with self._in_one_step():
             return super().train_step(samples, raise_oom=True)
 
     def valid_step(self, sample: Any, raise_oom: bool = False) -> Any:
-        with self._in_one_step(), self._explained("validation after update", self.get_num_updates()):
+        with self._in_one_step():
             return super().valid_step(sample, raise_oom=True)
 
     @contextmanager
@@ -60,16 +59,6 @@ class ExpertParallelTrainer(BudgetTrainer):
         self._in_step = True
         yield
         self._in_step = False
-
-    @contextmanager
-    def _explained(self, what: str, update: int) -> Iterator[None]:
-        """Say where an error was, and which ranks are gone; no rank goes on alone."""
-        try:
-            yield
-        except Exception as error:
-            where = f"rank {dist.get_rank()} of {dist.get_world_size()}, {what} {update}"
-            logger.error(f"{where}: {explain(error, update)}")
-            raise
 
     def clip_grad_norm(self, clip_norm: float) -> Tensor:
         reduce_expert_gradients(self._model.parameters(), self._parallel)
@@ -92,7 +81,7 @@ class ExpertParallelTrainer(BudgetTrainer):
         super().consolidate_optimizer()
         if self._in_step:
             return
-        with self._explained("saving after update", self.get_num_updates()):
+        with self.explained("saving after update", self.get_num_updates()):
             if read_field(self.cfg.model, "moe_sharded_checkpoints", False):
                 self._shards = self._write_shards()
             else:
@@ -145,7 +134,7 @@ class ExpertParallelTrainer(BudgetTrainer):
         super().save_checkpoint(filename, extra_state)
 
     def load_checkpoint(self, filename: str, *args: Any, **kwargs: Any) -> Any:
-        with self._explained(f"loading {filename} after update", self.get_num_updates()):
+        with self.explained(f"loading {filename} after update", self.get_num_updates()):
             return self._load(filename, *args, **kwargs)
 
     def _load(self, filename: str, *args: Any, **kwargs: Any) -> Any:

@@ -1,0 +1,67 @@
+"""fairseq's trainer for models with MoE layers: what it alone knows, it tells them and the user."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch.distributed as dist
+from fairseq.trainer import Trainer
+from torch import nn
+
+from xmoe_fairseq.config import read_field
+from xmoe_fairseq.criterions.moe_loss import MoELossMixin
+from xmoe_fairseq.moe import Budget, step_budgets
+from xmoe_fairseq.parallel.failure import explain
+
+logger = logging.getLogger(__name__)
+
+
+class MoETrainer(Trainer):
+    """Steers thresholds to a budget, and says where and on which rank a run failed."""
+
+    def __init__(self, cfg: Any, task: Any, model: nn.Module, criterion: Any, quantizer: Any = None) -> None:
+        super().__init__(cfg, task, model, criterion, quantizer)
+        is_balanced = read_field(cfg.model, "moe_router", None) not in ("threshold", "topk", "gshard")
+        if not is_balanced and not isinstance(criterion, MoELossMixin):
+            name = read_field(cfg.criterion, "_name", type(criterion).__name__)
+            logger.warning(
+                f"--criterion {name} leaves out the load-balance loss, so tokens may crowd onto few experts;"
+                " use moe_cross_entropy or moe_label_smoothed_cross_entropy"
+            )
+
+    def train_step(self, samples: list[Any], raise_oom: bool = False) -> Any:
+        with self.explained("update", self.get_num_updates() + 1):
+            return super().train_step(samples, raise_oom)
+
+    def valid_step(self, sample: Any, raise_oom: bool = False) -> Any:
+        with self.explained("validation after update", self.get_num_updates()):
+            return super().valid_step(sample, raise_oom)
+
+    @contextmanager
+    def explained(self, what: str, update: int) -> Iterator[None]:
+        """Say where an error was, and which ranks are gone."""
+        try:
+            yield
+        except Exception as error:
+            if dist.is_initialized():
+                where = f"rank {dist.get_rank()} of {dist.get_world_size()}, {what} {update}"
+                logger.error(f"{where}: {explain(error, update)}")
+            raise
+
+    def set_num_updates(self, num_updates: int) -> None:
+        """Called on every rank, after an update that was not skipped; and when a checkpoint was loaded, where
+        nothing has been counted yet.
+
+        Thresholds move here, before anything is saved or validated. A model's own `set_num_updates` would be
+        too late for that: fairseq calls it before the next forward.
+        """
+        super().set_num_updates(num_updates)
+        step_budgets(self.get_model())
+
+    def _prepare_sample(self, sample: Any, is_dummy: bool = False) -> tuple[Any, bool]:
+        sample, is_dummy = super()._prepare_sample(sample, is_dummy)
+        for module in self.get_model().modules():
+            if isinstance(module, Budget):
+                module.counting = not is_dummy
+        return sample, is_dummy
