@@ -10,6 +10,7 @@ is left waits beside the output until the duplicates are known.
 from __future__ import annotations
 
 import argparse
+import math
 from collections import Counter
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from parallel import in_order
 from textio import (
     DataError,
     atomic_writers,
+    check_distinct,
     in_chunks,
     normalize,
     read_lines,
@@ -79,12 +81,14 @@ def main() -> None:
 
 def check(args: argparse.Namespace) -> None:
     check_workers(args)
+    check_distinct([args.source_out, args.target_out])
     if len(args.source) != len(args.target):
         raise DataError(f"--source has {len(args.source)} files and --target {len(args.target)}; give pairs")
-    for flag, value, least in (("--max-words", args.max_words, 1), ("--max-ratio", args.max_ratio, 0)):
-        if value < least:
-            raise DataError(f"{flag} must be at least {least}, got {value}")
-    if args.target_chars <= 0:
+    if args.max_words < 1:
+        raise DataError(f"--max-words must be at least 1, got {args.max_words}")
+    if args.max_ratio != 0 and not args.max_ratio >= 1:  # nor NaN
+        raise DataError(f"--max-ratio must be 0 (no limit) or at least 1, got {args.max_ratio}")
+    if not 0 < args.target_chars < math.inf:
         raise DataError(f"--target-chars must be above 0, got {args.target_chars}")
 
 

@@ -71,10 +71,14 @@ def rows(paths: list[Path]) -> Iterator[tuple[str, ...]]:
 
 
 def load(path: Path) -> sentencepiece.SentencePieceProcessor:
+    refused = DataError(f"{path}: not a sentencepiece model; make one with train_spm.py")
+    model = path.read_bytes()
+    if not model:  # sentencepiece takes it for no model given
+        raise refused
     try:
-        return sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
+        return sentencepiece.SentencePieceProcessor(model_proto=model)
     except RuntimeError:
-        raise DataError(f"{path}: not a sentencepiece model; make one with train_spm.py") from None
+        raise refused from None
 
 
 def encode(args: argparse.Namespace, encode_line: Encoder, unknown: str) -> None:

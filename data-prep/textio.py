@@ -11,6 +11,8 @@ import lzma
 import shutil
 import sys
 import unicodedata
+import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import islice
@@ -68,7 +70,7 @@ def read_lines(path: Path, most: int = MAX_LINE_BYTES) -> Iterator[str]:
         while True:
             try:
                 line = file.readline(most + 1)
-            except (EOFError, lzma.LZMAError, gzip.BadGzipFile) as error:
+            except (EOFError, lzma.LZMAError, gzip.BadGzipFile, zlib.error) as error:
                 raise DataError(f"{path}: cannot unpack after line {number}: {error}; get it again") from None
             if not line:
                 break
@@ -101,10 +103,17 @@ def read_parallel(source: Path, target: Path) -> Iterator[tuple[str, str]]:
         raise DataError(f"{short} has {count} lines, but {long} has more; parallel files need equal counts")
 
 
+def check_distinct(outputs: Iterable[Path]) -> None:
+    for path, times in Counter(output.resolve() for output in outputs).items():
+        if times > 1:
+            raise DataError(f"{path.name}: named for two outputs; give each a file of its own")
+
+
 @contextmanager
 def atomic_writers(paths: Iterable[Path]) -> Iterator[list[TextIO]]:
     """Text files that get their names only when the block ends without an exception."""
     targets = [Path(path) for path in paths]
+    check_distinct(targets)
     partials = [target.with_name(target.name + PARTIAL) for target in targets]
     try:
         with ExitStack() as stack:

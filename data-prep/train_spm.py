@@ -55,20 +55,32 @@ def main() -> None:
     )
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
+    check(args)
+    train(args)
+
+
+def check(args: argparse.Namespace) -> None:
     if not 0 < args.character_coverage <= 1:
         raise DataError(f"--character-coverage must be in (0, 1], got {args.character_coverage}")
-    train(args)
+    for name, least in (("vocab_size", 2), ("padding_factor", 1), ("seed", 0), ("max_sentences", 101)):
+        value = getattr(args, name)
+        if value < least:
+            raise DataError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
 
 
 def train(args: argparse.Namespace) -> None:
     counts = Counter(lines=0)
+    unreadable: list[DataError | OSError] = []  # sentencepiece would report it as an error of its own
 
     def lines() -> Iterator[str]:
-        for path in args.input:
-            for line in read_lines(path):
-                if line:
-                    counts["lines"] += 1
-                    yield line
+        try:
+            for path in args.input:
+                for line in read_lines(path):
+                    if line:
+                        counts["lines"] += 1
+                        yield line
+        except (DataError, OSError) as error:
+            unreadable.append(error)
 
     model = io.BytesIO()
     sentencepiece.set_random_generator_seed(args.seed)
@@ -91,8 +103,13 @@ def train(args: argparse.Namespace) -> None:
             minloglevel=2,
         )
     except RuntimeError as error:
-        # sentencepiece's message ends with its rule, e.g. "Vocabulary size too high (4000). ... <= 912."
-        raise DataError(f"--vocab-size {args.vocab_size}: {str(error).split('] ')[-1].strip()}") from None
+        if not unreadable and counts["lines"]:
+            # sentencepiece's message ends with its rule, e.g. "Vocabulary size too high (4000). ... <= 912."
+            raise DataError(f"--vocab-size {args.vocab_size}: {str(error).split('] ')[-1].strip()}") from None
+    if unreadable:
+        raise unreadable[0]
+    if not counts["lines"]:
+        raise DataError(f"{args.input[0]}: empty lines only; expected text")
     pieces = dictionary(model.getvalue(), args.padding_factor)
     counts["pieces"] = args.vocab_size
     counts["dictionary"] = len(pieces)

@@ -30,7 +30,7 @@ class Finder:
     def find_spec(cls, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         if name.partition(".")[0] not in ("fairseq", "fairseq_cli"):
             return None
-        from xmoe_fairseq_compat import (  # noqa: F401  # noqa: F401
+        from xmoe_fairseq_compat import (  # noqa: F401
             checkpoints,
             commands,
             configuration,

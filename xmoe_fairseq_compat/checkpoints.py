@@ -8,6 +8,7 @@ import difflib
 import os
 import re
 import typing
+from collections.abc import Mapping
 from typing import Any
 
 from xmoe_fairseq_compat.registry import has, mend, stand_in
@@ -59,24 +60,22 @@ def load(file: Any, *args: Any, **kwargs: Any) -> Any:
         raise
     except Exception as error:
         refused = re.search(r"GLOBAL (\S+) (?:was not an allowed|whose module)", str(error))
+        problem = "it is damaged or no checkpoint; copy it again or use another"
         if refused:
             problem = (
                 f"it holds {refused[1]}, which is not on the list of types that are safe to load; save it"
                 " again without, or if you trust it allow the type in a --user-dir with"
                 " torch.serialization.add_safe_globals"
             )
-        else:
-            reason = " ".join(str(error).rpartition("WeightsUnpickler error:")[2].split())
-            reason = reason.split(" Check the documentation")[0] or "it ends too early"
-            problem = f"it is damaged or no checkpoint ({reason[:80]}); copy it again or use another"
-        raise CheckpointError(file, problem) from None
+        raise CheckpointError(file, problem) from error
 
 
 def load_checkpoint(file: Any, *args: Any, **kwargs: Any) -> Any:
     """A file that must be a checkpoint. Raises what `load` raises."""
     state = load(file, *args, **kwargs)
-    if not isinstance(state, dict) or "model" not in state:
-        raise CheckpointError(file, "it has no entry 'model'; name a file that fairseq-train saved")
+    for names in (("model",), ("cfg", "args"), ("optimizer_history", "best_loss")):  # or of old
+        if not isinstance(state, dict) or not any(name in state for name in names):
+            raise CheckpointError(file, f"it has no entry {names[0]!r}; name a file that fairseq-train saved")
     return state
 
 
@@ -110,11 +109,29 @@ def read_experts_whole(module: Any) -> None:
     module.load_checkpoint_to_cpu = load_checkpoint_to_cpu
 
 
+def check_overrides(overrides: Mapping[str, Any], state: Mapping[str, Any]) -> None:
+    """Raises ValueError where a value in --model-overrides would not do what it says."""
+
+    def refuse(name: str, rule: str) -> None:
+        raise ValueError(f"--model-overrides: {name} {rule}, got {overrides[name]}")
+
+    target, threshold = "moe_target_experts_per_token", "moe_threshold"
+    for name, value in overrides.items():
+        if name.startswith("moe_") and value is None:
+            refuse(name, "must have a value")
+    if overrides.get(target):
+        refuse(target, "must be 0 (to use moe_threshold): a trained model is steered no more")
+    is_steered = any(name.endswith("budget.threshold") for name in state["model"])
+    if is_steered and threshold in overrides and target not in overrides:
+        refuse(threshold, f"counts for nothing in a model trained with a budget; add '{target}': 0")
+
+
 @mend("fairseq.checkpoint_utils")
 def refuse_overrides_of_nothing(module: Any) -> None:
     """Every torch: a misspelt name in --model-overrides is passed over, and a study varies nothing.
 
-    Of names that begin with moe_ only: fairseq itself hands over some that a model need not have.
+    Of names that begin with moe_ only: fairseq itself hands over some that a model need not have. So it is of
+    values that would be passed over.
     """
     plain_load = module.load_checkpoint_to_cpu
 
@@ -125,8 +142,9 @@ def refuse_overrides_of_nothing(module: Any) -> None:
         for name in arg_overrides or ():
             if name.startswith("moe_") and name not in settings:
                 close = difflib.get_close_matches(name, settings, 1)
-                hint = f"did you mean {close[0]}?" if close else "it has no experts"
-                raise ValueError(f"--model-overrides: the model of {path} has no setting {name}; {hint}")
+                hint = f"; did you mean {close[0]}?" if close else ""
+                raise ValueError(f"--model-overrides: the model of {path} has no setting {name}{hint}")
+        check_overrides(arg_overrides or {}, state)
         return state
 
     module.load_checkpoint_to_cpu = load_checkpoint_to_cpu

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import operator
+import os
 import sys
 import warnings
 from collections.abc import Iterator
@@ -82,6 +83,22 @@ def evaluate_literals_only(module: Any) -> None:
         return ast.literal_eval(node)
 
     module.eval = lambda text: value(ast.parse(text.strip(), mode="eval").body)
+
+
+@mend("fairseq.utils")
+def user_dir_may_be_installed(module: Any) -> None:
+    """Every torch: --user-dir takes a folder, so the name of an installed package does not do elsewhere."""
+    plain_import = module.import_user_module
+
+    def import_user_module(args: Any) -> Any:
+        name = getattr(args, "user_dir", None)
+        if name and name.isidentifier() and not os.path.exists(name):
+            package = find_spec(name)
+            if package is not None and package.submodule_search_locations:
+                args.user_dir = package.submodule_search_locations[0]
+        return plain_import(args)
+
+    module.import_user_module = import_user_module
 
 
 @mend("fairseq.options")

@@ -89,6 +89,26 @@ def flatten_on_cpu(module: Any) -> None:
     mixin.build_fp32_params = classmethod(build_fp32_params)
 
 
+@mend("fairseq.tasks.fairseq_task")
+def autocast_on_cpu(module: Any) -> None:
+    """Every torch: --amp turns on the autocast of GPUs alone, so that a CPU computes in fp32 all the same."""
+    import torch
+
+    plain_step = module.FairseqTask.train_step
+
+    def train_step(
+        self: Any, sample: Any, model: Any, criterion: Any, optimizer: Any, *args: Any, **kw: Any
+    ) -> Any:
+        def in_bf16(model: Any, sample: Any) -> Any:
+            with torch.autocast("cpu", torch.bfloat16):
+                return criterion(model, sample)
+
+        is_amp = isinstance(optimizer, module.AMPOptimizer) and next(model.parameters()).is_cpu
+        return plain_step(self, sample, model, in_bf16 if is_amp else criterion, optimizer, *args, **kw)
+
+    module.FairseqTask.train_step = train_step
+
+
 @mend("fairseq_cli.train")
 def stop_where_the_run_has_ended(module: Any) -> None:
     """Every torch: a run that has made all its --max-update updates makes one more whenever it is resumed."""

@@ -101,6 +101,17 @@ def test_score(hypotheses: Path, option: str | None, printed: str) -> None:
     assert re.search(printed, run("fairseq-score", "-s", references, "-r", references, *options), flags=re.M)
 
 
+@pytest.mark.parametrize("option", [(), ("--sacrebleu",), ("--sentence-bleu",)])
+def test_score_refuses_files_of_unequal_length(
+    hypotheses: Path, option: tuple[str, ...], tmp_path: Path
+) -> None:
+    (tmp_path / "short").write_text("w1\n")
+    files = (tmp_path / "short", hypotheses / "references")
+    for given, message in ((files, "--sys ends after line 1, --ref does not"), (files[::-1], "--ref ends")):
+        output = run("fairseq-score", "-s", given[0], "-r", given[1], *option, succeeds=False)
+        assert message in output.splitlines()[-1] and "Traceback" not in output
+
+
 def test_train_language_model_and_eval_lm(corpus: tuple[Path, Path], tmp_path: Path) -> None:
     run("fairseq-train", corpus[1], *LANGUAGE_MODEL, "--max-update", 2, "--save-dir", tmp_path)
     arguments = ("--path", tmp_path / "checkpoint_last.pt", "--cpu", "--tokens-per-sample", 32)

@@ -28,6 +28,8 @@ from fairseq.models.ema.ema import EMA
 from fairseq.models.transformer import TransformerConfig
 from fairseq.modules.dynamic_crf_layer import DynamicCRF
 from fairseq.modules.transformer_layer import TransformerEncoderLayerBase
+from fairseq.optim.amp_optimizer import AMPOptimizer
+from fairseq.tasks import FairseqTask
 from torch import nn
 
 import xmoe_fairseq_compat as compat
@@ -144,8 +146,11 @@ class Stranger:
         ({"model": {}, "extra": Stranger()}, "it holds .*Stranger, which is not on the list of types"),
         ({"model": {}, "extra": os.system}, "it holds posix.system, which is not on the list of types"),
         ({"weight": torch.ones(1)}, "it has no entry 'model'"),
+        ({"model": {}}, "it has no entry 'cfg'"),
+        ({"model": {}, "cfg": {}}, "it has no entry 'optimizer_history'"),
         (b"", "it is damaged or no checkpoint"),
         (b"version https://git-lfs.github.com/spec/v1", "it is damaged or no checkpoint"),
+        (b"error 404: not found", "it is damaged or no checkpoint"),
         (pickle.dumps({"model": Stranger()}, protocol=2), "it holds .*Stranger"),
     ],
 )
@@ -215,6 +220,25 @@ def test_bf16_does_not_ask_for_a_tpu() -> None:
     arguments = ["data", "--bf16", "--cpu", "--batch-size", "1", "--arch", "transformer_tiny"]
     parsed = options.parse_args_and_arch(options.get_training_parser(), arguments)
     assert parsed.bf16 and not parsed.tpu
+
+
+def test_amp_computes_in_bf16_on_a_cpu() -> None:
+    """autocast_on_cpu"""
+    seen = []
+
+    class Model(nn.Linear):
+        def set_num_updates(self, number: int) -> None:
+            pass
+
+    def criterion(model: Model, sample: torch.Tensor) -> tuple[torch.Tensor, int, dict]:
+        y = model(sample)
+        seen.append(y.dtype)
+        return y.sum(), 1, {}
+
+    for optimizer in (object.__new__(AMPOptimizer), SimpleNamespace()):
+        optimizer.backward = lambda loss: None
+        FairseqTask(None).train_step(torch.ones(1, 2), Model(2, 2), criterion, optimizer, 0)
+    assert seen == [torch.bfloat16, torch.float32]
 
 
 def help_of_training(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:

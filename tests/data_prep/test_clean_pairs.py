@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gzip
 import os
 import signal
 import subprocess
@@ -111,6 +112,11 @@ def test_missing_file_and_bad_flags(scripts: Scripts) -> None:
     options = arguments(scripts, ["a"], ["x"])
     message = scripts.fails("clean_pairs.py", *options, "--max-words", 0)
     assert "--max-words must be at least 1, got 0" in message
+    for value in (0.5, float("nan"), -1):
+        message = scripts.fails("clean_pairs.py", *options, "--max-ratio", value)
+        assert f"--max-ratio must be 0 (no limit) or at least 1, got {float(value)}" in message
+    message = scripts.fails("clean_pairs.py", *options, "--target-out", "out.en")
+    assert "out.en: named for two outputs" in message
     assert "give pairs" in scripts.fails("clean_pairs.py", *options, "--source", "in.en", "in.en")
     (scripts.folder / "in.de").unlink()
     assert "in.de: No such file" in scripts.fails("clean_pairs.py", *options)
@@ -122,6 +128,15 @@ def test_cut_off_archive(scripts: Scripts) -> None:
     out = ["--source-out", "o.en", "--target-out", "o.de"]
     message = scripts.fails("split_tsv.py", "--tsv", "cut.tsv.xz", *out)
     assert "cut.tsv.xz: cannot unpack after line" in message
+
+
+def test_damaged_archive(scripts: Scripts) -> None:
+    options = arguments(scripts, ["a"], ["x"])
+    packed = bytearray(gzip.compress(b"a line\n" * 1000))
+    packed[20:30] = b"\xff" * 10
+    (scripts.folder / "in.gz").write_bytes(packed)
+    message = scripts.fails("clean_pairs.py", *options, "--source", "in.gz")
+    assert "in.gz: cannot unpack after line" in message
 
 
 def test_a_kill_leaves_nothing_under_the_final_name(scripts: Scripts) -> None:

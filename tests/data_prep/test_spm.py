@@ -110,11 +110,24 @@ def test_errors(scripts: Scripts) -> None:
     trained = ["--input", "in.txt", "--model-prefix", "m"]
     message = scripts.fails("train_spm.py", *trained, "--vocab-size", 5000)
     assert "--vocab-size 5000: Vocabulary size" in message
+    for flag, value, least in (("vocab-size", 0, 2), ("padding-factor", 0, 1), ("max-sentences", 9, 101)):
+        message = scripts.fails("train_spm.py", *trained, f"--{flag}", value)
+        assert f"--{flag} must be at least {least}, got {value}" in message
+    scripts.write("blank.txt", "", "")
+    blank = scripts.fails("train_spm.py", *trained, "--input", "blank.txt")
+    assert "blank.txt: empty lines only" in blank
+    (scripts.folder / "latin.txt").write_bytes(b"gut\n\xfcber\n")
+    assert "latin.txt:2: not UTF-8" in scripts.fails(
+        "train_spm.py", *trained, "--input", "in.txt", "latin.txt"
+    )
     assert "--character-coverage must be in (0, 1], got 2.0" in scripts.fails(
         "train_spm.py", *trained, "--character-coverage", 2
     )
     encoded = ["--model", "in.txt", "--input", "in.txt", "--output", "y"]
     assert "in.txt: not a sentencepiece model" in scripts.fails("encode_spm.py", *encoded)
+    (scripts.folder / "empty").touch()
+    message = scripts.fails("encode_spm.py", *encoded, "--model", "empty")
+    assert "empty: not a sentencepiece model" in message
     assert "give one or two inputs" in scripts.fails(
         "encode_spm.py", *encoded, "z", "--input", *["in.txt"] * 2, "--output", "z"
     )

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.testing import assert_close
 
 from xmoe_fairseq.moe import Experts, expert_chunks
@@ -115,6 +115,29 @@ def test_chunks_by_hand() -> None:
         ([5, 6], [1, 2], slice(560, 563)),
     ]
     assert not list(chunks([0, 0], 256))
+
+
+MODULES = {"of its own weight": nn.PReLU(), "random": nn.RReLU(), "in place": nn.SiLU(inplace=True)}
+
+
+@pytest.mark.parametrize("activation", MODULES)
+def test_a_module_may_be_the_activation(activation: str) -> None:
+    module = MODULES[activation].train()
+    experts, rows, x_SD = (
+        Experts(4, MODEL_DIM, EXPERT_DIM, module),
+        rows_of([4, 1, 0, 7], True),
+        torch.randn(9, 8),
+    )
+    leaves = [x_SD.requires_grad_(), *experts.parameters()]
+    torch.manual_seed(1)
+    got = torch.autograd.grad(experts(x_SD, rows).square().sum(), leaves)
+    torch.manual_seed(1)
+    y_SD = expert_sums_plain(x_SD, rows, experts.stacked(), module)
+    for mine, expected in zip(got, torch.autograd.grad(y_SD.square().sum(), leaves), strict=True):
+        assert_close(mine, expected)
+    with torch.no_grad():
+        torch.manual_seed(1)
+        assert_close(experts(x_SD, rows), y_SD)
 
 
 @pytest.mark.parametrize("weighted", [True, False], ids=["weighted", "unweighted"])

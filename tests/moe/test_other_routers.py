@@ -165,6 +165,11 @@ def test_gshard_in_half_precision(half: str) -> None:
     assert layer.gshard.gate.wg.weight.grad.isfinite().all()
 
 
+def hash_ids(one: int, x: float = 1.0) -> None:
+    layer = MoELayer(4, 3, 2, HashRouter(4, 2, torch.zeros(9)))
+    layer(torch.full((2, 4), x), token_ids=torch.tensor([3, one]))
+
+
 @pytest.mark.parametrize(
     "make, error, message",
     [
@@ -183,6 +188,13 @@ def test_gshard_in_half_precision(half: str) -> None:
             ),
             ValueError,
             r"token_ids must be of shape \(2, 3\), got \(3, 2\)",
+        ),
+        (lambda: hash_ids(-1), ValueError, "token_ids must be from 0 to 8, got -1 to 3"),
+        (lambda: hash_ids(9), ValueError, "token_ids must be from 0 to 8, got 3 to 9"),
+        (
+            lambda: hash_ids(1, float("inf")),
+            FloatingPointError,
+            "layer: router input holds NaN or inf in 2 of 2 tokens",
         ),
         (
             lambda: MoELayer(4, 3, 5, ThresholdRouter(4, 5))(

@@ -1,4 +1,6 @@
 import re
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -120,24 +122,32 @@ def test_scores_that_are_not_finite_are_told_from_a_bad_input(weight: float, x: 
         layer(torch.full((6, 4), x))
 
 
+def layer_with(**arguments: Any) -> Callable[[], MoELayer]:
+    sizes = {"model_dim": 4, "expert_dim": 3, "num_experts": 5}
+    return lambda: MoELayer(**sizes | {"router": ThresholdRouter(4, 5)} | arguments)
+
+
 @pytest.mark.parametrize(
     "make, message",
     [
         (lambda: ThresholdRouter(4, 4, 1.5), r"threshold must be in \[0, 1\], got 1.5"),
         (lambda: ThresholdRouter(4, 4, 0.5, -1), "max_experts_per_token must be 0 .* got -1"),
-        (lambda: TopKRouter(4, 4, 5), r"k must be in \[1, num_experts = 4\], got 5"),
-        (lambda: TopKRouter(4, 4, 0), "k must be in"),
+        (lambda: ThresholdRouter(4, 4, 0.5, 1.5), "max_experts_per_token must be 0 .* got 1.5"),
+        (lambda: TopKRouter(4, 4, 5), r"k must be a whole number in \[1, num_experts = 4\], got 5"),
+        (lambda: TopKRouter(4, 4, 0), "k must be a whole number"),
+        (lambda: TopKRouter(4, 4, 1.5), "k must be a whole number .* got 1.5"),
         (lambda: ThresholdRouter(4, 0), "must be at least 1, got 4 and 0"),
         (
             lambda: MoELayer(4, 3, 5, ThresholdRouter(4, 5), 0.0, float("nan")),
-            "must be 0 or more, got 0.0, nan",
+            "must be 0 or more, and finite, got 0.0, nan",
         ),
+        (layer_with(eval_capacity_factor=float("inf")), "must be 0 or more, and finite, got 0.0, inf"),
+        (layer_with(expert_dim=0), "expert_dim must be at least 1, got 0"),
+        (layer_with(dense_ffn_dim=-1), "dense_ffn_dim must be at least 1, or None, got -1"),
+        (layer_with(activation_dropout=1.5), r"activation_dropout must be in \[0, 1\], got 1.5"),
         (lambda: MoELayer(4, 3, 5, ThresholdRouter(4, 6)), r"router must be for .* \(5, 4\), got \(6, 4\)"),
-        (lambda: MoELayer(4, 3, 5, ThresholdRouter(4, 5), capacity_factor=-1), "must be 0 or more, got -1"),
-        (
-            lambda: MoELayer(4, 3, 5, ThresholdRouter(4, 5), activation="step"),
-            "activation must be one of .* 'step'",
-        ),
+        (layer_with(capacity_factor=-1), "must be 0 or more, and finite, got -1"),
+        (layer_with(activation="step"), "activation must be one of .* 'step'"),
     ],
 )
 def test_bad_arguments_get_one_clear_line(make, message: str) -> None:

@@ -192,7 +192,8 @@ def test_a_missing_or_foreign_shard_is_named(written: Any, tmp_path: Path) -> No
 def test_the_tool_says_in_one_line_what_it_cannot_convert(written: Any, tmp_path: Path) -> None:
     whole, new = written(1, 1)[0] / "checkpoint_last.pt", tmp_path / "new" / "checkpoint.pt"
     dense, tensor, text = (tmp_path / name for name in ("dense.pt", "tensor.pt", "text.pt"))
-    torch.save({"model": {"weight": torch.ones(1)}}, dense)
+    state = torch.load(whole, weights_only=True)
+    torch.save({**state, "model": {"weight": torch.ones(1)}}, dense)
     torch.save(torch.ones(1), tensor)
     text.write_text("no checkpoint")
     for status, message, arguments in (

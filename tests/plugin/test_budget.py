@@ -72,8 +72,24 @@ def test_a_checkpoint_can_be_opened_with_other_thresholds(trained: tuple[Path, l
     assert [router.threshold_in_use for router in fixed] == [0.5]
     own = load(path, moe_target_experts_per_token=0, moe_layer_thresholds="0.25")
     assert [router.threshold_in_use for router in routers(own)] == [0.25]
+    topk = routers(load(path, moe_target_experts_per_token=0, moe_router="topk", moe_topk=2))
+    assert [router.k for router in topk] == [2]
     half = load(path).half()
     assert [float(router.threshold_in_use) for router in routers(half)] == as_trained
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        ({"moe_threshold": 0.5}, "moe_threshold counts for nothing in a model trained with a budget; add"),
+        ({"moe_target_experts_per_token": 2}, "moe_target_experts_per_token must be 0 .*, got 2"),
+    ],
+)
+def test_thresholds_that_would_be_passed_over_are_refused(
+    overrides: dict[str, float], message: str, trained: tuple[Path, list[dict]]
+) -> None:
+    with pytest.raises(ValueError, match=f"--model-overrides: {message}"):
+        load(trained[0] / "checkpoint_last.pt", **overrides)
 
 
 def test_a_model_names_its_trainer() -> None:

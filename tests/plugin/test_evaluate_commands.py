@@ -67,6 +67,8 @@ def test_threshold_and_k_can_be_changed_at_evaluation(
     [
         ("{'moe_threshold': -0.1}", "--moe-threshold must be in [0, 1], got -0.1"),
         ("{'moe_thresold': 0.5}", "has no setting moe_thresold; did you mean moe_threshold?"),
+        ("{'moe_loss_coeff': 0.5}", "has no setting moe_loss_coeff"),
+        ("{'moe_threshold': None}", "--model-overrides: moe_threshold must have a value, got None"),
         ("{'moe_threshold': 'high'}", "--moe-threshold must be of type float, got 'high'"),
         (
             "{'moe_router': 'best'}",

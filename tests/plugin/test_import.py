@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from commands import PLUGIN
@@ -40,6 +41,15 @@ def test_models_and_criterions_are_registered(first: str, then: str) -> None:
     """By the first of the two ways to load the plugin; the second finds it loaded."""
     output = python(f"{first}\n{PRINT_REGISTERED}{then}\n{PRINT_REGISTERED}")
     assert [line for line in output.splitlines() if line.startswith("[")] == [str(REGISTERED)] * 2
+
+
+def test_the_name_of_the_installed_package_will_do_in_any_folder(tmp_path: Path) -> None:
+    """user_dir_may_be_installed"""
+    by_name = LOAD_USER_DIR.replace(repr(PLUGIN[1]), "'xmoe_fairseq'")
+    output = python(f"import os; os.chdir({str(tmp_path)!r})\n{by_name}\n{PRINT_REGISTERED}")
+    assert output.splitlines()[-1] == str(REGISTERED)
+    with pytest.raises(AssertionError, match="FileNotFoundError.*no_such_package"):
+        python(by_name.replace("xmoe_fairseq", "no_such_package"))
 
 
 # As if fairseq were not installed: neither its files nor its metadata are found.

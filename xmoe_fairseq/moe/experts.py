@@ -28,7 +28,8 @@ class Experts(nn.Module):
         num_experts: E.
         model_dim: D.
         expert_dim: hidden width F of one expert.
-        activation: a name in ACTIVATIONS, or a function.
+        activation: a name in ACTIVATIONS; a function without parameters or randomness that leaves its input
+            as it is (several threads may call it, and more than once); or any module, which is slower.
         activation_dropout: dropout probability after the activation.
         part: (i, N) = hold the i-th of N equal slices of the E experts; E must be divisible by N. Whole
             state dicts load into any part.
@@ -45,6 +46,10 @@ class Experts(nn.Module):
     ) -> None:
         super().__init__()
         index, parts = part
+        if expert_dim < 1:
+            raise ValueError(f"expert_dim must be at least 1, got {expert_dim}")
+        if not 0 <= activation_dropout <= 1:
+            raise ValueError(f"activation_dropout must be in [0, 1], got {activation_dropout}")
         if num_experts % parts or not 0 <= index < parts:
             raise ValueError(f"part (i, N) must have 0 <= i < N and N divide {num_experts}, got {part}")
         if isinstance(activation, str) and activation not in ACTIVATIONS:
@@ -95,7 +100,7 @@ class Experts(nn.Module):
         The result is in the precision of the weights, where there are any, in which the sums are taken.
         """
         dropout = self.activation_dropout if self.training else 0.0
-        if dropout:
+        if dropout or isinstance(self.activation, nn.Module):
             return expert_sums_plain(x_SD, rows, self.stacked(), self.activation, dropout)
         stacks, device = self.stacked(), x_SD.device.type
         if torch.is_autocast_enabled(device):

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from xmoe_fairseq.moe.router import not_finite
 from xmoe_fairseq.moe.routing import Routing
 
 
@@ -35,9 +36,20 @@ class HashRouter(nn.Module):
         self.register_buffer("table_V", table_V.long())
 
     def forward(self, x_TD: Tensor, ids_T: Tensor | None = None) -> Routing:
-        """Raises ValueError without ids."""
+        """
+        Raises:
+            ValueError: without ids, or with one that is not in the table.
+            FloatingPointError: a token holds NaN or inf.
+        """
         if ids_T is None:
             raise ValueError("a hash router needs the tokens' ids: call the layer with token_ids")
+        if ids_T.numel() and not 0 <= int(ids_T.min()) <= int(ids_T.max()) < self.table_V.numel():
+            raise ValueError(
+                f"token_ids must be from 0 to {self.table_V.numel() - 1}, "
+                f"got {int(ids_T.min())} to {int(ids_T.max())}"
+            )
+        if bad := not_finite(x_TD):
+            raise FloatingPointError(f"router input holds NaN or inf in {bad}")
         expert_T = self.table_V[ids_T]
         dtype = torch.promote_types(x_TD.dtype, torch.float32)
         nothing = partial(x_TD.new_zeros, (), dtype=dtype)

@@ -1,5 +1,6 @@
 """The MoE layer: route, dispatch, compute, combine."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -39,7 +40,7 @@ class MoELayer(nn.Module):
         capacity_factor: in training an expert keeps at most ceil(T / E * capacity_factor) rows; 0 = all.
         eval_capacity_factor: the same in evaluation.
         min_capacity: an expert may always keep this many rows.
-        activation: name or function, between the two linear maps of an expert.
+        activation: name, function or module between the two linear maps of an expert; see `Experts`.
         activation_dropout: dropout probability after the activation.
         dense_ffn_dim: width of the FFN that this layer replaces, for counting FLOPs; None = expert_dim.
         name: what error messages call this layer.
@@ -67,11 +68,13 @@ class MoELayer(nn.Module):
         given, expected = (router.num_experts, router.model_dim), (num_experts, model_dim)
         if given != expected:
             raise ValueError(f"router must be for (num_experts, model_dim) = {expected}, got {given}")
-        if not all(value >= 0 for value in (capacity_factor, eval_capacity_factor, min_capacity)):  # nor NaN
-            raise ValueError(
-                "capacity_factor, eval_capacity_factor and min_capacity must be 0 or more, "
+        if not all(0 <= value < math.inf for value in (capacity_factor, eval_capacity_factor, min_capacity)):
+            raise ValueError(  # NaN too
+                "capacity_factor, eval_capacity_factor and min_capacity must be 0 or more, and finite, "
                 f"got {capacity_factor}, {eval_capacity_factor}, {min_capacity}"
             )
+        if dense_ffn_dim is not None and dense_ffn_dim < 1:
+            raise ValueError(f"dense_ffn_dim must be at least 1, or None, got {dense_ffn_dim}")
         if combine not in COMBINE:
             raise ValueError(f"combine must be one of {', '.join(COMBINE)}, got {combine}")
         self.model_dim, self.expert_dim, self.num_experts = model_dim, expert_dim, num_experts

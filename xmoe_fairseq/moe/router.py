@@ -32,6 +32,7 @@ class Router(nn.Module):
 
     def __init__(self, model_dim: int, num_experts: int) -> None:
         super().__init__()
+        self.budget: Budget | None = None  # a ThresholdRouter may have one
         if model_dim < 1 or num_experts < 1:
             raise ValueError(
                 f"model_dim and num_experts must be at least 1, got {model_dim} and {num_experts}"
@@ -79,12 +80,7 @@ class Router(nn.Module):
         logits_TE = F.linear(x_TD.to(dtype), self.weight.to(dtype))
         if self.temperature != 1.0:
             logits_TE = logits_TE / self.temperature
-        # A sum of all is quick, and finite only if every score is; if it is not, it may just have overflowed.
-        if not math.isfinite(logits_TE.detach().sum().item()):
-            finite_T = torch.isfinite(logits_TE.detach()).all(dim=-1)
-            if finite_T.all():
-                return logits_TE
-            bad = f"{int((~finite_T).sum())} of {len(finite_T)} tokens"
+        if bad := not_finite(logits_TE):
             if not torch.isfinite(x_TD).all():
                 raise FloatingPointError(f"router input holds NaN or inf in {bad}")
             raise FloatingPointError(f"router scores are NaN or inf in {bad}, though the input is finite")
@@ -101,8 +97,23 @@ class Router(nn.Module):
     def balance(self, probs_TE: Tensor, first_choice_T: Tensor) -> Tensor:
         return load_balance_loss(probs_TE, first_choice_T)
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """The checkpoint of a model that was trained with a budget may be used with a fixed t or k."""
+        if self.budget is None:
+            state_dict.pop(f"{prefix}budget.threshold", None)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def extra_repr(self) -> str:
         return f"model_dim={self.weight.size(1)}, num_experts={self.num_experts}"
+
+
+def not_finite(x_TD: Tensor) -> str:
+    """In how many tokens there is NaN or inf; "" if in none."""
+    # A sum of all is quick, and finite only if every value is; if it is not, it may just have overflowed.
+    if math.isfinite(x_TD.detach().sum().item()):
+        return ""
+    finite_T = torch.isfinite(x_TD.detach()).all(dim=-1)
+    return "" if finite_T.all() else f"{int((~finite_T).sum())} of {len(finite_T)} tokens"
 
 
 FEW = 1024  # probabilities that are sorted sooner than packed
@@ -146,9 +157,9 @@ class ThresholdRouter(Router):
         super().__init__(model_dim, num_experts)
         if not 0.0 <= threshold <= 1.0:
             raise ValueError(f"threshold must be in [0, 1], got {threshold}")
-        if max_experts_per_token < 0:
+        if max_experts_per_token < 0 or max_experts_per_token != int(max_experts_per_token):
             raise ValueError(
-                f"max_experts_per_token must be 0 (no limit) or more, got {max_experts_per_token}"
+                f"max_experts_per_token must be 0 (no limit) or a whole number, got {max_experts_per_token}"
             )
         self.threshold = threshold
         self.max_experts_per_token = max_experts_per_token
@@ -157,7 +168,8 @@ class ThresholdRouter(Router):
                 "target_experts_per_token must be 0 (none) or from 1 to the experts that a token may take, "
                 f"{self.limit}, got {target_experts_per_token}"
             )
-        self.budget = Budget(target_experts_per_token, num_experts) if target_experts_per_token else None
+        if target_experts_per_token:
+            self.budget = Budget(target_experts_per_token, num_experts)
 
     @property
     def limit(self) -> int:
@@ -184,12 +196,6 @@ class ThresholdRouter(Router):
         chosen_TK[:, 0] = True
         return expert_TK, chosen_TK
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """The checkpoint of a model that was trained with a budget may be used with a t of one's own."""
-        if self.budget is None:
-            state_dict.pop(f"{prefix}budget.threshold", None)
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
     def extra_repr(self) -> str:
         limit = self.max_experts_per_token or "none"
         threshold = self.threshold if self.budget is None else "steered"
@@ -201,8 +207,8 @@ class TopKRouter(Router):
 
     def __init__(self, model_dim: int, num_experts: int, k: int = 1) -> None:
         super().__init__(model_dim, num_experts)
-        if not 1 <= k <= num_experts:
-            raise ValueError(f"k must be in [1, num_experts = {num_experts}], got {k}")
+        if not 1 <= k <= num_experts or k != int(k):
+            raise ValueError(f"k must be a whole number in [1, num_experts = {num_experts}], got {k}")
         self.k = k
 
     def choose(self, logits_TE: Tensor, probs_TE: Tensor) -> tuple[Tensor, Tensor]:
