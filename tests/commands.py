@@ -136,7 +136,11 @@ def _script(command: list[str], environment: dict[str, str], read: Path, printed
         os.dup2(output, number)
     sys.stdin = read.open()  # multiprocessing closed it
     sys.argv = command
-    runpy.run_path(command[0], run_name="__main__")
+    try:
+        runpy.run_path(command[0], run_name="__main__")
+    except Exception:
+        sys.excepthook(*sys.exc_info())
+        sys.exit(1)
 
 
 def logged(output: str, group: str) -> list[dict[str, float]]:

@@ -6,12 +6,14 @@ from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 
+from xmoe_fairseq_compat.errors import UserError
+
 FAIRSEQ_VERSION = "0.12.2"
 TORCH_MINIMUM = (2, 6)
 SENTENCEPIECE_MINIMUM = (0, 2)
 
 
-class RequirementError(ImportError):
+class RequirementError(UserError, ImportError):
     """A package that xmoe_fairseq needs is missing, or there in a version that will not do."""
 
 

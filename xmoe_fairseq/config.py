@@ -14,6 +14,7 @@ from xmoe_fairseq.flags import (
     flag,
     read_field,
 )
+from xmoe_fairseq_compat.errors import FlagError
 
 __all__ = ["MoEConfig", "expert_parallel_size", "flag", "read_field", "read_moe_config"]
 
@@ -28,7 +29,7 @@ def read_moe_config(model_cfg: Any, sides: tuple[str, ...]) -> MoEConfig:
         sides: "encoder", "decoder" or both: what the model has.
 
     Raises:
-        ValueError: a value that breaks a rule; names the flag, the rule and the value.
+        FlagError: a value that breaks a rule; names the flag, the rule and the value.
     """
     defaults = {f.name: f.default for f in fields(MoEConfig) if f.name != "_name"}
     values = {name: read_field(model_cfg, name, default) for name, default in defaults.items()}
@@ -37,7 +38,7 @@ def read_moe_config(model_cfg: Any, sides: tuple[str, ...]) -> MoEConfig:
         _check_type(name, values[name], default)
     for name, (rule, holds) in _RULES.items():
         if not holds(config):
-            raise ValueError(f"{flag(name)} {rule}, got {getattr(config, name)}")
+            raise FlagError(f"{flag(name)} {rule}, got {getattr(config, name)}")
     _check_router(config)
     _check_thresholds(config, sides, model_cfg)
     for side in sides:
@@ -50,7 +51,7 @@ def _check_type(name: str, value: Any, default: Any) -> None:
     kind = type(default)
     fits = isinstance(value, int | float) if kind is float else isinstance(value, kind)
     if not fits or (isinstance(value, bool) and kind is not bool):
-        raise ValueError(f"{flag(name)} must be of type {kind.__name__}, got {value!r}")
+        raise FlagError(f"{flag(name)} must be of type {kind.__name__}, got {value!r}")
 
 
 _RULES: dict[str, tuple[str, Callable[[MoEConfig], bool]]] = {
@@ -116,7 +117,7 @@ def expert_parallel_size(config: MoEConfig, world_size: int) -> int:
         ("--moe-num-experts", config.moe_num_experts),
     ):
         if number % size:
-            raise ValueError(f"--moe-expert-parallel-size must divide {what} {number}, got {size}")
+            raise FlagError(f"--moe-expert-parallel-size must divide {what} {number}, got {size}")
     return size
 
 
@@ -126,19 +127,19 @@ def _check_router(config: MoEConfig) -> None:
     for name in ("moe_capacity_factor", "moe_eval_capacity_factor"):
         if router in OWN_CAPACITY and getattr(config, name):
             rule = f"must be 0 with --moe-router {router}, which has a capacity of its own"
-            raise ValueError(f"{flag(name)} {rule}, got {getattr(config, name)}")
+            raise FlagError(f"{flag(name)} {rule}, got {getattr(config, name)}")
     if router == "gshard" and config.moe_expert_parallel_size != 1:
         rule = "must be 1 with --moe-router gshard (fairscale exchanges equal numbers of tokens only)"
-        raise ValueError(f"--moe-expert-parallel-size {rule}, got {config.moe_expert_parallel_size}")
+        raise FlagError(f"--moe-expert-parallel-size {rule}, got {config.moe_expert_parallel_size}")
     for name in ("moe_router_temperature", "moe_router_init_scale"):
         if router in WITHOUT_SCORES and getattr(config, name) != 1:
             rule = f"must be 1 with --moe-router {router}, whose scores are not the plugin's"
-            raise ValueError(f"{flag(name)} {rule}, got {getattr(config, name)}")
+            raise FlagError(f"{flag(name)} {rule}, got {getattr(config, name)}")
     for name in ("moe_target_experts_per_token", "moe_layer_thresholds"):
         if router != "threshold" and getattr(config, name):
-            raise ValueError(f"{flag(name)} needs --moe-router threshold, got {router}")
+            raise FlagError(f"{flag(name)} needs --moe-router threshold, got {router}")
     if router == "gshard" and config.moe_num_experts < 2:
-        raise ValueError("--moe-num-experts must be at least 2 with --moe-router gshard, got 1")
+        raise FlagError("--moe-num-experts must be at least 2 with --moe-router gshard, got 1")
 
 
 def _check_thresholds(config: MoEConfig, sides: tuple[str, ...], model_cfg: Any) -> None:
@@ -147,7 +148,7 @@ def _check_thresholds(config: MoEConfig, sides: tuple[str, ...], model_cfg: Any)
     if not given:
         return
     if config.moe_target_experts_per_token:
-        raise ValueError(f"{name} cannot be combined with --moe-target-experts-per-token, got {given}")
+        raise FlagError(f"{name} cannot be combined with --moe-target-experts-per-token, got {given}")
     layers = sum(
         read_field(model_cfg, f"{side}_layers", 0) // config.moe_freq
         for side in sides
@@ -158,7 +159,7 @@ def _check_thresholds(config: MoEConfig, sides: tuple[str, ...], model_cfg: Any)
     except ValueError:
         fits = False
     if not fits:
-        raise ValueError(f"{name} must give each of the {layers} MoE layers a number in [0, 1], got {given}")
+        raise FlagError(f"{name} must give each of the {layers} MoE layers a number in [0, 1], got {given}")
 
 
 def _check_side(config: MoEConfig, side: str, model_cfg: Any) -> None:
@@ -170,20 +171,20 @@ def _check_side(config: MoEConfig, side: str, model_cfg: Any) -> None:
     num_layers, ffn_dim = own(f"{side}_layers"), own(f"{side}_ffn_embed_dim")
     if ffn_dim % config.moe_ffn_split:
         rule = f"must divide --{side}-ffn-embed-dim {ffn_dim}"
-        raise ValueError(f"--moe-ffn-split {rule}, got {config.moe_ffn_split}")
+        raise FlagError(f"--moe-ffn-split {rule}, got {config.moe_ffn_split}")
     if config.moe_freq > num_layers:
         rule = f"must be at most --{side}-layers {num_layers} (0 = dense)"
-        raise ValueError(f"--moe-freq {rule}, got {config.moe_freq}")
+        raise FlagError(f"--moe-freq {rule}, got {config.moe_freq}")
     if config.moe_router == "expert_choice" and side == "decoder":
-        raise ValueError(
+        raise FlagError(
             "--moe-router expert_choice cannot be used in a decoder: its experts choose among all tokens, so "
             "a token would depend on later ones; add --no-moe-decoder or take another router"
         )
     if config.moe_router in ("topk", "expert_choice") and config.k > config.moe_num_experts:
         rule = f"must be at most --moe-num-experts {config.moe_num_experts}"
-        raise ValueError(f"--moe-topk (default: --moe-ffn-split) {rule}, got {config.k}")
+        raise FlagError(f"--moe-topk (default: --moe-ffn-split) {rule}, got {config.k}")
     for name in ("scale_fc", "quant_noise_pq", "quant_noise_scalar", "base_layers", f"{side}_layers_to_keep"):
         if own(name):
-            raise ValueError(
+            raise FlagError(
                 f"{flag(name)} cannot be combined with MoE layers (--moe-freq 0 = dense), got {own(name)}"
             )

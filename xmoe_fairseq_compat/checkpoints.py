@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 import collections
 import difflib
-import os
 import re
 import typing
 from collections.abc import Mapping
 from typing import Any
 
+from xmoe_fairseq_compat.errors import CheckpointError, FlagError
 from xmoe_fairseq_compat.registry import has, mend, stand_in
 
 
@@ -33,16 +33,6 @@ def allow_plain_types_in_checkpoints(module: Any) -> None:
     types += [_TensorPlaceholder, oc.DictConfig, oc.ListConfig, oc.base.ContainerMetadata, oc.base.Metadata]
     types += [oc.nodes.AnyNode, typing.Any, collections.defaultdict, dict, list, int, float, str, bool]
     torch.serialization.add_safe_globals(types)
-
-
-class CheckpointError(RuntimeError, SystemExit):
-    """An unusable checkpoint: a command ends with this one line, a library may catch it as a RuntimeError."""
-
-    def __init__(self, file: Any, problem: str) -> None:
-        name = file if isinstance(file, (str, os.PathLike)) else getattr(file, "name", file)
-        message = f"cannot load checkpoint {name}: {problem}"
-        super().__init__(message)
-        self.code = message  # what Python prints when this ends it; the exit status is then 1
 
 
 def load(file: Any, *args: Any, **kwargs: Any) -> Any:
@@ -110,10 +100,10 @@ def read_experts_whole(module: Any) -> None:
 
 
 def check_overrides(overrides: Mapping[str, Any], state: Mapping[str, Any]) -> None:
-    """Raises ValueError where a value in --model-overrides would not do what it says."""
+    """Raises FlagError where a value in --model-overrides would not do what it says."""
 
     def refuse(name: str, rule: str) -> None:
-        raise ValueError(f"--model-overrides: {name} {rule}, got {overrides[name]}")
+        raise FlagError(f"--model-overrides: {name} {rule}, got {overrides[name]}")
 
     target, threshold = "moe_target_experts_per_token", "moe_threshold"
     for name, value in overrides.items():
@@ -143,7 +133,7 @@ def refuse_overrides_of_nothing(module: Any) -> None:
             if name.startswith("moe_") and name not in settings:
                 close = difflib.get_close_matches(name, settings, 1)
                 hint = f"; did you mean {close[0]}?" if close else ""
-                raise ValueError(f"--model-overrides: the model of {path} has no setting {name}{hint}")
+                raise FlagError(f"--model-overrides: the model of {path} has no setting {name}{hint}")
         check_overrides(arg_overrides or {}, state)
         return state
 

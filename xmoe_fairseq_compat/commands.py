@@ -8,6 +8,7 @@ from argparse import Namespace
 from collections.abc import Iterator
 from typing import Any
 
+from xmoe_fairseq_compat.errors import UserError
 from xmoe_fairseq_compat.registry import has, mend, stand_in
 
 
@@ -42,9 +43,7 @@ def equal_lines(system: Any, reference: Any) -> Iterator[tuple[Any, Any]]:
     for number, pair in enumerate(itertools.zip_longest(system, reference)):
         if None in pair:
             short, long = ("--sys", "--ref") if pair[0] is None else ("--ref", "--sys")
-            raise SystemExit(
-                f"fairseq-score: {short} ends after line {number}, {long} does not: give as many lines in both"
-            )
+            raise UserError(f"{short} ends after line {number}, {long} does not; give as many lines")
         yield pair
 
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from typing import Any
 
+from xmoe_fairseq_compat.errors import UserError
 from xmoe_fairseq_compat.registry import mend, mend_around
 
 
@@ -29,6 +30,20 @@ def quiet_deprecations(module: Any) -> Iterator[None]:
     ):
         warnings.filterwarnings("ignore", message, category)
     yield
+
+
+@mend("fairseq")
+def end_with_one_line(module: Any) -> None:
+    """Every torch: a wrong flag or checkpoint ends a command with a page of where fairseq was just then."""
+    plain_hook = sys.excepthook
+
+    def excepthook(kind: Any, error: BaseException, traceback: Any) -> None:
+        if isinstance(error, UserError):
+            print(f"{os.path.basename(sys.argv[0]) or 'fairseq'}: error: {error}", file=sys.stderr)
+        else:
+            plain_hook(kind, error, traceback)
+
+    sys.excepthook = excepthook
 
 
 @mend_around("fairseq.dataclass.configs", when=lambda: sys.version_info >= (3, 11))

@@ -164,6 +164,6 @@ def test_refused_checkpoint_ends_a_command_with_one_line(
     )  # fmt: skip
     lines = [line for line in output.splitlines() if "| INFO |" not in line]
     assert len(lines) == 1 and lines[0].startswith(
-        f"cannot load checkpoint {tmp_path / 'unsafe.pt'}: it holds"
+        f"fairseq-interactive: error: cannot load checkpoint {tmp_path / 'unsafe.pt'}: it holds"
     )
     assert not (tmp_path / "made").exists()

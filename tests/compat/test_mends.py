@@ -34,7 +34,7 @@ from torch import nn
 
 import xmoe_fairseq_compat as compat
 from xmoe_fairseq_compat import models, registry
-from xmoe_fairseq_compat.checkpoints import CheckpointError
+from xmoe_fairseq_compat.errors import CheckpointError
 
 COMPAT = Path(compat.__file__)
 
@@ -162,7 +162,6 @@ def test_refused_checkpoints(content: object, problem: str, tmp_path: Path) -> N
         torch.save(content, file)
     with pytest.raises(CheckpointError, match=f"cannot load checkpoint {file}: {problem}") as error:
         checkpoint_utils.load_checkpoint_to_cpu(str(file))
-    assert isinstance(error.value, RuntimeError) and error.value.code == str(error.value)
     assert "\n" not in str(error.value)
 
 

@@ -28,7 +28,7 @@ from parallel_runs import (
 
 from xmoe_fairseq.parallel.shards import remove_orphans, write_shard
 from xmoe_fairseq.parallel.tool import main
-from xmoe_fairseq_compat.checkpoints import CheckpointError
+from xmoe_fairseq_compat.errors import CheckpointError
 
 UPDATES = 2  # before the checkpoint, in the middle of an epoch
 LAYOUTS = [(1, 1), (2, 2), (4, 2), (4, 4)]  # ranks, ranks that share out the experts

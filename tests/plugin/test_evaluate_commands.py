@@ -80,7 +80,9 @@ def test_overrides_are_checked(
     overrides: str, message: str, corpus: tuple[Path, Path], translation_checkpoint: Path
 ) -> None:
     output = validate(corpus[0], translation_checkpoint, overrides, succeeds=False)
-    assert output.strip().splitlines()[-1].endswith(message)
+    last = output.strip().splitlines()[-1]
+    assert last.startswith("fairseq-validate: error: ") and last.endswith(message)
+    assert "Traceback" not in output
 
 
 def test_eval_lm(corpus: tuple[Path, Path], language_checkpoint: Path) -> None:

@@ -168,7 +168,8 @@ def test_wrong_flags_end_with_one_clear_line(
         tmp_path / "run",
         succeeds=False,
     )
-    assert output.strip().splitlines()[-1].endswith(message)
+    assert output.strip().splitlines()[-1] == f"fairseq-train: error: {message}"
+    assert "Traceback" not in output
     assert not (tmp_path / "run").exists() or not any((tmp_path / "run").iterdir())
 
 

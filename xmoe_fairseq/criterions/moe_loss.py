@@ -10,6 +10,7 @@ from fairseq.dataclass import FairseqDataclass
 from torch import Tensor, nn
 
 from xmoe_fairseq.moe import MoELayer, Routing, RoutingStats, ThresholdRouter, moe_layers, record_routing
+from xmoe_fairseq_compat.errors import FlagError
 
 SIDES = ("encoder", "decoder")
 STATS = tuple(f.name for f in fields(RoutingStats))
@@ -38,7 +39,7 @@ class MoELossMixin:
     def set_coefficients(self, moe_loss_coeff: float, moe_z_loss_coeff: float) -> None:
         for flag, value in (("--moe-loss-coeff", moe_loss_coeff), ("--moe-z-loss-coeff", moe_z_loss_coeff)):
             if not 0 <= value < float("inf"):
-                raise ValueError(f"{flag} must be 0 or more, got {value}")
+                raise FlagError(f"{flag} must be 0 or more, got {value}")
         self.moe_loss_coeff = moe_loss_coeff
         self.moe_z_loss_coeff = moe_z_loss_coeff
 

@@ -17,6 +17,7 @@ from xmoe_fairseq.config import MoEConfig, read_moe_config
 from xmoe_fairseq.initial import draw_normal, scale_routers
 from xmoe_fairseq.model_config import complete_namespace
 from xmoe_fairseq.transformer_layers import install_experts
+from xmoe_fairseq_compat.errors import FlagError
 
 
 @dataclass
@@ -34,11 +35,11 @@ class XMoETransformerLanguageModel(TransformerLanguageModel):
 
     @classmethod
     def build_model(cls, cfg: Any, task: Any) -> "XMoETransformerLanguageModel":
-        """Raises ValueError, naming the flag, if the configuration breaks a rule."""
+        """Raises FlagError, naming the flag, if the configuration breaks a rule."""
         args = complete_namespace(cfg, XMoETransformerLanguageModelConfig, task)
         config = read_moe_config(args, sides=("decoder",))
         if not 0 <= args.init_std < float("inf"):
-            raise ValueError(f"--init-std must be 0 (as fairseq does) or more, got {args.init_std}")
+            raise FlagError(f"--init-std must be 0 (as fairseq does) or more, got {args.init_std}")
         model = super().build_model(args, task)
         install_experts(model, config, sides=("decoder",))
         if args.init_std:

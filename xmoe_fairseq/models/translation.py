@@ -31,7 +31,7 @@ class XMoETransformerModel(TransformerModel):
 
     @classmethod
     def build_model(cls, cfg: Any, task: Any) -> "XMoETransformerModel":
-        """Raises ValueError, naming the flag, if the configuration breaks a rule."""
+        """Raises FlagError, naming the flag, if the configuration breaks a rule."""
         args = complete_namespace(cfg, XMoETransformerConfig, task)
         config = read_moe_config(args, sides=("encoder", "decoder"))
         model = super().build_model(args, task)

@@ -6,19 +6,20 @@ from torch import nn
 
 from xmoe_fairseq.config import read_field
 from xmoe_fairseq.parallel.groups import expert_names
+from xmoe_fairseq_compat.errors import FlagError
 
 DDP_BACKENDS = ("legacy_ddp", "no_c10d", "pytorch_ddp", "c10d")
 
 
 def check_training(cfg: Any, model: nn.Module) -> None:
-    """Raises ValueError: one line that names the flag and what to use instead.
+    """Raises FlagError: one line that names the flag and what to use instead.
 
     Args:
         cfg: fairseq's whole configuration.
     """
 
     def refuse(flag: str, instead: str) -> None:
-        raise ValueError(f"{flag} cannot be combined with --moe-expert-parallel-size: {instead}")
+        raise FlagError(f"{flag} cannot be combined with --moe-expert-parallel-size: {instead}")
 
     common, distributed = cfg.common, cfg.distributed_training
     backend = str(distributed.ddp_backend)
@@ -52,10 +53,10 @@ def check_training(cfg: Any, model: nn.Module) -> None:
 
 
 def check_optimizer(optimizer: Any, cfg: Any) -> None:
-    """Raises ValueError if an update of one expert would depend on the other experts of its stack."""
+    """Raises FlagError if an update of one expert would depend on the other experts of its stack."""
     name = read_field(cfg, "_name", type(optimizer).__name__)
     if name == "composite" or not optimizer.supports_flat_params:
-        raise ValueError(
+        raise FlagError(
             f"--optimizer {name} cannot be combined with --moe-expert-parallel-size: "
             "use one that updates every weight by itself (adam, sgd, nag, adamax, adadelta)"
         )

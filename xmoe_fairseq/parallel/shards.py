@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xmoe_fairseq_compat.checkpoints import CheckpointError, load
+from xmoe_fairseq_compat.checkpoints import load
+from xmoe_fairseq_compat.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
 

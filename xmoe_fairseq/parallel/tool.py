@@ -20,7 +20,8 @@ from xmoe_fairseq.parallel.shards import (
     split_experts,
     write_shard,
 )
-from xmoe_fairseq_compat.checkpoints import CheckpointError, load_checkpoint
+from xmoe_fairseq_compat.checkpoints import load_checkpoint
+from xmoe_fairseq_compat.errors import CheckpointError
 
 EXPERTS = re.compile(r".+\.experts\.fc[12]_(weight|bias)")
 

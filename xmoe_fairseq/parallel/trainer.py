@@ -26,7 +26,7 @@ from xmoe_fairseq.parallel.shards import (
     write_shard,
 )
 from xmoe_fairseq.trainer import MoETrainer
-from xmoe_fairseq_compat.checkpoints import CheckpointError
+from xmoe_fairseq_compat.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
 
