@@ -99,42 +99,44 @@ def read_experts_whole(module: Any) -> None:
     module.load_checkpoint_to_cpu = load_checkpoint_to_cpu
 
 
-def check_overrides(overrides: Mapping[str, Any], state: Mapping[str, Any]) -> None:
-    """Raises FlagError where a value in --model-overrides would not do what it says."""
+def check_overrides(overrides: Mapping[str, Any], settings: Mapping[str, Any], path: Any) -> None:
+    """Raises FlagError where a setting in --model-overrides would not do what it says.
 
-    def refuse(name: str, rule: str) -> None:
-        raise FlagError(f"--model-overrides: {name} {rule}, got {overrides[name]}")
+    Of those that begin with moe_ only: fairseq itself hands over some that a model need not have.
 
-    target, threshold = "moe_target_experts_per_token", "moe_threshold"
+    Args:
+        settings: the model's, as overridden.
+    """
+
+    def refuse(rule: str) -> None:
+        raise FlagError(f"--model-overrides: {rule}, got {overrides[name]}")
+
+    target = "moe_target_experts_per_token"
     for name, value in overrides.items():
-        if name.startswith("moe_") and value is None:
-            refuse(name, "must have a value")
-    if overrides.get(target):
-        refuse(target, "must be 0 (to use moe_threshold): a trained model is steered no more")
-    is_steered = any(name.endswith("budget.threshold") for name in state["model"])
-    if is_steered and threshold in overrides and target not in overrides:
-        refuse(threshold, f"counts for nothing in a model trained with a budget; add '{target}': 0")
+        if not name.startswith("moe_"):
+            continue
+        if name not in settings:
+            close = difflib.get_close_matches(name, settings, 1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise FlagError(f"--model-overrides: the model of {path} has no setting {name}{hint}")
+        if value is None:
+            refuse(f"{name} must have a value")
+        if name == target and value:
+            refuse(f"{name} must be 0 (to use moe_threshold): a trained model is steered no more")
+        if name == "moe_threshold" and settings.get(target):
+            refuse(f"{name} counts for nothing in a model trained with a budget; add '{target}': 0")
 
 
 @mend("fairseq.checkpoint_utils")
 def refuse_overrides_of_nothing(module: Any) -> None:
-    """Every torch: a misspelt name in --model-overrides is passed over, and a study varies nothing.
-
-    Of names that begin with moe_ only: fairseq itself hands over some that a model need not have. So it is of
-    values that would be passed over.
-    """
+    """Every torch: a misspelt name in --model-overrides is passed over, and a study varies nothing."""
     plain_load = module.load_checkpoint_to_cpu
 
     def load_checkpoint_to_cpu(path: Any, arg_overrides: Any = None, *args: Any, **kwargs: Any) -> Any:
         state = plain_load(path, arg_overrides, *args, **kwargs)
         model_cfg = (state.get("cfg") or {}).get("model") or {}
-        settings = list(vars(model_cfg) if isinstance(model_cfg, argparse.Namespace) else model_cfg)
-        for name in arg_overrides or ():
-            if name.startswith("moe_") and name not in settings:
-                close = difflib.get_close_matches(name, settings, 1)
-                hint = f"; did you mean {close[0]}?" if close else ""
-                raise FlagError(f"--model-overrides: the model of {path} has no setting {name}{hint}")
-        check_overrides(arg_overrides or {}, state)
+        settings = vars(model_cfg) if isinstance(model_cfg, argparse.Namespace) else model_cfg
+        check_overrides(arg_overrides or {}, settings, path)
         return state
 
     module.load_checkpoint_to_cpu = load_checkpoint_to_cpu
