@@ -30,17 +30,9 @@ class Finder:
     def find_spec(cls, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         if name.partition(".")[0] not in ("fairseq", "fairseq_cli"):
             return None
-        from xmoe_fairseq_compat import (  # noqa: F401
-            checkpoints,
-            commands,
-            configuration,
-            data,
-            models,
-            ranks,
-            registry,
-            training,
-        )
+        from xmoe_fairseq_compat import registry
 
+        registry.read_all()
         if not registry.concerns(name):
             return None
         for finder in sys.meta_path:

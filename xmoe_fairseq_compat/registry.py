@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib
+import pkgutil
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -42,6 +45,14 @@ def mend_around(module: str, when: When = lambda: True) -> Callable[[MendAround]
         return mend
 
     return register
+
+
+@functools.cache
+def read_all() -> None:
+    """Import every file of this package, in the order of their names: each registers its mends."""
+    package = __name__.rpartition(".")[0]
+    for file in sorted(file.name for file in pkgutil.iter_modules(sys.modules[package].__path__)):
+        importlib.import_module(f"{package}.{file}")
 
 
 def concerns(name: str) -> bool:
