@@ -64,6 +64,7 @@ setup(
             "hypothesis",
             "mypy",
             "pytest",
+            "pytest-randomly",
             "pytest-xdist",
             "ruff",
             "setuptools>=70.1",

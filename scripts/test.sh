@@ -8,7 +8,8 @@ ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 bash "$ROOT/scripts/setup.sh"
 PATH=$(cd "${VENV:-$ROOT/.venv}" && pwd)/bin:$PATH
 cd "$ROOT"
-export OMP_NUM_THREADS=1   # pytest-xdist runs a process per core; more threads would only fight
+# pytest-xdist runs a process per core; more threads would only fight
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 ruff check .
 ruff format --check .
 mypy

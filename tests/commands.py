@@ -33,7 +33,14 @@ TINY_LM = (
 )  # fmt: skip
 
 
-DEADLINE = 300.0  # seconds for one command; only one that hangs comes near it
+# scripts/test_settings.sh sets what is read here; each process that a test starts has the same.
+THREADS = int(os.environ.setdefault("OMP_NUM_THREADS", "1"))
+ARITHMETIC = {
+    name: os.environ[name]
+    for name in ("OMP_NUM_THREADS", "MKL_CBWR", "ATEN_CPU_CAPABILITY")
+    if name in os.environ
+}
+DEADLINE = 1200.0  # seconds for one command; only one that hangs comes near it, on a busy machine too
 # Importing torch and fairseq takes 5 s of a core, what optimizers import at their first step 3 s more. One
 # process does it; each command is a fork of it.
 FORKS = multiprocessing.get_context("forkserver")
@@ -54,7 +61,7 @@ def script(name: str, *arguments: object, succeeds: bool = True, **env: str) -> 
         stderr=subprocess.STDOUT,
         text=True,
         timeout=DEADLINE,
-        env={"PATH": f"{BIN}:/usr/bin:/bin", "VENV": str(BIN.parent), "OMP_NUM_THREADS": "1", **env},
+        env={"PATH": f"{BIN}:/usr/bin:/bin", "VENV": str(BIN.parent), **ARITHMETIC, **env},
     )
     assert (result.returncode == 0) == succeeds, result.stdout[-3000:]
     return result.stdout
@@ -81,7 +88,6 @@ def run_anew(tool: str, *arguments: object) -> str:
         stderr=subprocess.STDOUT,
         text=True,
         timeout=DEADLINE,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     assert result.returncode == 0, result.stdout[-4000:]
     return result.stdout
@@ -127,7 +133,7 @@ def _script(command: list[str], environment: dict[str, str], read: Path, printed
     """The fork: what Python does with a script."""
     import torch
 
-    torch.set_num_threads(1)
+    torch.set_num_threads(THREADS)
     gc.freeze()  # or a collection would touch, and so copy, all that the parent has imported
     os.environ.clear()
     os.environ.update(environment)

@@ -1,19 +1,38 @@
+import random
 import sys
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))  # tests share reference.py, toy.py and commands.py
 
-from commands import write_corpus
+from commands import THREADS, write_corpus
+
+# An example takes as long as it takes on a busy machine.
+hypothesis.settings.register_profile(
+    "any machine",
+    deadline=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+    print_blob=True,
+)
+hypothesis.settings.load_profile("any machine")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """pytest-randomly shuffles the tests and prints its seed; what a test draws is its own in any order."""
+    config.option.randomly_reset_seed = False
 
 
 @pytest.fixture(autouse=True)
 def _reproducible() -> None:
-    import torch  # not above: each pytest-xdist controller would import it for nothing
+    import numpy  # not above: each pytest-xdist controller would import them for nothing
+    import torch
 
-    torch.set_num_threads(1)
+    torch.set_num_threads(THREADS)
     torch.manual_seed(1)
+    numpy.random.seed(1)
+    random.seed(1)
 
 
 @pytest.fixture(scope="session")

@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from commands import DEADLINE
 
 
-def run_ranks(world_size: int, function: Callable[[], Any], timeout: float = 300) -> list[Any]:
+def run_ranks(world_size: int, function: Callable[[], Any], timeout: float = DEADLINE) -> list[Any]:
     """What `function()` returns on each rank; None for a rank that left without a word.
 
     The processes are forks, so that torch need not be imported again and `function` may be a closure. With
@@ -47,7 +48,7 @@ def run_ranks(world_size: int, function: Callable[[], Any], timeout: float = 300
 
 
 def _rank(rank: int, world_size: int, function: Callable[[], Any], folder: Path, timeout: float) -> None:
-    torch.set_num_threads(1)
+    torch.set_num_threads(1)  # a fork of a process that has used OpenMP's threads hangs with more
     gc.freeze()  # or a collection would touch, and so copy, all that the parent has imported
     try:
         if world_size > 1:

@@ -20,7 +20,7 @@ from fairseq.distributed import utils as distributed_utils
 from fairseq.optim import FairseqOptimizer
 from fairseq.trainer import Trainer
 from omegaconf import DictConfig
-from torch.testing import assert_close
+from tolerances import assert_same
 
 import xmoe_fairseq  # noqa: F401  (registers the models)
 
@@ -115,15 +115,15 @@ def assert_same_training(runs: list[Run], reference: Run, parallel_size: int) ->
     assert len(runs[0]["gradients"]) == len(reference["gradients"]) > 0
     for update, expected in enumerate(reference["gradients"]):
         whole = put_together([run["gradients"][update] for run in runs], runs[0]["experts"], parallel_size)
-        assert_same_tensors(whole, expected, f"gradient at update {update + 1}")
+        assert_same(whole, expected, what=f"gradient at update {update + 1}")
     for run in runs:
-        assert_close(torch.stack(run["norms"]), torch.stack(reference["norms"]), rtol=2e-5, atol=0)
+        assert_same(run["norms"], reference["norms"])
         assert torch.equal(torch.stack(run["norms"]), torch.stack(runs[0]["norms"]))
         for got, logged in zip(run["logs"], reference["logs"], strict=True):
-            assert_close(got, logged, rtol=1e-4, atol=1e-4)
-        assert_close(run["valid"], reference["valid"], rtol=1e-4, atol=1e-4)
+            assert_same(got, logged, dtype=torch.float32)
+        assert_same(run["valid"], reference["valid"], dtype=torch.float32)
     weights = put_together([run["weights"] for run in runs], runs[0]["experts"], parallel_size)
-    assert_same_tensors(weights, reference["weights"], "weight")
+    assert_same(weights, reference["weights"], what="weight")
 
 
 def put_together(
@@ -138,9 +138,3 @@ def put_together(
         parts = [tensors[name] for tensors in per_rank[:distinct]]
         whole[name] = torch.cat(parts) if distinct > 1 else parts[0]
     return whole
-
-
-def assert_same_tensors(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], what: str) -> None:
-    assert got.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert_close(got[name], tensor, rtol=1e-4, atol=2e-6, msg=lambda m, n=name: f"{what} of {n}: {m}")

@@ -78,7 +78,7 @@ def python_without_start_up_line(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         # site gives Python its `help`, which fairseq needs
         [sys.executable, "-S", "-c", "import builtins; builtins.help = None\n" + code],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(REPO), *packages]), "OMP_NUM_THREADS": "1"},
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(REPO), *packages])},
         capture_output=True,
         text=True,
     )

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from commands import PLUGIN, run
-from torch.testing import assert_close
+from tolerances import about, assert_same
 
 from xmoe_fairseq.convert import thresholds, tool
 from xmoe_fairseq.convert.data import Batches
@@ -76,8 +76,8 @@ def test_with_all_experts_it_is_the_dense_model(
     set_thresholds(sparse, [1.0] * len(layers))
     for sample in samples:
         expected = outputs(dense.model, sample, pad)
-        assert_close(outputs(sparse, sample, pad), expected, rtol=0, atol=1e-5)
-        assert_close(one_by_one(sparse, sample, pad), expected, rtol=0, atol=1e-5)
+        assert_same(outputs(sparse, sample, pad), expected)
+        assert_same(one_by_one(sparse, sample, pad), expected)
 
 
 def test_one_side_alone_with_a_t_for_each_layer(stock: Stock, tmp_path: Path) -> None:
@@ -89,7 +89,7 @@ def test_one_side_alone_with_a_t_for_each_layer(stock: Stock, tmp_path: Path) ->
     assert [layer.name.split(".")[0] for layer in layers] == ["decoder", "decoder"]
     assert [layer.router.threshold for layer in layers] == report["rows"]["chosen"]["thresholds"]
     assert report["rows"]["chosen"]["loss"] <= report["dense"]["loss"] + 0.005
-    assert report["rows"]["budget 1"]["loss"] == pytest.approx(report["dense"]["loss"], abs=1e-5)
+    assert report["rows"]["budget 1"]["loss"] == about(report["dense"]["loss"])
 
 
 @pytest.fixture(scope="module")

@@ -3,8 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from tolerances import assert_same
 from torch import Tensor, nn
-from torch.testing import assert_close
 
 from xmoe_fairseq.convert import grouping
 from xmoe_fairseq.convert.dense import ConvertError
@@ -64,8 +64,8 @@ def test_sums_over_batches_are_those_over_all() -> None:
     ffn, _, x_TD = planted()
     once = CoActivation(ffn, pairs=True)
     once.add(ffn.hidden(x_TD))
-    assert_close(seen_by(ffn, x_TD).pairs_FF, once.pairs_FF)
-    assert_close(once.mean_hidden(), ffn.hidden(x_TD).mean(dim=0))
+    assert_same(seen_by(ffn, x_TD).pairs_FF, once.pairs_FF)
+    assert_same(once.mean_hidden(), ffn.hidden(x_TD).mean(dim=0))
 
 
 def test_pairs_are_looked_at_in_the_first_tokens_only(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,8 +74,8 @@ def test_pairs_are_looked_at_in_the_first_tokens_only(monkeypatch: pytest.Monkey
     few = CoActivation(ffn, pairs=True)
     few.add(ffn.hidden(x_TD[:200]))  # as its batches of 100: the second begins before token 150
     seen = seen_by(ffn, x_TD)
-    assert_close(seen.pairs_FF, few.pairs_FF)
-    assert_close(seen.mean_hidden(), ffn.hidden(x_TD).mean(dim=0))
+    assert_same(seen.pairs_FF, few.pairs_FF)
+    assert_same(seen.mean_hidden(), ffn.hidden(x_TD).mean(dim=0))
 
 
 def test_the_router_ranks_experts_by_what_they_contribute() -> None:
@@ -86,7 +86,7 @@ def test_the_router_ranks_experts_by_what_they_contribute() -> None:
     for _ in range(100):
         fit.add(x_TD)
     shares_TE, probs_TE = parts.shares(x_TD), (x_TD @ fit.weight_ED.detach().t()).softmax(dim=1)
-    assert_close(shares_TE.sum(dim=1), torch.ones(512))
+    assert_same(shares_TE.sum(dim=1), torch.ones(512))
     assert (shares_TE.argmax(dim=1) == probs_TE.argmax(dim=1)).float().mean() > 0.98
     uniform = F.kl_div(torch.full_like(shares_TE, 0.25).log(), shares_TE, reduction="batchmean")
     assert F.kl_div(probs_TE.log(), shares_TE, reduction="batchmean") < 0.2 * uniform
@@ -100,8 +100,8 @@ def test_parts_add_up_to_the_dense_ffn_and_what_is_left_out_to_its_mean() -> Non
     layer = MoELayer(MODEL_DIM, WIDTH // NUM_GROUPS, NUM_GROUPS, router, combine="ones")
     layer.load_state_dict({**parts.state(), "router.weight": torch.eye(NUM_GROUPS, MODEL_DIM)})
     dense = ffn.hidden(x_TD) @ ffn.fc2_weight.t() + ffn.fc2_bias
-    assert_close(layer(x_TD)[0], dense, rtol=0, atol=1e-5)
-    assert_close(layer.output_bias.detach(), dense.mean(dim=0), rtol=1e-4, atol=1e-5)  # no expert at all
+    assert_same(layer(x_TD)[0], dense)
+    assert_same(layer.output_bias.detach(), dense.mean(dim=0))  # no expert at all
 
 
 def falling(thresholds: list[float]) -> Quality:

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from distributed import run_ranks
+from tolerances import about, assert_same
 from torch import Tensor, nn
 
 from xmoe_fairseq.moe import MoELayer, ThresholdRouter, step_budgets
@@ -65,9 +66,7 @@ def test_later_steps_go_part_of_the_way_and_follow_a_router_that_becomes_decisiv
     first = made(x_TD).experts_per_token
     wanted = threshold_for(made.budget._counts_B.unsqueeze(0), torch.tensor([2.0]))
     step_budgets(made)
-    torch.testing.assert_close(
-        made.budget.threshold, (before + RATE * (wanted - before)).float().squeeze(), rtol=0, atol=1e-6
-    )
+    assert_same(made.budget.threshold, (before + RATE * (wanted - before)).float().squeeze())
     for _ in range(12):
         made(x_TD)
         step_budgets(made)
@@ -81,14 +80,14 @@ def test_evaluation_and_batches_that_do_not_count_leave_the_threshold_alone() ->
     made.train().budget.counting = False
     made(torch.randn(50, 16))
     step_budgets(made)
-    assert float(made.budget.threshold) == pytest.approx(2 / 12)
+    assert float(made.budget.threshold) == about(2 / 12)
     made.budget.counting = True
     made(torch.randn(0, 16))  # a layer without tokens
     step_budgets(made)
-    assert float(made.budget.threshold) == pytest.approx(2 / 12)
+    assert float(made.budget.threshold) == about(2 / 12)
     made(torch.randn(50, 16))
     step_budgets(made)
-    assert float(made.budget.threshold) != pytest.approx(2 / 12)
+    assert float(made.budget.threshold) != about(2 / 12)
 
 
 def test_a_token_takes_the_same_experts_in_any_batch() -> None:
@@ -138,10 +137,10 @@ def test_state_dicts_with_and_without_a_budget() -> None:
     assert fixed.threshold == 0.5 and torch.equal(fixed.weight, steered.weight)
     other = router()
     other.load_state_dict(steered.state_dict())
-    assert float(other.budget.threshold) == pytest.approx(0.3)
+    assert float(other.budget.threshold) == about(0.3)
     other = router()
     other.load_state_dict(fixed.state_dict())  # a budget for what was trained without one
-    assert float(other.budget.threshold) == pytest.approx(2 / 12)
+    assert float(other.budget.threshold) == about(2 / 12)
 
 
 def layers() -> nn.ModuleList:

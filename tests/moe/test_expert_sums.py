@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from tolerances import TERMS, assert_same
 from torch import Tensor, nn
-from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from xmoe_fairseq.moe import Experts, expert_chunks
@@ -77,8 +77,7 @@ def test_equals_plain_autograd(
     rows, stacks, x_SD = rows_of(LOADS[load], weighted), stacks_of(4, torch.float32), torch.randn(9, 8)
     arguments = (x_SD, rows, stacks, ACTIVATIONS[activation])
     got = values_and_gradients(FAST[fast], *arguments)
-    for mine, expected in zip(got, values_and_gradients(expert_sums_plain, *arguments), strict=True):
-        assert_close(mine, expected, rtol=1e-5, atol=1e-6)
+    assert_same(got, values_and_gradients(expert_sums_plain, *arguments))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -92,10 +91,8 @@ def test_one_token(activation: str, counts: list[int], weighted: bool, dtype: to
     before = [stack.clone() for stack in arguments[2]]
     with torch.no_grad():
         y_1D = expert_sums_single(*arguments)
-    tolerance = 1e-6 if dtype == torch.float32 else 1e-14
-    assert_close(y_1D, expert_sums_plain(*arguments), rtol=10 * tolerance, atol=tolerance)
-    for now, then in zip(arguments[2], before, strict=True):
-        assert_close(now, then, rtol=0, atol=0)  # what is added to are copies
+    assert_same(y_1D, expert_sums_plain(*arguments))
+    assert all(map(torch.equal, arguments[2], before))  # what is added to are copies
 
 
 def test_which_tokens_are_computed_alone() -> None:
@@ -135,11 +132,10 @@ def test_a_module_may_be_the_activation(activation: str) -> None:
     got = torch.autograd.grad(experts(x_SD, rows).square().sum(), leaves)
     torch.manual_seed(1)
     y_SD = expert_sums_plain(x_SD, rows, experts.stacked(), module)
-    for mine, expected in zip(got, torch.autograd.grad(y_SD.square().sum(), leaves), strict=True):
-        assert_close(mine, expected)
+    assert_same(got, torch.autograd.grad(y_SD.square().sum(), leaves))
     with torch.no_grad():
         torch.manual_seed(1)
-        assert_close(experts(x_SD, rows), y_SD)
+        assert_same(experts(x_SD, rows), y_SD)
 
 
 @pytest.mark.parametrize("weighted", [True, False], ids=["weighted", "unweighted"])
@@ -149,10 +145,9 @@ def test_threads_share_the_experts(load: str, weighted: bool) -> None:
     rows, stacks, x_SD = rows_of(LOADS[load], weighted), stacks_of(4, torch.float32), torch.randn(9, 8)
     got = values_and_gradients(expert_sums_loop, x_SD, rows, stacks, F.gelu)
     expected = values_and_gradients(expert_sums_plain, x_SD, rows, stacks, F.gelu)
-    for mine, theirs in zip(got, expected, strict=True):
-        assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
+    assert_same(got, expected)
     with torch.no_grad():
-        assert_close(expert_sums_loop(x_SD, rows, stacks, F.gelu), expected[0], rtol=1e-5, atol=1e-6)
+        assert_same(expert_sums_loop(x_SD, rows, stacks, F.gelu), expected[0])
     assert torch.get_num_threads() == 3  # again
 
 
@@ -175,10 +170,10 @@ def test_a_fault_in_a_thread_is_raised_and_the_threads_are_as_before() -> None:
 
 
 @pytest.mark.parametrize(
-    "fast, dtype, tolerance",
-    [("loop", torch.float64, 1e-12), ("loop", torch.bfloat16, 3e-2), ("grouped", torch.bfloat16, 3e-2)],
+    "fast, dtype, terms",
+    [("loop", torch.float64, TERMS), ("loop", torch.bfloat16, 1), ("grouped", torch.bfloat16, 1)],
 )
-def test_other_precisions(fast: str, dtype: torch.dtype, tolerance: float) -> None:
+def test_other_precisions(fast: str, dtype: torch.dtype, terms: int) -> None:
     """Sums are taken in the precision of the weights: fp32 at least."""
     wide = torch.promote_types(dtype, torch.float32)
     rows, stacks, x_SD = (
@@ -192,8 +187,7 @@ def test_other_precisions(fast: str, dtype: torch.dtype, tolerance: float) -> No
         Stacks(*(stack.double() for stack in stacks)), F.gelu,
     )  # fmt: skip
     assert got[0].dtype == wide
-    for mine, expected in zip(got, exact, strict=True):
-        assert_close(mine.double(), expected, rtol=tolerance, atol=tolerance)
+    assert_same(got, [t.to(mine) for t, mine in zip(exact, got, strict=True)], terms=terms, dtype=dtype)
 
 
 def test_plain_autograd_has_the_right_gradients() -> None:
@@ -210,10 +204,10 @@ def test_strided_and_expanded_inputs() -> None:
     rows, stacks = rows_of([4, 1, 0, 7], True), stacks_of(4, torch.float32)
     x_SD = torch.randn(8, 9).t()
     y = expert_sums_loop(x_SD.requires_grad_(), rows, stacks, F.relu)
-    assert_close(y, expert_sums_plain(x_SD, rows, stacks, F.relu))
+    assert_same(y, expert_sums_plain(x_SD, rows, stacks, F.relu))
     y.sum().backward()  # an expanded gradient
     (expected,) = torch.autograd.grad(expert_sums_plain(x_SD, rows, stacks, F.relu).sum(), x_SD)
-    assert_close(x_SD.grad, expected, rtol=1e-5, atol=1e-6)
+    assert_same(x_SD.grad, expected)
 
 
 @pytest.mark.parametrize("threads", [1, 3])
@@ -231,7 +225,7 @@ def test_autocast_computes_in_its_precision_and_leaves_fp32_gradients() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = experts(x_SD, rows)
     assert y.dtype == torch.float32  # the weights'
-    assert_close(y, experts(x_SD, rows), rtol=3e-2, atol=3e-2)
+    assert_same(y, experts(x_SD, rows), terms=1, dtype=torch.bfloat16)
     assert not torch.equal(y, experts(x_SD, rows))
     y.sum().backward()
     assert experts.fc1_weight.grad.dtype == torch.float32

@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from distributed import run_ranks
+from tolerances import assert_same
 from torch import Tensor
-from torch.testing import assert_close
 
 from xmoe_fairseq.moe import MoELayer, ThresholdRouter, TopKRouter
 from xmoe_fairseq.moe.all_to_all import exchange_rows
@@ -52,6 +52,11 @@ def forward_backward(moe: MoELayer, x_TD: Tensor, rank_of_T: Tensor) -> dict[str
     return {"y": y_TD.detach(), "x.grad": x_TD.grad, **gradients}
 
 
+def put_together(name: str, results: list[dict[str, Tensor]]) -> Tensor:
+    parts = [result[name] for result in results]
+    return sum(parts) if name in ("router.weight", "output_bias") else torch.cat(parts)
+
+
 def compare(counts: list[int], make: Callable[[Any], MoELayer]) -> None:
     def ranks() -> dict[str, Tensor]:
         rank = dist.get_rank()
@@ -62,11 +67,7 @@ def compare(counts: list[int], make: Callable[[Any], MoELayer]) -> None:
     x_TD = torch.cat([tokens(rank, count) for rank, count in enumerate(counts)])
     rank_of_T = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts)).float()
     expected = forward_backward(make(None), x_TD, rank_of_T)
-    for name in expected:
-        parts = [result[name] for result in results]
-        shared = name in ("router.weight", "output_bias")
-        got = sum(parts) if shared else torch.cat(parts)
-        assert_close(got, expected[name], rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+    assert_same({name: put_together(name, results) for name in expected}, expected)
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
@@ -105,10 +106,7 @@ def test_ranks_equal_one_in_second_derivatives() -> None:
     whole = torch.cat([tokens(rank, count) for rank, count in enumerate(counts)])
     expected = penalty_gradients(layer(), whole)
     assert len(expected) == 6  # x, the router, four stacks
-    for name in expected:
-        parts = [result[name] for result in results]
-        got = sum(parts) if name == "router.weight" else torch.cat(parts)
-        assert_close(got, expected[name], rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+    assert_same({name: put_together(name, results) for name in expected}, expected)
 
 
 def test_a_part_holds_what_the_whole_holds_and_leaves_the_random_state_alike() -> None:

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from commands import PLUGIN
+from commands import DEADLINE, PLUGIN
 
 LOAD_USER_DIR = (
     "import fairseq.utils; from argparse import Namespace; "
@@ -24,7 +24,7 @@ REGISTERED = sorted(
 
 
 def python(code: str) -> str:
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=DEADLINE)
     assert result.returncode == 0, result.stderr
     return result.stdout
 

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 import torch
+from tolerances import assert_same
 from torch import Tensor, nn
-from torch.testing import assert_close
 from toy import (
     PAD,
     language_model,
@@ -46,7 +46,7 @@ def test_language_model_is_causal(router: dict) -> None:
     changed = tokens.clone()
     changed[:, 7:] = sentences([5, 5, 5])
     before, after = (log_probs(model, src_tokens=t)[:, :7] for t in (tokens, changed))
-    assert_close(after, before, rtol=0, atol=1e-6)
+    assert_same(after, before)
 
 
 def test_language_model_is_causal_in_training_too() -> None:
@@ -55,7 +55,7 @@ def test_language_model_is_causal_in_training_too() -> None:
     changed = tokens.clone()
     changed[:, 7:] = sentences([5, 5])
     before, after = (model(src_tokens=t)[0][:, :7] for t in (tokens, changed))
-    assert_close(after, before, rtol=0, atol=1e-5)
+    assert_same(after, before)
 
 
 @router_cases
@@ -67,7 +67,7 @@ def test_decoder_is_causal(router: dict) -> None:
     before, after = (
         log_probs(model, **source_inputs(source), prev_output_tokens=p)[:, :6] for p in (previous, changed)
     )
-    assert_close(after, before, rtol=0, atol=1e-6)
+    assert_same(after, before)
 
 
 @router_cases
@@ -82,7 +82,7 @@ def test_a_sentence_gets_the_same_log_probabilities_alone_and_in_any_batch(route
             **source_inputs(source[row : row + 1, -source_length:]),
             prev_output_tokens=shift_right(target[row : row + 1, :target_length]),
         )
-        assert_close(alone[0], together[row, :target_length], rtol=0, atol=1e-5)
+        assert_same(alone[0], together[row, :target_length])
 
 
 @router_cases
@@ -94,7 +94,7 @@ def test_padding_changes_nothing(router: dict) -> None:
     plain = log_probs(model, **source_inputs(source), prev_output_tokens=shift_right(target))
     padded = log_probs(model, **source_inputs(wide_source), prev_output_tokens=shift_right(wide_target))
     real = target.ne(PAD)
-    assert_close(padded[:, :7][real], plain[real], rtol=0, atol=1e-5)
+    assert_same(padded[:, :7][real], plain[real])
 
 
 def test_padding_does_not_change_the_loss_or_its_gradients() -> None:
@@ -113,12 +113,9 @@ def test_padding_does_not_change_the_loss_or_its_gradients() -> None:
         gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
         results.append((loss.detach(), logged, gradients))
     (loss, logged, gradients), (padded_loss, padded_logged, padded_gradients) = results
-    assert_close(padded_loss, loss, rtol=1e-5, atol=1e-5)
+    assert_same(padded_loss, loss)
     assert padded_logged["moe_encoder_tokens"] == logged["moe_encoder_tokens"]
-    for name, gradient in gradients.items():
-        assert_close(
-            padded_gradients[name], gradient, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
-        )
+    assert_same(padded_gradients, gradients)
 
 
 @router_cases
@@ -138,7 +135,7 @@ def test_incremental_decoding_equals_the_full_forward(kind: str, router: dict) -
         with torch.no_grad():
             output = model.decoder(target[:, : step + 1], encoder_out=encoder_out, incremental_state=state)
         now = model.get_normalized_probs(output, log_probs=True)[:, -1]
-        assert_close(now, full[:, step], rtol=0, atol=1e-5)
+        assert_same(now, full[:, step])
 
 
 @pytest.mark.parametrize("kind", ["language", "translation"])
@@ -159,13 +156,12 @@ def test_checkpointed_activations_give_the_same_gradients_and_count_the_loss_onc
         torch.manual_seed(4)
         loss, _, logged = criterion(model, sample)
         loss.backward()
-        results.append((loss.detach(), logged, {n: p.grad for n, p in model.named_parameters()}))
+        gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        results.append((loss.detach(), logged, gradients))
     (loss, logged, gradients), (loss_again, logged_again, gradients_again) = results
-    assert_close(loss_again, loss)
+    assert_same(loss_again, loss)
     assert logged_again["moe_decoder_calls"] == logged["moe_decoder_calls"] == 1
-    for name, gradient in gradients.items():
-        if gradient is not None:
-            assert_close(gradients_again[name], gradient, msg=lambda m, n=name: f"{n}: {m}")
+    assert_same(gradients_again, gradients)
 
 
 @pytest.mark.parametrize("offload", [False, True])

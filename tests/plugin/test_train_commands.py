@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from commands import PLUGIN, TINY_LM, TINY_MT, TRAIN, logged, run, run_as_torchrun
+from tolerances import printed
 
 MOE_KEYS = (
     "load_balance_loss", "experts_per_token", "flops_vs_all_experts", "flops_vs_dense_ffn", "dropped_share",
@@ -65,7 +66,7 @@ def test_statistics_are_logged_for_both_sides_and_count_recomputed_layers_once(
     records = logged(plain, "train")[-1] | logged(plain, "valid")[-1]
     again = logged(recomputed, "train")[-1] | logged(recomputed, "valid")[-1]
     for key in keys:
-        assert again[key] == pytest.approx(records[key], abs=2e-4), key
+        assert again[key] == printed(records[key], 4), key
     for side in ("encoder", "decoder"):
         assert (
             1.0 <= records[f"train_moe_{side}_load_balance_loss"] < 2.0
@@ -74,7 +75,7 @@ def test_statistics_are_logged_for_both_sides_and_count_recomputed_layers_once(
         assert 1.0 <= share <= 4.0
         router = 8 / (2 * 16)  # costs as many experts: 2DE over 4DF
         dense_share = records[f"train_moe_{side}_flops_vs_dense_ffn"]
-        assert dense_share == pytest.approx((share + router) / 2, abs=2e-4)
+        assert dense_share == printed((share + router) / 2, 4)
         assert records[f"train_moe_{side}_dropped_share"] == 0
     written = b"".join(path.read_bytes() for path in (tmp_path / "tb").rglob("events*"))
     for key in MOE_KEYS:

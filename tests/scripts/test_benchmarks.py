@@ -10,8 +10,8 @@ import training
 from gpu_subjects import PADDED_TO, expert_sums_padded
 from profile_layer import PRODUCTS, PYTHON, REST, by_kind, share_outside_products
 from subjects import PaperStyleExperts, SlotExperts, moe_layer
+from tolerances import assert_same
 from torch import Tensor
-from torch.testing import assert_close
 from translation import batch, build_setup
 
 from xmoe_fairseq.moe import Experts, MoELayer
@@ -42,7 +42,7 @@ def test_every_slot_keeps_the_most_probable_tokens_of_an_expert(way: type[PaperS
     ]
     expected = sum((weight_TE * kept_TE)[:, e, None] * outputs[e] for e in range(4))
     assert (weight_TE * (1 - kept_TE)).any(), "nothing was dropped"
-    assert_close(slots(x_TD)[0], expected)
+    assert_same(slots(x_TD)[0], expected)
 
 
 def test_training_compares_equal_models_and_its_table_adds_up(tmp_path: Path) -> None:
@@ -99,7 +99,7 @@ def test_padded_groups_equal_plain_autograd(counts: list[int]) -> None:
         y = compute(leaves[0], rows, Stacks(*leaves[1:]), torch.relu)
         y.backward(torch.linspace(-1, 1, y.numel()).view_as(y))
         results.append([y.detach(), weight_R.grad, *(leaf.grad for leaf in leaves)])
-    assert_close(results[1], results[0])
+    assert_same(results[1], results[0])
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -133,7 +133,7 @@ def test_gpu_ways_give_equal_outputs() -> None:
     expected, routing = layer(x)
     assert routing.experts_per_token == 2
     for way in gpu.WAYS.values():
-        assert_close(gpu.computed_by(layer, way)(x)[0], expected)
+        assert_same(gpu.computed_by(layer, way)(x)[0], expected)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

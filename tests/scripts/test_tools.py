@@ -6,13 +6,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from commands import DEADLINE
 
 TOOLS = Path(__file__).parents[2] / "scripts" / "tools"
 
 
 def tool(name: str, *arguments: object) -> str:
     command = [sys.executable, str(TOOLS / name), *map(str, arguments)]
-    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=300).stdout
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=DEADLINE).stdout
 
 
 def test_bigram_perplexity_by_hand(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from commands import script
+from tolerances import assert_same
 from toy import language_model, translation_model
 from trained_layers import feed_forward, places
 
@@ -28,7 +29,7 @@ def test_a_dense_ffn_is_that_of_fairseq() -> None:
     layer = model.decoder.layers[0]
     x = torch.randn(3, 2, 32)
     _, ffn = feed_forward(layer)
-    torch.testing.assert_close(ffn(x), layer.fc2(torch.relu(layer.fc1(x))))
+    assert_same(ffn(x), layer.fc2(torch.relu(layer.fc1(x))))
 
 
 @pytest.mark.parametrize("name", ["benchmark_checkpoints.sh", "sweep_threshold.sh"])
