@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from importlib import metadata
+from types import SimpleNamespace
 from typing import Any
 
+from xmoe_fairseq_compat.errors import CheckpointError, FlagError
 from xmoe_fairseq_compat.registry import has, mend, stand_in
 
 
@@ -39,6 +42,87 @@ def average_floats_only(module: Any) -> None:
         self.skip_keys = {*self.skip_keys, *whole_numbers}
 
     module.EMA.__init__ = init
+
+
+@mend("fairseq.models.ema.ema")
+def average_tied_weights_once(module: Any) -> None:
+    """Every torch: a weight with two names (embedding, output) is averaged twice: its decay is squared."""
+    plain_step = module.EMA._step_internal
+
+    def step_internal(self: Any, new_model: Any, updates: Any = None) -> None:
+        once: dict[Any, tuple[str, Any]] = {}
+        for name, value in new_model.state_dict().items():
+            place = (value.data_ptr(), value.shape, value.stride()) if value.numel() else name
+            once.setdefault(place, (name, value))
+        plain_step(self, SimpleNamespace(state_dict=lambda: dict(once.values())), updates)
+
+    module.EMA._step_internal = step_internal
+
+
+@mend("fairseq.models.ema.ema")
+def keep_versions_in_averages(module: Any) -> None:
+    """Every torch: without its `version` a decoder is taken for one of 2017, which had no final LayerNorm.
+
+    Saved without the mend, an average has lost its LayerNorm; then that of the model takes its place.
+    """
+    plain_restore = module.EMA.restore
+    logger = logging.getLogger(module.__name__)
+
+    def restore(self: Any, state_dict: Any, build_fp32_params: bool = False) -> None:
+        own = self.model.state_dict()
+        versions = {name: value for name, value in own.items() if name.rpartition(".")[2] == "version"}
+        given = {*versions, *state_dict}
+        places = {own[name].data_ptr() for name in given & own.keys()}
+        lost = [name for name, value in own.items() if name not in given and value.data_ptr() not in places]
+        if lost:
+            logger.warning(f"the average (EMA) lacks {', '.join(lost)}: taken from the model")
+        plain_restore(self, {**own, **state_dict, **versions}, build_fp32_params)
+
+    module.EMA.restore = restore
+
+
+@mend("fairseq.models.ema.ema")
+def refuse_averages_that_stand_still(module: Any) -> None:
+    """Every torch: steps of 1 - decay below the precision of the weights are rounded away, all of them."""
+    import torch
+
+    plain_init = module.EMA.__init__
+
+    def init(self: Any, model: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        decay = config.ema_decay
+        if not 0 <= decay < 1:
+            raise FlagError(f"--ema-decay must be in [0, 1), got {decay}")
+        types = {p.dtype for p in model.parameters() if p.dtype.is_floating_point}
+        coarse = max(types, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float32)
+        if not config.ema_fp32 and 1 - decay < torch.finfo(coarse).eps:
+            kind = str(coarse).removeprefix("torch.")
+            raise FlagError(
+                f"--ema-decay {decay} needs --ema-fp32: weights in {kind} cannot step by {1 - decay:.1e},"
+                " so the average would stay where it began"
+            )
+        plain_init(self, model, config, *args, **kwargs)
+
+    module.EMA.__init__ = init
+
+
+@mend("fairseq.checkpoint_utils")
+def read_averages_whole(module: Any) -> None:
+    """Every torch: an average (EMA) is read from one file, and taken as it is.
+
+    Experts may lie in files of their own, and versions before the mend above lost the final LayerNorm.
+    """
+
+    def load_ema_from_checkpoint(fpath: Any) -> Any:
+        state = module.load_checkpoint_to_cpu(fpath)
+        average = (state.get("extra_state") or {}).get("ema")
+        if not average:
+            raise CheckpointError(fpath, "it has no averaged weights (EMA); train with --store-ema")
+        if lost := sorted(state["model"].keys() - average.keys()):
+            raise CheckpointError(fpath, f"its averaged weights (EMA) lack {', '.join(lost)}")
+        state["model"] = {name: value.clone() for name, value in average.items()}
+        return state
+
+    module.load_ema_from_checkpoint = load_ema_from_checkpoint
 
 
 @mend("fairseq.modules.transformer_layer", when=lambda: has("torch", 2))
