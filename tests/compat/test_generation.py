@@ -1,0 +1,133 @@
+"""One test per mend of fairseq's generation, which fails where the mend is taken away."""
+
+from argparse import Namespace
+from importlib import import_module
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from fairseq.dataclass.configs import GenerationConfig
+from fairseq.ngram_repeat_block import NGramRepeatBlock
+from fairseq.sequence_generator import SequenceGenerator
+from fairseq.tasks import FairseqTask
+from torch import Tensor
+from torch.testing import assert_close
+from toy import EOS, PAD, dictionary, sentences, translation_model
+
+from xmoe_fairseq_compat.errors import FlagError
+from xmoe_fairseq_compat.generation import check_generation
+
+
+@pytest.mark.parametrize(
+    ("n", "tokens", "banned"),
+    [
+        (2, [2, 5, 6, 5], [6]),  # after 5 came 6
+        (1, [2, 5, 6, 5], [5, 6]),  # EOS, which every sentence begins with, may end it
+        (3, [2, 5, 6, 7, 5, 6], [7]),
+        (3, [2, 5, 6, 7, 5], []),
+        (2, [2], []),
+        (4, [2, 5], []),
+        (2, [2, 5, 5], [5]),
+    ],
+)
+def test_repeated_ngrams_are_banned(n: int, tokens: list[int], banned: list[int]) -> None:
+    step = len(tokens) - 1
+    padded = torch.tensor([[*tokens, 1, 1, 1], [2, 3, 4, 3, 4, 3, 4, 3, 4][: len(tokens) + 3]])
+    for block in (NGramRepeatBlock(n), torch.jit.script(NGramRepeatBlock(n))):
+        scores = block(padded, torch.zeros(2, 8), 1, 2, step)
+        assert torch.where(scores[0].isinf())[0].tolist() == banned
+
+
+def test_a_forced_token_is_not_banned() -> None:
+    """As --prefix-size forces it: all others are -inf."""
+    forced = torch.full((1, 8), float("-inf"))
+    forced[0, 6] = -3.0
+    scores = NGramRepeatBlock(2)(torch.tensor([[2, 5, 6, 5, 1]]), forced.clone(), 1, 1, 3)
+    assert torch.equal(scores, forced)
+
+
+def source_inputs(source: Tensor) -> dict[str, Tensor]:
+    return {"src_tokens": source, "src_lengths": source.ne(PAD).sum(dim=1)}
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_translations_repeat_no_ngram(n: int) -> None:
+    model = translation_model(vocab_size=12).eval()
+    generator = SequenceGenerator([model], dictionary(12), beam_size=3, max_len_b=8, no_repeat_ngram_size=n)
+    sample = {"net_input": source_inputs(sentences([4, 6], vocab_size=12, left_pad=True))}
+    for hypothesis in (h for hypotheses in generator.generate([model], sample) for h in hypotheses):
+        words = hypothesis["tokens"].tolist()[:-1]
+        grams = [tuple(words[i : i + n]) for i in range(len(words) + 1 - n)]
+        assert len(grams) == len(set(grams)), words
+
+
+class Task(FairseqTask):
+    source_dictionary = target_dictionary = dictionary(14)
+
+
+def test_translations_are_as_long_as_their_sources_and_their_ends_count() -> None:
+    model, lengths = translation_model(vocab_size=14).eval(), [4, 7, 3]
+    source = sentences(lengths, vocab_size=14, left_pad=True)
+    args = Namespace(match_source_len=True, beam=3)
+    generator = Task(Namespace()).build_generator([model], args)
+    hypotheses = generator.generate([model], {"net_input": source_inputs(source)})
+    for row, length in enumerate(lengths):
+        assert [len(h["tokens"]) for h in hypotheses[row]] == [length] * 3
+        tokens, alone = hypotheses[row][0]["tokens"], source[row : row + 1, -length:]
+        previous = torch.cat([torch.tensor([EOS]), tokens[:-1]]).unsqueeze(0)
+        with torch.no_grad():
+            logits = model(**source_inputs(alone), prev_output_tokens=previous)[0]
+        expected = logits.log_softmax(-1)[0].gather(1, tokens.unsqueeze(1)).squeeze(1)
+        assert_close(hypotheses[row][0]["positional_scores"], expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"nbest": 6}, "--nbest must be from 1 to --beam 5, got 6"),
+        ({"beam": 0}, "--beam must be at least 1, got 0"),
+        ({"sampling": True}, "--nbest must be --beam 5 with --sampling, got 1"),
+        ({"sampling_topk": 3}, "--sampling-topk needs --sampling, got 3"),
+        ({"sampling_topp": 0.5}, "--sampling-topp needs --sampling, got 0.5"),
+        ({"temperature": 0.0}, "--temperature must be above 0, got 0.0"),
+        ({"diverse_beam_groups": 2}, "--diverse-beam-groups must divide --beam 5, got 2"),
+        ({"min_len": 300}, "--min-len must be at most --max-len-b 200, got 300"),
+        (
+            {"constraints": "ordered", "diversity_rate": 0.0},
+            "--diversity-rate and --constraints are searches",
+        ),
+        ({"sampling": True, "nbest": 5, "match_source_len": True}, "--sampling and --match-source-len are"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_flags_of_a_search_that_do_not_fit(flags: dict[str, Any], message: str) -> None:
+    check_generation(GenerationConfig())
+    with pytest.raises(FlagError, match=f"^{message}"):
+        check_generation(GenerationConfig(**flags))
+
+
+@pytest.mark.parametrize("name", ["print_step", "retain_iter_history"])
+def test_a_beam_search_has_no_steps_to_print(name: str) -> None:
+    flag = f"--{name.replace('_', '-')}"
+    with pytest.raises(FlagError, match=f"^{flag} needs a model that refines its output"):
+        FairseqTask(Namespace()).build_generator([], Namespace(**{name: True}))
+
+
+@pytest.mark.parametrize(
+    ("command", "flags", "message"),
+    [
+        ("generate", {"constraints": "ordered"}, "--constraints is read by fairseq-interactive alone"),
+        ("generate", {"lm_path": "lm.pt"}, "--lm-path needs --lm-weight, what its scores count, got 0.0"),
+        ("generate", {"nbest": 6}, "--nbest must be from 1 to --beam 5, got 6"),
+        ("interactive", {"nbest": 6}, "--nbest must be from 1 to --beam 5, got 6"),
+        ("interactive", {"prefix_size": 1}, "--prefix-size is read by fairseq-generate alone"),
+        ("interactive", {"score_reference": True}, "--score-reference is read by fairseq-generate alone"),
+        ("interactive", {"lm_path": "lm.pt"}, "--lm-path is read by fairseq-generate alone"),
+        ("interactive", {"print_alignment": "soft"}, "--print-alignment soft is read by fairseq-generate"),
+    ],
+)
+def test_flags_that_a_command_would_pass_over(command: str, flags: dict[str, Any], message: str) -> None:
+    main = import_module(f"fairseq_cli.{command}").main
+    with pytest.raises(FlagError, match=f"^{message}"):
+        main(SimpleNamespace(generation=GenerationConfig(**flags)))

@@ -1,0 +1,133 @@
+"""What fairseq's generation needs: flags that do what they say, or are refused."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from typing import TYPE_CHECKING, Any
+
+from xmoe_fairseq_compat.errors import FlagError
+from xmoe_fairseq_compat.registry import mend
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@mend("fairseq.ngram_repeat_block")
+def block_repeated_ngrams(module: Any) -> None:
+    """Every torch: --no-repeat-ngram-size compares with the end of the padded row, so it bans nothing.
+
+    And n = 1 would ban the first entry, which is EOS. Where nothing else is left, as with a prefix that is
+    forced, a token is not banned.
+    """
+    import torch
+
+    def _no_repeat_ngram(
+        self: Any, tokens: Tensor, lprobs: Tensor, bsz: int, beam_size: int, step: int
+    ) -> Tensor:
+        n: int = self.no_repeat_ngram_size
+        if step + 1 < n:
+            return lprobs
+        gram_BPN = tokens[:, : step + 1].unfold(1, n, 1)  # those at P places
+        latest_B1N = tokens[:, step + 2 - n : step + 1].unsqueeze(1)
+        follows_BP = (gram_BPN[:, :, : n - 1] == latest_B1N).all(dim=2)
+        if n == 1:
+            follows_BP[:, 0] = False
+        row_R, place_R = torch.where(follows_BP)
+        banned_BV = torch.zeros_like(lprobs, dtype=torch.bool)
+        banned_BV[row_R, gram_BPN[row_R, place_R, n - 1]] = True
+        others_B1 = (lprobs.isfinite() & ~banned_BV).any(dim=1, keepdim=True)
+        return lprobs.masked_fill_(banned_BV & others_B1, float("-inf"))
+
+    module.NGramRepeatBlock._no_repeat_ngram = _no_repeat_ngram
+
+
+@mend("fairseq.search")
+def match_the_source_length(module: Any) -> None:
+    """Every torch: --match-source-len gives EOS a log-probability of 0, and longer sentences go on."""
+
+    def step(self: Any, step: int, lprobs_BKV: Tensor, scores: Tensor, *_: Any) -> Any:
+        early_B = step < self.min_len_a * self.src_lengths + self.min_len_b
+        late_B = step >= self.max_len_a * self.src_lengths + self.max_len_b
+        lprobs_BKV[early_B, :, self.eos] = float("-inf")
+        lprobs_BKV[late_B, :, : self.eos] = float("-inf")
+        lprobs_BKV[late_B, :, self.eos + 1 :] = float("-inf")
+        return self.beam.step(step, lprobs_BKV, scores)
+
+    module.LengthConstrainedBeamSearch.step = step
+
+
+def check_generation(g: Any) -> None:
+    """Raises FlagError where flags of a search (a GenerationConfig) would not do what they say."""
+    searches = {
+        "--sampling": g.sampling,
+        "--diverse-beam-groups": g.diverse_beam_groups > 0,
+        "--match-source-len": g.match_source_len,
+        "--diversity-rate": g.diversity_rate > -1,
+        "--constraints": bool(g.constraints),
+    }
+    asked = [flag for flag, given in searches.items() if given]
+    if len(asked) > 1:
+        raise FlagError(f"{' and '.join(asked)} are searches that exclude one another: leave one out")
+    longest = float("inf") if g.max_len_a or g.match_source_len else g.max_len_b
+    for flag, value, rule, holds in (
+        ("--beam", g.beam, "must be at least 1", g.beam >= 1),
+        ("--nbest", g.nbest, f"must be from 1 to --beam {g.beam}", 1 <= g.nbest <= g.beam),
+        ("--nbest", g.nbest, f"must be --beam {g.beam} with --sampling", not g.sampling or g.nbest == g.beam),
+        ("--temperature", g.temperature, "must be above 0", 0 < g.temperature < float("inf")),
+        ("--diverse-beam-groups", g.diverse_beam_groups, f"must divide --beam {g.beam}",
+         g.diverse_beam_groups <= 0 or g.beam % g.diverse_beam_groups == 0),
+        ("--min-len", g.min_len, f"must be at most --max-len-b {g.max_len_b}", g.min_len <= longest),
+        ("--sampling-topk", g.sampling_topk, "needs --sampling", g.sampling_topk < 0 or g.sampling),
+        ("--sampling-topp", g.sampling_topp, "needs --sampling", g.sampling_topp < 0 or g.sampling),
+    ):  # fmt: skip
+        if not holds:
+            raise FlagError(f"{flag} {rule}, got {value}")
+
+
+@mend("fairseq.tasks.fairseq_task")
+def refuse_steps_of_beam_search(module: Any) -> None:
+    """Every torch: --print-step and --retain-iter-history are for models that refine a whole sentence; a beam
+    search ends in a KeyError, after the first batch."""
+    plain_build = module.FairseqTask.build_generator  # tasks of such models have one of their own
+
+    def build_generator(self: Any, models: Any, args: Any, *rest: Any, **kwargs: Any) -> Any:
+        for name in ("print_step", "retain_iter_history"):
+            if getattr(args, name, False):
+                flag = f"--{name.replace('_', '-')}"
+                raise FlagError(f"{flag} needs a model that refines its output (--task translation_lev)")
+        return plain_build(self, models, args, *rest, **kwargs)
+
+    module.FairseqTask.build_generator = build_generator
+
+
+@mend("fairseq_cli.generate", "fairseq_cli.interactive")
+def check_flags_of_generation(module: Any) -> None:
+    """Every torch: flags that exclude or need one another are passed over, or end in a traceback.
+
+    So are those that one of the two commands does not read.
+    """
+    plain_main, interactive = module.main, module.__name__.endswith("interactive")
+
+    def main(cfg: Any) -> Any:
+        if isinstance(cfg, Namespace):
+            cfg = module.convert_namespace_to_omegaconf(cfg)
+        g = cfg.generation
+        check_generation(g)
+        other, unread = "fairseq-interactive", {"--constraints": g.constraints}
+        if interactive:
+            other, unread = (
+                "fairseq-generate",
+                {
+                    "--prefix-size": g.prefix_size > 0,
+                    "--score-reference": g.score_reference,
+                    "--lm-path": g.lm_path,
+                    "--print-alignment soft": g.print_alignment == "soft",
+                },
+            )
+        for flag in [flag for flag, given in unread.items() if given]:
+            raise FlagError(f"{flag} is read by {other} alone: leave it out, or use that")
+        if g.lm_path and not g.lm_weight:
+            raise FlagError(f"--lm-path needs --lm-weight, what its scores count, got {g.lm_weight}")
+        return plain_main(cfg)
+
+    module.main = main
