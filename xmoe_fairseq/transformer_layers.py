@@ -1,6 +1,6 @@
 """fairseq's Transformer layers with an MoE layer where the FFN was."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -9,6 +9,7 @@ import torch
 from fairseq import utils
 from fairseq.data import Dictionary
 from fairseq.models.transformer import TransformerConfig
+from fairseq.modules import FairseqDropout
 from fairseq.modules.transformer_layer import TransformerDecoderLayerBase, TransformerEncoderLayerBase
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -66,6 +67,7 @@ def install_moe_layers(
             layer = MoEEncoderLayer(stack.cfg, moe)
         else:
             layer = MoEDecoderLayer(stack.cfg, moe, no_encoder_attn=stack.layers[index].encoder_attn is None)
+        layer.dropout_module.module_name = stack.layers[index].dropout_module.module_name
         if stack.cfg.checkpoint_activations:
             checkpoint_activations(layer, offload_to_cpu=stack.cfg.offload_activations)
         if ids:
@@ -144,6 +146,8 @@ class _MoEFeedForward:
     """What both layers share: fairseq's forward computes fc2(dropout(activation(fc1(x)))); here fc1 is the
     whole MoE layer and the rest does nothing."""
 
+    dropout_module: FairseqDropout
+
     def replace_ffn(self, moe: MoELayer) -> None:
         del self.fc1, self.fc2  # modules, which could not be overwritten by a method
         self.moe = moe
@@ -151,6 +155,21 @@ class _MoEFeedForward:
         self.fc2 = self.activation_fn = self.activation_dropout_module = nn.Identity()
         self._padding_mask: Tensor | None = None
         self._token_ids: Tensor | None = None
+
+    def make_generation_fast_(
+        self,
+        name: str = "",
+        retain_dropout: bool = False,
+        retain_dropout_modules: Collection[str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """fairseq calls this for evaluation; of --retain-dropout it tells modules of its own only."""
+        if retain_dropout and (
+            retain_dropout_modules is None or self.dropout_module.module_name in retain_dropout_modules
+        ):
+            self.moe.retain_dropout()
+        if hasattr(super(), "make_generation_fast_"):  # a decoder layer's
+            super().make_generation_fast_(name=name, **kwargs)
 
     def feed_forward(self, x: Tensor) -> Tensor:
         """x: (length, batch, D)."""

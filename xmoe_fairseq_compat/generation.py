@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from argparse import Namespace
 from typing import TYPE_CHECKING, Any
 
@@ -77,6 +78,8 @@ def check_generation(g: Any) -> None:
         ("--diverse-beam-groups", g.diverse_beam_groups, f"must divide --beam {g.beam}",
          g.diverse_beam_groups <= 0 or g.beam % g.diverse_beam_groups == 0),
         ("--min-len", g.min_len, f"must be at most --max-len-b {g.max_len_b}", g.min_len <= longest),
+        ("--retain-dropout-modules", g.retain_dropout_modules, "needs --retain-dropout",
+         not g.retain_dropout_modules or g.retain_dropout),
         ("--sampling-topk", g.sampling_topk, "needs --sampling", g.sampling_topk < 0 or g.sampling),
         ("--sampling-topp", g.sampling_topp, "needs --sampling", g.sampling_topp < 0 or g.sampling),
     ):  # fmt: skip
@@ -98,6 +101,27 @@ def refuse_steps_of_beam_search(module: Any) -> None:
         return plain_build(self, models, args, *rest, **kwargs)
 
     module.FairseqTask.build_generator = build_generator
+
+
+@mend("fairseq.models.fairseq_model")
+def retain_the_dropout_that_is_named(module: Any) -> None:
+    """Every torch: --retain-dropout-modules is one string, in which any part of it is found as a name."""
+    plain_make = module.BaseFairseqModel.make_generation_fast_
+
+    def make_generation_fast_(self: Any, **kwargs: Any) -> None:
+        given = kwargs.get("retain_dropout_modules")
+        if given is not None:
+            known = {m.module_name for m in self.modules() if hasattr(m, "apply_during_inference")} - {None}
+            names = re.findall(r"\w+", given) if isinstance(given, str) else list(given)
+            if unknown := sorted({*names} - known):
+                raise FlagError(
+                    f"--retain-dropout-modules must name some of {', '.join(sorted(known))},"
+                    f" got {', '.join(unknown)}"
+                )
+            kwargs["retain_dropout_modules"] = names
+        plain_make(self, **kwargs)
+
+    module.BaseFairseqModel.make_generation_fast_ = make_generation_fast_
 
 
 @mend("fairseq_cli.generate", "fairseq_cli.interactive")

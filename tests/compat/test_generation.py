@@ -88,6 +88,7 @@ def test_translations_are_as_long_as_their_sources_and_their_ends_count() -> Non
         ({"nbest": 6}, "--nbest must be from 1 to --beam 5, got 6"),
         ({"beam": 0}, "--beam must be at least 1, got 0"),
         ({"sampling": True}, "--nbest must be --beam 5 with --sampling, got 1"),
+        ({"retain_dropout_modules": "A"}, "--retain-dropout-modules needs --retain-dropout, got A"),
         ({"sampling_topk": 3}, "--sampling-topk needs --sampling, got 3"),
         ({"sampling_topp": 0.5}, "--sampling-topp needs --sampling, got 0.5"),
         ({"temperature": 0.0}, "--temperature must be above 0, got 0.0"),

@@ -58,6 +58,7 @@ class Experts(nn.Module):
             )
         self.activation = ACTIVATIONS[activation] if isinstance(activation, str) else activation
         self.activation_dropout = activation_dropout
+        self.dropout_in_evaluation = False  # see MoELayer.retain_dropout
         self.num_experts = num_experts
         held = num_experts // parts
         self.first = index * held  # id of the first expert held here
@@ -99,7 +100,7 @@ class Experts(nn.Module):
 
         The result is in the precision of the weights, where there are any, in which the sums are taken.
         """
-        dropout = self.activation_dropout if self.training else 0.0
+        dropout = self.activation_dropout if self.training or self.dropout_in_evaluation else 0.0
         if dropout or isinstance(self.activation, nn.Module):
             return expert_sums_plain(x_SD, rows, self.stacked(), self.activation, dropout)
         stacks, device = self.stacked(), x_SD.device.type

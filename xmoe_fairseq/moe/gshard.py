@@ -133,9 +133,11 @@ class FeedForward(nn.Module):
         self.fc2 = nn.Linear(expert_dim, model_dim)
         self.activation = activation
         self.dropout = dropout
+        self.dropout_in_evaluation = False
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = F.dropout(self.activation(self.fc1(x)), self.dropout, self.training)
+        drops = self.training or self.dropout_in_evaluation
+        hidden = F.dropout(self.activation(self.fc1(x)), self.dropout, drops)
         return self.fc2(hidden)  # type: ignore[no-any-return]
 
 

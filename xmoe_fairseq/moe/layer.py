@@ -156,6 +156,12 @@ class MoELayer(nn.Module):
         capacity = expert_capacity(routing.num_tokens, routing.num_experts, factor, self.min_capacity)
         return keep_within_capacity(routing, capacity)
 
+    def retain_dropout(self) -> None:
+        """Keep the experts' dropout in evaluation, for estimates of a model's uncertainty."""
+        for module in self.modules():
+            if "dropout_in_evaluation" in vars(module):
+                vars(module)["dropout_in_evaluation"] = True
+
     def rows_computed(self, stats: RoutingStats) -> Tensor:
         """Rows that the experts computed in a call with these statistics."""
         return stats.rows_kept
