@@ -53,7 +53,7 @@ if [ ${#TIERS[@]} -gt 0 ]; then
   inputs=("$PREP/packages/lm.txt" "$R/packages.json")
 fi
 installed=$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')   # anew if a package was updated
-step extract ${inputs[@]+"${inputs[@]}"} "$PREP"/formats/*.py "$installed" -- \
+step extract ${inputs[@]+"${inputs[@]}"} "$installed" -- \
   "$R/documents.txt" "$OUT/sources.json" "$C/extract.json" -- \
   "$PYTHON" "$PREP/extract_english.py" --modules "${MODULES[@]}" ${from_packages[@]+"${from_packages[@]}"} \
   --output "$R/documents.txt" --sources-out "$OUT/sources.json" --counts "$C/extract.json" --workers "$WORKERS"
@@ -62,7 +62,7 @@ step extract ${inputs[@]+"${inputs[@]}"} "$PREP"/formats/*.py "$installed" -- \
 step hold-out "$R/documents.txt" -- "$R/split".{train,valid,test} "$C/hold-out.json" -- \
   "$PYTHON" "$PREP/lm_documents.py" --input "$R/documents.txt" --out-prefix "$R/split" --counts "$C/hold-out.json" \
   --workers "$WORKERS"
-step drop-near "$R/split".{train,valid,test} "$PREP"/{near_duplicates,pair_rules}.py -- \
+step drop-near "$R/split".{train,valid,test} -- \
   "$R/train.txt" "$C/drop-near.json" -- \
   "$PYTHON" "$PREP/drop_near_paragraphs.py" --input "$R/split.train" --held-out "$R/split".{valid,test} \
   --output "$R/train.txt" --counts "$C/drop-near.json" --workers "$WORKERS"

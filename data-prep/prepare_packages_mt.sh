@@ -57,11 +57,10 @@ read -ra without <<<"${WITHOUT:-}"
 "$PYTHON" "$PREP/fetch_packages.py" --list "$PREP/packages/mt.txt" --tiers "${TIERS[@]}" --lang "$LANG_CODE" --task mt \
   --folder "$PACKAGES" --sources-out "$OUT/sources.json" --without ${without[@]+"${without[@]}"} \
   ${REFRESH:+--refresh} --counts "$C/fetch.json"
-code=("$PREP"/formats/*.py "$PREP"/{languages,pair_rules,parallel_sources}.py)
-step extract "$OUT/sources.json" "${code[@]}" -- "$R/pairs.tsv" "$C/extract.json" -- \
+step extract "$OUT/sources.json" -- "$R/pairs.tsv" "$C/extract.json" -- \
   "$PYTHON" "$PREP/extract_pairs.py" --sources "$OUT/sources.json" --folder "$PACKAGES" --lang "$LANG_CODE" \
   --output "$R/pairs.tsv" --counts "$C/extract.json" --workers "$WORKERS"
-step split "$R/pairs.tsv" "$PREP"/{near_duplicates,pair_rules}.py -- \
+step split "$R/pairs.tsv" -- \
   "$R/split".{train,valid,test}.{en,"$LANG_CODE"} "$C/split.json" -- \
   "$PYTHON" "$PREP/split_pairs.py" --input "$R/pairs.tsv" --lang "$LANG_CODE" --out-prefix "$R/split" \
   --valid "$VALID" --test "$TEST" --counts "$C/split.json" --workers "$WORKERS"

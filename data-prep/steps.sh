@@ -4,9 +4,10 @@
 #   step NAME INPUT... -- OUTPUT... -- COMMAND...
 #
 # runs COMMAND unless it ran before with the same words, the same inputs, and its outputs are still as it
-# left them. What a step saw is kept as plain text in $STEPS_DIR/NAME: command line, and path, size and
-# time of each input, of the Python files it runs, and of each output. It is written after the command
-# succeeds, so a step that was killed is done again; a step whose inputs were made anew is done again too.
+# left them. What a step saw is kept as plain text in $STEPS_DIR/NAME: command line, a sum of the shell function
+# that it runs, and path, size and time of each input, of the Python files it runs with all that they import from
+# their folder, and of each output. It is written after the command succeeds, so a step that was killed is done
+# again; a step whose inputs were made anew is done again too.
 # The scripts in this folder write under a temporary name and rename, so an output is whole or not there.
 # Set STEPS_DIR and STEP_PREFIX first; STEPS_SKIPPED counts the steps that were up to date.
 
@@ -23,15 +24,19 @@ fingerprint() { # path, size and modification time of each file; fails if one is
 
 step() {
   local name=$1; shift
-  local inputs=() outputs=() word stamp seen started
+  local inputs=() outputs=() scripts=() word stamp seen started
   while [ "$1" != -- ]; do inputs+=("$1"); shift; done; shift
   while [ "$1" != -- ]; do outputs+=("$1"); shift; done; shift
   for word in "$@"; do
-    case $word in *.py) inputs+=("$word" "$(dirname "$word")"/{textio,digests,counts,parallel,documents}.py) ;; esac
+    case $word in *.py) scripts+=("$word") ;; esac
   done
+  if [ ${#scripts[@]} -gt 0 ]; then
+    seen=$("${PYTHON:-python3}" "${BASH_SOURCE[0]%/*}/imported.py" "${scripts[@]}") || return 1
+    while read -r word; do inputs+=("$word"); done <<<"$seen"
+  fi
   stamp=$STEPS_DIR/$name
   mkdir -p "$STEPS_DIR"
-  if ! seen=$(printf '%q ' "$@"; echo; fingerprint "${inputs[@]}" 2>&1); then
+  if ! seen=$(printf '%q ' "$@"; declare -f "$1" | cksum; fingerprint "${inputs[@]}" 2>&1); then
     echo "$STEP_PREFIX $name: an input is missing: ${seen##*$'\n'}" >&2
     return 1
   fi

@@ -95,6 +95,52 @@ def test_a_changed_command_or_a_lost_output_repeats_the_step(runner: Runner) -> 
     assert runner.steps() == ["first", "second", "third", "skipped 0"]
 
 
+@pytest.mark.parametrize(
+    ("edited", "again"),
+    [("main", True), ("helper", True), ("folder/__init__", True), ("folder/deep", True), ("other", False)],
+)
+def test_an_edited_module_repeats_what_imports_it(runner: Runner, edited: str, again: bool) -> None:
+    """Wherever it is imported: here by a module of a package, inside a function."""
+    (runner.folder / "folder").mkdir()
+    texts = {
+        "main": "import helper\nopen('out', 'w')",
+        "helper": "def f():\n    from folder import deep",
+        "folder/__init__": "",
+        "folder/deep": "import json, numpy",
+        "other": "import main",
+    }
+    for name, text in texts.items():
+        (runner.folder / f"{name}.py").write_text(text + "\n")
+    script = runner.folder / "steps_test.sh"
+    script.write_text(SCRIPT.partition("step first")[0] + 'step it -- out -- "${PYTHON:-python3}" main.py\n')
+    assert runner.steps() == ["it"]
+    assert runner.steps() == []
+    with (runner.folder / f"{edited}.py").open("a") as file:
+        file.write("# edited\n")
+    assert runner.steps() == (["it"] if again else [])
+
+
+def test_an_edited_function_of_the_shell_repeats_its_step(runner: Runner) -> None:
+    runner.steps()
+    script = runner.folder / "steps_test.sh"
+    script.write_text(script.read_text().replace("tr a-z A-Z", "tr a-z B-ZA"))
+    assert runner.steps() == ["second", "third", "skipped 1"]
+
+
+def test_what_a_script_imports_is_found_and_nothing_runs() -> None:
+    from imported import files
+
+    names = {Path(file).relative_to(PREP).as_posix() for file in files(PREP / "extract_pairs.py")}
+    assert {
+        "extract_pairs.py",
+        "textio.py",
+        "pair_rules.py",
+        "formats/markup.py",
+        "formats/blocks.py",
+    } <= names
+    assert "clean_pairs.py" not in names
+
+
 def test_a_failing_step_stops_the_script_and_leaves_no_stamp(runner: Runner) -> None:
     (runner.folder / "d").mkdir()
     (runner.folder / "d" / "c").mkdir()  # so cp c d fails
