@@ -121,14 +121,18 @@ def aligned_pairs(read: Reader, path: Path, other: Path) -> Iterator[Pair]:
     return align(read(path), read(other))
 
 
+STORIES = ("wesnoth",)  # source packages, whatever follows the name: wesnoth-1.18
+DJANGO = ("django", "djangojs")
+
+
 def catalogues(tree: Tree, language: Language) -> Iterator[Part]:
     """Message catalogues; a game's is a story, so prose."""
     for folder in language.folders:
         for name, path in tree.files(f"usr/**/{folder}/LC_MESSAGES/*.mo"):
             source = tree.sources[name]
             app = re.search(r"/([^/]+)/locale/", str(path))  # Django: many catalogues of one name
-            names = [source, app[1]] if app and path.stem.startswith("django") else [source]
-            kind = "prose" if source.startswith("wesnoth") else "ui"
+            names = [source, app[1]] if app and path.stem in DJANGO else [source]
+            kind = "prose" if source.partition("-")[0] in STORIES else "ui"
             yield Part(source, ":".join([*names, path.stem]), kind, catalogue_pairs, (path,))
 
 

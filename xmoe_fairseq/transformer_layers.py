@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from xmoe_fairseq.config import MoEConfig
+from xmoe_fairseq.flags import HASH_TABLES, ROUTERS
 from xmoe_fairseq.moe import (
     BaseRouter,
     ExpertChoiceRouter,
@@ -29,6 +30,7 @@ from xmoe_fairseq.moe import (
 )
 from xmoe_fairseq.parallel import ExpertParallel, expert_parallel, spread_experts
 from xmoe_fairseq.token_ids import TokenIds
+from xmoe_fairseq_compat.errors import FlagError
 
 
 def install_experts(model: nn.Module, config: MoEConfig, sides: tuple[str, ...]) -> None:
@@ -120,11 +122,20 @@ def _build_router(sizes: tuple[int, int], config: MoEConfig, dictionary: Diction
             return TopKRouter(*sizes, config.k)
         case "expert_choice":
             return ExpertChoiceRouter(*sizes, config.k)
-        case "hash" if config.moe_hash_table == "random":
-            return HashRouter(*sizes, random_table(len(dictionary), config.moe_num_experts))
+        case "base":
+            return BaseRouter(*sizes)
         case "hash":
-            return HashRouter(*sizes, balanced_table(dictionary.count, config.moe_num_experts))
-    return BaseRouter(*sizes)
+            return HashRouter(*sizes, hash_table(config, dictionary))
+    raise FlagError(f"--moe-router must be one of {', '.join(ROUTERS)}, got {config.moe_router}")
+
+
+def hash_table(config: MoEConfig, dictionary: Dictionary) -> Tensor:
+    match config.moe_hash_table:
+        case "random":
+            return random_table(len(dictionary), config.moe_num_experts)
+        case "balanced":
+            return balanced_table(dictionary.count, config.moe_num_experts)
+    raise FlagError(f"--moe-hash-table must be one of {', '.join(HASH_TABLES)}, got {config.moe_hash_table}")
 
 
 def checkpoint_activations(layer: nn.Module, offload_to_cpu: bool) -> None:

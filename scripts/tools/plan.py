@@ -4,7 +4,7 @@ import json
 import shlex
 from dataclasses import dataclass
 
-from presets import BEST_BY_BLEU, LENGTHS, MAX_BATCH, MODELS, PRESETS, TASK_FLAGS, Preset
+from presets import BEST_BY_BLEU, LENGTHS, MODELS, PRESETS, TASK_FLAGS, Model, Preset
 
 
 @dataclass(frozen=True)
@@ -21,25 +21,29 @@ class Plan:
         return PRESETS[self.task][self.preset]
 
     @property
+    def kind(self) -> Model:
+        return MODELS[self.model]
+
+    @property
     def is_dense(self) -> bool:
-        return self.model.startswith("dense")
+        return not self.kind.router
 
     @property
     def dense_flops(self) -> float:
         """Of a dense model's FFNs, over those of `dense`."""
-        return self.size.wide_ffn / self.size.ffn_dim if self.model == "dense-wide" else 1.0
+        return self.size.wide_ffn / self.size.ffn_dim if self.kind.wide else 1.0
 
     @property
     def split(self) -> int:
-        return MODELS[self.model][0]
+        return self.kind.split
 
     @property
     def num_experts(self) -> int:
-        return self.split * (1 if self.model.startswith("split") else self.size.experts)
+        return self.split * (1 if self.kind.cut else self.size.experts)
 
     @property
     def batch(self) -> int:
-        return min(self.size.batch, MAX_BATCH.get(self.model, self.size.batch))
+        return min(self.size.batch, self.kind.max_batch or self.size.batch)
 
     @property
     def update_freq(self) -> int:
@@ -53,10 +57,11 @@ class Plan:
         ):
             if value not in known:
                 raise ValueError(f"{what} must be one of {', '.join(known)}, got {value}")
-        if self.task == "lm" and self.model == "expert-choice":
-            raise ValueError("expert-choice cannot be used in a language model: a token would see later ones")
-        if self.model == "dense-wide" and not self.size.wide_ffn:
-            raise ValueError(f"dense-wide is a model of the preset claims, got {self.preset}")
+        if self.task == "lm" and self.kind.router == "expert_choice":
+            rule = "cannot be used in a language model: a token would see later ones"
+            raise ValueError(f"{self.model} {rule}")
+        if self.kind.wide and not self.size.wide_ffn:
+            raise ValueError(f"{self.model} is a model of the preset claims, got {self.preset}")
         if self.gpus < 1 or self.size.tokens_per_update % (self.gpus * self.batch):
             whole = f"{self.size.tokens_per_update:,} tokens per update into batches of {self.batch:,}"
             raise ValueError(f"GPUS must divide {whole}, got {self.gpus}")
@@ -68,7 +73,7 @@ class Plan:
         width = size.ffn_dim // self.split
         layer = "dense" if self.is_dense else f"{experts} experts x {width}"
         device = "process on the CPU" if size.on_cpu else "GPU" + "s" * (self.gpus > 1)
-        ffn = size.wide_ffn if self.model == "dense-wide" else size.ffn_dim
+        ffn = size.wide_ffn if self.kind.wide else size.ffn_dim
         return [
             f"{self.model}: {size.shape}, FFN {ffn}; {layer}",
             f"{self.gpus} {device} x {self.batch:,} tokens x update-freq {self.update_freq} = "
@@ -76,18 +81,19 @@ class Plan:
         ]
 
     def flags(self) -> list[str]:
-        size, (split, router) = self.size, MODELS[self.model]
-        words = f"{TASK_FLAGS[self.task]} {size.flags} {router} --update-freq {self.update_freq}"
-        if self.model == "dense-wide":
+        size, kind = self.size, self.kind
+        router = f"--moe-router {kind.router}" if kind.router else "--moe-freq 0"
+        words = f"{TASK_FLAGS[self.task]} {size.flags} {router} {kind.flags} --update-freq {self.update_freq}"
+        if kind.wide:
             side = "encoder" if self.task == "wmt" else "decoder"
             words += f" --{side}-ffn-embed-dim {size.wide_ffn}"
         if not self.is_dense:
-            words += f" --moe-num-experts {self.num_experts} --moe-ffn-split {split}"
-        if self.model.startswith("xmoe"):
+            words += f" --moe-num-experts {self.num_experts} --moe-ffn-split {kind.split}"
+        if kind.router == "threshold" and not kind.cut:
             words += f" --moe-threshold {size.threshold}"
             words += " --moe-max-experts-per-token 0" if size.as_paper else ""
-        if size.as_paper and self.model.startswith(("xmoe", "topk", "switch")):
-            words += f" --moe-capacity-factor {split}"
+        if size.as_paper and kind.router in ("threshold", "topk") and not kind.cut:
+            words += f" --moe-capacity-factor {kind.split}"
         words += " --cpu --num-workers 0" if size.on_cpu else " --bf16"
         if self.task == "wmt":
             search = json.dumps({"beam": size.beam, **LENGTHS})

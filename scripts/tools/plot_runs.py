@@ -8,6 +8,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (after the backend)
+from presets import MODELS  # noqa: E402
 
 # A family has a hue: black dense, blue threshold (pink with a budget), orange top-k, a colour of its own for
 # each other router.
@@ -17,7 +18,7 @@ COLOURS = {
     "xmoe-s1": "#9ecae1", "xmoe-s2": "#5aa2d0", "xmoe-s4": "#2070b4", "xmoe-s8": "#08306b",
     "dense-wide": "#7f7f7f", "split-s8": "#bcbd22", "xmoe-s4-budget": "#e377c2", "xmoe-s8-budget": "#a3267f",
 }  # fmt: skip
-MARKERS = {"xmoe": "o", "topk": "s", "switch": "s", "dense": "X"}
+MARKERS = {"threshold": "o", "topk": "s", "": "X"}  # by router; others have a diamond
 
 Curve = list[tuple[float, float]]
 
@@ -30,7 +31,7 @@ def styles_of(names: Iterable[str]) -> dict[str, dict[str, str]]:
     styles, hollow = {}, cycle("^v<>phd*")
     for name in names:
         model = next(word for word in name.split() if word in COLOURS)
-        styles[name] = {"color": COLOURS[model], "marker": MARKERS.get(model.split("-")[0], "D")}
+        styles[name] = {"color": COLOURS[model], "marker": MARKERS.get(MODELS[model].router, "D")}
         if "--" in name:
             styles[name] |= {"marker": next(hollow), "markerfacecolor": "none"}
     return styles

@@ -15,30 +15,39 @@ CLAIMS = (
 )
 INTERVALS = "--validate-interval 1000000 --no-epoch-checkpoints --keep-interval-updates 5"
 
-# The split s of the dense FFN, and the router. Each computes as much for a token as the dense FFN, or less.
+
+@dataclass(frozen=True)
+class Model:
+    """How a token meets an FFN; each computes as much for it as the dense FFN, or less."""
+
+    router: str = ""  # --moe-router; none: the model is dense
+    split: int = 1  # s of the dense FFN
+    flags: str = ""  # more of fairseq-train's
+    wide: bool = False  # dense, with as many parameters as the models with experts, in wider FFNs
+    cut: bool = False  # its experts are the dense FFN itself, all used in training: t is lowered afterwards
+    max_batch: int = 0  # tokens, where memory or time grow faster than they; 0: the preset's
+
+
 MODELS = {
-    "dense": (1, "--moe-freq 0"),
-    "dense-wide": (1, "--moe-freq 0"),  # as many parameters as the models with experts, in wider FFNs
-    "switch": (1, "--moe-router topk --moe-topk 1"),
-    "hash": (1, "--moe-router hash"),
-    "base": (1, "--moe-router base"),
-    "gshard": (2, "--moe-router gshard"),
-    "expert-choice": (2, "--moe-router expert_choice"),
-    "topk-s2": (2, "--moe-router topk"),
-    "topk-s4": (4, "--moe-router topk"),
-    "topk-s8": (8, "--moe-router topk"),
-    "xmoe-s1": (1, "--moe-router threshold"),
-    "xmoe-s2": (2, "--moe-router threshold"),
-    "xmoe-s4": (4, "--moe-router threshold"),
-    "xmoe-s8": (8, "--moe-router threshold"),
-    # The dense FFN itself cut into parts, all of which are used in training: t is lowered afterwards.
-    "split-s8": (8, "--moe-router threshold --moe-threshold 1 --moe-max-experts-per-token 0"),
+    "dense": Model(),
+    "dense-wide": Model(wide=True),
+    "switch": Model("topk", flags="--moe-topk 1"),
+    "hash": Model("hash"),
+    "base": Model("base", max_batch=1024),  # its assignment takes the cube of the tokens in time
+    "gshard": Model("gshard", 2, max_batch=4096),  # and it their square in memory
+    "expert-choice": Model("expert_choice", 2),
+    "topk-s2": Model("topk", 2),
+    "topk-s4": Model("topk", 4),
+    "topk-s8": Model("topk", 8),
+    "xmoe-s1": Model("threshold", 1),
+    "xmoe-s2": Model("threshold", 2),
+    "xmoe-s4": Model("threshold", 4),
+    "xmoe-s8": Model("threshold", 8),
+    "split-s8": Model("threshold", 8, "--moe-threshold 1 --moe-max-experts-per-token 0", cut=True),
     # Half the dense FFN's FLOPs, from the first update on.
-    "xmoe-s4-budget": (4, "--moe-router threshold --moe-target-experts-per-token 2"),
-    "xmoe-s8-budget": (8, "--moe-router threshold --moe-target-experts-per-token 4"),
+    "xmoe-s4-budget": Model("threshold", 4, "--moe-target-experts-per-token 2"),
+    "xmoe-s8-budget": Model("threshold", 8, "--moe-target-experts-per-token 4"),
 }
-# gshard's memory grows with the square of the tokens in a batch, base's assignment takes their cube in time.
-MAX_BATCH = {"gshard": 4096, "base": 1024}
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,13 @@ import torch
 from tolerances import assert_same
 
 from xmoe_fairseq.moe import (
+    BaseRouter,
     ExpertChoiceRouter,
     HashRouter,
     MoELayer,
     RoutingStats,
     ThresholdRouter,
+    TopKRouter,
     balanced_table,
     random_table,
 )
@@ -197,13 +199,6 @@ def hash_ids(one: int, x: float = 1.0) -> None:
             "layer: router input holds NaN or inf in 2 of 2 tokens",
         ),
         (
-            lambda: MoELayer(4, 3, 5, ThresholdRouter(4, 5))(
-                torch.randn(3, 4), token_ids=torch.zeros(3, dtype=torch.long)
-            ),
-            TypeError,
-            "takes 2 positional arguments",
-        ),
-        (
             lambda: gshard()(torch.full((8, 6), float("nan"))),
             FloatingPointError,
             r"encoder.layers.1: router scores are NaN or inf",
@@ -213,3 +208,18 @@ def hash_ids(one: int, x: float = 1.0) -> None:
 def test_bad_arguments_get_one_clear_line(make, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         make()
+
+
+@pytest.mark.parametrize("make", [ThresholdRouter, TopKRouter, BaseRouter, ExpertChoiceRouter, None])
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_layer_takes_ids_whatever_its_router(make, padded: bool) -> None:
+    """So that a model may hand them to all its layers; None is fairscale's layer."""
+    k = (2,) if make in (TopKRouter, ExpertChoiceRouter) else ()
+    layer = (MoELayer(6, 5, 4, make(6, 4, *k)) if make else gshard()).eval()
+    x, ids = torch.randn(2, 8, 6), torch.arange(16).view(2, 8)
+    mask = torch.arange(16).view(2, 8) > 11 if padded else None
+    outputs = []
+    for token_ids in (ids, None):
+        torch.manual_seed(2)  # fairscale's router draws noise
+        outputs.append(layer(x, mask, token_ids)[0])
+    assert torch.equal(*outputs)

@@ -3,7 +3,8 @@
 import pytest
 from fairseq import options
 from plan import Plan
-from presets import MODELS, PRESETS
+from plot_runs import COLOURS
+from presets import MODELS, PRESETS, Model
 
 import xmoe_fairseq  # noqa: F401  (registers the models)
 from xmoe_fairseq.config import read_moe_config
@@ -80,15 +81,28 @@ def test_fairseq_takes_the_flags(task: str, preset: str) -> None:
         assert rows * args.update_freq[0] == plan.size.tokens_per_update
 
 
+def test_a_models_name_decides_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(MODELS, "dense-to-sparse", MODELS["xmoe-s4"])
+    monkeypatch.setitem(MODELS, "xmoe-off", Model())
+    sparse, dense = (Plan("lm", "paper", name, 1).check() for name in ("dense-to-sparse", "xmoe-off"))
+    assert sparse.flags() == Plan("lm", "paper", "xmoe-s4", 1).flags()
+    assert sparse.lines()[0].endswith("32 experts x 768")
+    assert dense.flags() == Plan("lm", "paper", "dense", 1).flags()
+
+
+def test_every_model_has_a_colour() -> None:
+    assert set(COLOURS) == set(MODELS)
+
+
 def test_models_use_as_much_compute_as_the_dense_ffn() -> None:
     """What a token takes, in dense FFNs: experts per token over the split."""
     per_token = {"gshard": 2}
-    for name, (split, _) in MODELS.items():
-        if name.startswith("dense") or name.startswith("xmoe"):
+    for name, kind in MODELS.items():
+        if not kind.router or kind.router == "threshold" and not kind.cut:
             continue
         args = options.parse_args_and_arch(
             options.get_training_parser(), ["folder", *Plan("wmt", "tiny", name, 1).flags()]
         )
         config = read_moe_config(args, ())
         single = config.moe_router in ("hash", "base")
-        assert per_token.get(name, 1 if single else config.k) / split == 1
+        assert per_token.get(name, 1 if single else config.k) / kind.split == 1

@@ -103,7 +103,7 @@ class MoELayer(nn.Module):
         Args:
             x: (..., D) tokens.
             padding_mask: (...) bool, True = padding; None = no padding.
-            token_ids: (...) for a router that goes by them.
+            token_ids: (...) for a router that goes by them; others pass them over.
 
         Returns:
             y of x's shape and dtype, and the Routing of the non-padding tokens in row-major order.

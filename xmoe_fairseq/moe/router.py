@@ -52,8 +52,8 @@ class Router(nn.Module):
     def flops_per_token(self) -> int:
         return 2 * self.weight.numel()
 
-    def forward(self, x_TD: Tensor) -> Routing:
-        """Route T non-padding tokens.
+    def forward(self, x_TD: Tensor, ids_T: Tensor | None = None) -> Routing:
+        """Route T non-padding tokens, by what they are: their ids are for routers that go by them.
 
         Raises:
             FloatingPointError: a token holds NaN or inf (or its scores overflow).
