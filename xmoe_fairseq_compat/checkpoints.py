@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import argparse
 import collections
-import difflib
 import re
 import typing
-from collections.abc import Mapping
 from typing import Any
 
-from xmoe_fairseq_compat.errors import CheckpointError, FlagError
+from xmoe_fairseq_compat.errors import CheckpointError
 from xmoe_fairseq_compat.registry import has, mend, stand_in
 
 
@@ -95,49 +93,6 @@ def read_experts_whole(module: Any) -> None:
         from xmoe_fairseq.parallel.shards import join_shards
 
         return join_shards(state, path)
-
-    module.load_checkpoint_to_cpu = load_checkpoint_to_cpu
-
-
-def check_overrides(overrides: Mapping[str, Any], settings: Mapping[str, Any], path: Any) -> None:
-    """Raises FlagError where a setting in --model-overrides would not do what it says.
-
-    Of those that begin with moe_ only: fairseq itself hands over some that a model need not have.
-
-    Args:
-        settings: the model's, as overridden.
-    """
-
-    def refuse(rule: str) -> None:
-        raise FlagError(f"--model-overrides: {rule}, got {overrides[name]}")
-
-    target = "moe_target_experts_per_token"
-    for name, value in overrides.items():
-        if not name.startswith("moe_"):
-            continue
-        if name not in settings:
-            close = difflib.get_close_matches(name, settings, 1)
-            hint = f"; did you mean {close[0]}?" if close else ""
-            raise FlagError(f"--model-overrides: the model of {path} has no setting {name}{hint}")
-        if value is None:
-            refuse(f"{name} must have a value")
-        if name == target and value:
-            refuse(f"{name} must be 0 (to use moe_threshold): a trained model is steered no more")
-        if name == "moe_threshold" and settings.get(target):
-            refuse(f"{name} counts for nothing in a model trained with a budget; add '{target}': 0")
-
-
-@mend("fairseq.checkpoint_utils")
-def refuse_overrides_of_nothing(module: Any) -> None:
-    """Every torch: a misspelt name in --model-overrides is passed over, and a study varies nothing."""
-    plain_load = module.load_checkpoint_to_cpu
-
-    def load_checkpoint_to_cpu(path: Any, arg_overrides: Any = None, *args: Any, **kwargs: Any) -> Any:
-        state = plain_load(path, arg_overrides, *args, **kwargs)
-        model_cfg = (state.get("cfg") or {}).get("model") or {}
-        settings = vars(model_cfg) if isinstance(model_cfg, argparse.Namespace) else model_cfg
-        check_overrides(arg_overrides or {}, settings, path)
-        return state
 
     module.load_checkpoint_to_cpu = load_checkpoint_to_cpu
 

@@ -61,8 +61,10 @@ class Meter:
             raise ResultError(f"CHECKPOINT {checkpoint}: No such file")
         if not list((data / "bin").glob("valid*.idx")):
             raise ResultError(f"--data must be a folder of data-prep with bin/valid... in it, got {data}")
-        # A checkpoint that was chosen by BLEU would translate at each validation.
-        overrides = {"data": str(data / "bin"), "eval_bleu": False}
+        state = checkpoint_utils.load_checkpoint_to_cpu(str(checkpoint))
+        overrides: dict[str, Any] = {"data": str(data / "bin")}
+        if "eval_bleu" in state["cfg"].task:  # one that was chosen by BLEU would translate at each validation
+            overrides["eval_bleu"] = False
         models, self.cfg, task = checkpoint_utils.load_model_ensemble_and_task([str(checkpoint)], overrides)
         self.task, self.model = task, models[0].eval()
         self.routers = [getattr(layer, "router", None) for layer in moe_layers(self.model)]

@@ -2,10 +2,16 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from commands import PLUGIN, logged, run
+from fairseq import checkpoint_utils
 from tolerances import printed
+
+from xmoe_fairseq.models.language_model import XMoETransformerLanguageModel
+from xmoe_fairseq.moe import moe_layers
+from xmoe_fairseq_compat.errors import FlagError
 
 GENERATE = (
     *PLUGIN, "--cpu", "--num-workers", "0", "--source-lang", "en", "--target-lang", "de", "--beam", "3",
@@ -68,9 +74,14 @@ def test_threshold_and_k_can_be_changed_at_evaluation(
     [
         ("{'moe_threshold': -0.1}", "--moe-threshold must be in [0, 1], got -0.1"),
         ("{'moe_thresold': 0.5}", "has no setting moe_thresold; did you mean moe_threshold?"),
-        ("{'moe_loss_coeff': 0.5}", "has no setting moe_loss_coeff"),
+        ("{'moe_loss_coeff': 0.5}", "is no setting of a model, but a flag: --moe-loss-coeff"),
+        ("{'dropuot': 0.5}", "has no setting dropuot; did you mean dropout?"),
+        (
+            "{'decoder_layers': '${oc.env:HOME}'}",
+            "not a reference to one, got '${oc.env:HOME}'",
+        ),
         ("{'moe_threshold': None}", "--model-overrides: moe_threshold must have a value, got None"),
-        ("{'moe_threshold': 'high'}", "--moe-threshold must be of type float, got 'high'"),
+        ("{'moe_threshold': 'high'}", "moe_threshold must be of type float, got 'high'"),
         (
             "{'moe_router': 'best'}",
             "--moe-router must be one of threshold, topk, hash, base, expert_choice, gshard, got best",
@@ -84,6 +95,20 @@ def test_overrides_are_checked(
     last = output.strip().splitlines()[-1]
     assert last.startswith("fairseq-validate: error: ") and last.endswith(message)
     assert "Traceback" not in output
+
+
+def test_from_pretrained_refuses_what_the_model_does_not_know(
+    corpus: tuple[Path, Path], language_checkpoint: Path
+) -> None:
+    def load(**overrides: Any) -> Any:
+        folder, name = str(language_checkpoint.parent), language_checkpoint.name
+        return XMoETransformerLanguageModel.from_pretrained(folder, name, str(corpus[1]), **overrides)
+
+    with pytest.raises(FlagError, match="no setting moe_treshold; did you mean moe_threshold?"):
+        load(moe_treshold=0.5)
+    assert moe_layers(load(moe_threshold=0.25).models[0])[0].router.threshold == 0.25
+    with pytest.raises(FlagError, match=f"{language_checkpoint} has no setting dropuot"):
+        checkpoint_utils.load_model_ensemble([str(language_checkpoint)], {"dropuot": 0.5})
 
 
 def test_eval_lm(corpus: tuple[Path, Path], language_checkpoint: Path) -> None:

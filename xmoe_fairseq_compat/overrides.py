@@ -1,0 +1,110 @@
+"""--model-overrides, and what from_pretrained takes in Python: nothing that is asked for is passed over."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from xmoe_fairseq_compat.errors import FlagError
+from xmoe_fairseq_compat.override_rules import check_overrides, refuse, refuse_flag
+from xmoe_fairseq_compat.registry import mend
+
+# What fairseq's own functions add to what they are given: hub_utils.from_pretrained, and those of its models.
+HANDED = {"data", "user_dir", "bpe_codes", "bpe_merges", "bpe_vocab", "sentencepiece_model"}
+HANDED |= {
+    "load_checkpoint_heads",
+    "sample_break_mode",
+    "layernorm_embedding",
+    "config_yaml",
+    "vocoder",
+    "fp16",
+}
+
+
+def read_overrides(text: str) -> dict[str, Any]:
+    """Raises FlagError if --model-overrides is no dictionary of literals with names as keys."""
+    try:
+        overrides = ast.literal_eval(text)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        overrides = None
+    if not isinstance(overrides, dict):
+        example = "\"{'moe_threshold': 0.5}\""
+        raise FlagError(
+            f"--model-overrides must be a dictionary of literals, such as {example}, got {text!r}"
+        )
+    return dict(names_only(overrides))
+
+
+def names_only(overrides: Mapping[Any, Any]) -> Iterator[tuple[str, Any]]:
+    for name, value in overrides.items():
+        if not isinstance(name, str):
+            refuse(f"a setting must be named by a string, got {name!r}")
+        if isinstance(value, dict):
+            yield name, dict(names_only(value))
+        elif "${" in repr(value) or value == "???":
+            refuse(f"{name} must be a value, not a reference to one, got {value!r}")
+        else:
+            yield name, value
+
+
+def asked_for(overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Of what load_model_ensemble_and_task is given, that which the user means to change."""
+    if "path" in overrides:  # by fairseq-validate: all flags of the command line
+        return read_overrides(overrides.get("model_overrides") or "{}")
+    return dict(names_only({name: value for name, value in overrides.items() if name not in HANDED}))
+
+
+class Asked(dict[str, Any]):
+    """All overrides, with that which the user asked for, and the checkpoint's path."""
+
+    def __init__(self, overrides: Mapping[str, Any]) -> None:
+        super().__init__(overrides)
+        self.asked = asked_for(overrides)
+        self.path: Any = None
+
+
+@mend("fairseq.options")
+def read_overrides_first(module: Any) -> None:
+    """Every torch: no dictionary ends late, in a traceback; flags of generation are passed over."""
+    plain_parse = module.parse_args_and_arch
+
+    def parse_args_and_arch(*args: Any, **kwargs: Any) -> Any:
+        from fairseq.dataclass.configs import GenerationConfig
+
+        parsed = plain_parse(*args, **kwargs)
+        namespace = parsed[0] if isinstance(parsed, tuple) else parsed
+        text = getattr(namespace, "model_overrides", None)
+        for name in () if text is None else read_overrides(text):
+            if name in GenerationConfig.__dataclass_fields__ or name in ("bpe", "tokenizer"):
+                refuse_flag(name, name)
+        return parsed
+
+    module.parse_args_and_arch = parse_args_and_arch
+
+
+@mend("fairseq.checkpoint_utils")
+def refuse_overrides_of_nothing(module: Any) -> None:
+    """Every torch: a misspelt name is passed over, and a study varies nothing; no value's kind is checked."""
+    plain_ensemble = module.load_model_ensemble_and_task
+    plain_load, plain_overwrite = module.load_checkpoint_to_cpu, module.overwrite_args_by_name
+
+    def load_model_ensemble_and_task(
+        filenames: Any, arg_overrides: Any = None, *args: Any, **more: Any
+    ) -> Any:
+        overrides = None if arg_overrides is None else Asked(arg_overrides)
+        return plain_ensemble(filenames, overrides, *args, **more)
+
+    def load_checkpoint_to_cpu(path: Any, arg_overrides: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(arg_overrides, Asked):
+            arg_overrides.path = path
+        return plain_load(path, arg_overrides, *args, **kwargs)
+
+    def overwrite_args_by_name(cfg: Any, overrides: Any) -> None:
+        if isinstance(overrides, Asked):
+            check_overrides(overrides.asked, cfg, overrides.path)
+        plain_overwrite(cfg, overrides)
+
+    module.load_model_ensemble_and_task = load_model_ensemble_and_task
+    module.load_checkpoint_to_cpu = load_checkpoint_to_cpu
+    module.overwrite_args_by_name = overwrite_args_by_name
