@@ -1,6 +1,7 @@
 """The fast ways to compute the experts equal plain autograd: values and every gradient."""
 
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,7 +26,7 @@ LOADS = {
     "one row": [0, 0, 0, 1],
     "no rows": [0, 0, 0, 0],
 }
-FAST = {"loop": expert_sums_loop, "grouped": expert_sums_grouped}
+FAST = {"loop": expert_sums_loop} | ({"grouped": expert_sums_grouped} if hasattr(F, "grouped_mm") else {})
 
 
 @pytest.fixture
@@ -271,3 +272,14 @@ def test_grouped_bias_gradients_of_many_rows() -> None:
     for got, expected in ((stacks.fc1_bias, exact.fc1_bias), (stacks.fc2_bias, exact.fc2_bias)):
         assert (got.grad.double() - expected.grad).norm() < 0.02 * expected.grad.norm()
         assert not got.grad[1].any()
+
+
+def test_a_torch_without_grouped_products_takes_the_other_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch is accepted from 2.6 on; its grouped product is public since 2.10."""
+    x_SD = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16, device="cuda", element_size=lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(F, "grouped_mm", None, raising=False)
+    stacks = Stacks(*(torch.zeros(2, 16, 16) for _ in range(4)))
+    assert can_group(x_SD, stacks)
+    monkeypatch.delattr(F, "grouped_mm")
+    assert not can_group(x_SD, stacks)

@@ -14,9 +14,10 @@ MOST_EXPERTS = 1023  # torch 2.11 on an H100: "Can't process more than 1024 grou
 
 
 def can_group(x_SD: Tensor, stacks: Stacks) -> bool:
-    """Whether torch has a grouped product for these: bf16, on an NVIDIA GPU since Ampere."""
+    """Whether torch has a grouped product for these: torch 2.10, bf16, on an NVIDIA GPU since Ampere."""
     return (
-        x_SD.is_cuda
+        hasattr(F, "grouped_mm")
+        and x_SD.is_cuda
         and x_SD.dtype == torch.bfloat16
         and torch.cuda.get_device_capability(x_SD.device) >= (8, 0)
         and stacks.fc1_weight.size(0) <= MOST_EXPERTS
