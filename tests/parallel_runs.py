@@ -89,7 +89,7 @@ def recorded() -> Iterator[Run]:
         run["norms"].append(norm.float())
 
     def stats(self: Trainer, logs: list[dict], sample_size: Any, *args: Any) -> Any:
-        sums = Counter({key: float(sum(log.get(key, 0) for log in logs)) for key in logs[0]})
+        sums = Counter(numbers(logs))
         sums["sample_size of the step"] = float(sample_size)
         if args:  # with a gradient norm
             run["logs"].append(dict(sums))
@@ -107,6 +107,16 @@ def recorded() -> Iterator[Run]:
     model = trainers[0].get_model()
     run["weights"] = {name: p.detach() for name, p in model.named_parameters() if not UNUSED.search(name)}
     run["experts"] = {name for name, p in model.named_parameters() if hasattr(p, "expert")}
+
+
+def numbers(logs: list[dict[str, Any]]) -> dict[str, float]:
+    """The sums of what was logged; a tensor's numbers under names with their place."""
+    sums = {}
+    for key in logs[0]:
+        total = torch.as_tensor(sum(log.get(key, 0) for log in logs)).double()
+        names = [key] if total.dim() == 0 else [f"{key} {i}" for i in range(total.numel())]
+        sums.update(zip(names, total.flatten().tolist(), strict=True))
+    return sums
 
 
 def assert_same_training(runs: list[Run], reference: Run, parallel_size: int) -> None:

@@ -1,13 +1,17 @@
 """Capacity, dispatch, experts, losses and statistics on layouts worked out by hand."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tolerances import about, assert_same
 from torch import nn
 
 from xmoe_fairseq.moe import (
+    BaseRouter,
     Experts,
     MoELayer,
+    Router,
     Routing,
     RoutingStats,
     ThresholdRouter,
@@ -169,12 +173,38 @@ def test_load_cv_by_hand() -> None:
     assert load_cv(torch.tensor([0, 0])).item() == 0
 
 
+@pytest.mark.parametrize("router", [ThresholdRouter, TopKRouter, BaseRouter])
+def test_ratios_do_not_depend_on_how_the_tokens_are_cut(router: type[Router]) -> None:
+    layer = MoELayer(6, 4, 5, router(6, 5)).eval()
+    x_TD, totals = torch.randn(64, 6), []
+    for size in (64, 8, 1):
+        calls = [RoutingStats.of(layer(part_TD)[1]) for part_TD in x_TD.split(size)]
+        totals.append(sum(calls, RoutingStats.zeros(5, x_TD.device)))
+    for total in totals[1:]:
+        for name in ("load_cv", "load_balance_loss", "z_loss", "entropy", "rows_kept"):
+            assert_same(getattr(total, name), getattr(totals[0], name), dtype=torch.float32)
+    routing = layer(x_TD)[1]
+    if router is not BaseRouter:  # which trains none; of one call they are what is trained
+        assert_same(totals[0].load_balance_loss.float(), routing.load_balance_loss.detach())
+    assert_same(totals[0].z_loss.float(), routing.z_loss.detach())
+
+
+def test_collapse_shows_in_load_cv_where_the_balance_loss_is_1() -> None:
+    """7 of 32 experts take all first choices of a router that is nearly uniform."""
+    probs_TE = torch.full((70, 32), 1 / 32)
+    first_T = torch.arange(70) % 7
+    probs_TE[torch.arange(70), first_T] += 1e-3
+    rows = [(token, int(expert), 0, 1.0) for token, expert in enumerate(first_T)]
+    stats = RoutingStats.of(replace(routing_of(rows, 70, 32), probs_TE=probs_TE))
+    assert stats.load_balance_loss.item() == pytest.approx(1.0, abs=0.01)
+    assert stats.load_cv.item() == pytest.approx((32 / 7 - 1) ** 0.5)  # 1.89
+
+
 def test_statistics_are_sums_that_add_up() -> None:
     layer = MoELayer(6, 4, 5, ThresholdRouter(6, 5, 0.6), capacity_factor=1.0, min_capacity=1)
     parts = [layer(torch.randn(n, 6))[1] for n in (7, 0, 12)]
     total = RoutingStats.of(parts[0]) + RoutingStats.of(parts[1]) + RoutingStats.of(parts[2])
     assert total.tokens.item() == 19
-    assert total.calls.item() == 2  # a call without tokens has no load to speak of
     assert total.rows_kept.item() == sum(p.token_R.numel() for p in parts)
     assert total.rows_wanted.item() == sum(p.rows_wanted for p in parts)
     assert total.rows_kept < total.rows_wanted

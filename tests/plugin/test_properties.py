@@ -114,7 +114,7 @@ def test_padding_does_not_change_the_loss_or_its_gradients() -> None:
         results.append((loss.detach(), logged, gradients))
     (loss, logged, gradients), (padded_loss, padded_logged, padded_gradients) = results
     assert_same(padded_loss, loss)
-    assert padded_logged["moe_encoder_tokens"] == logged["moe_encoder_tokens"]
+    assert torch.equal(padded_logged["moe_encoder_tokens"], logged["moe_encoder_tokens"])
     assert_same(padded_gradients, gradients)
 
 
@@ -160,7 +160,7 @@ def test_checkpointed_activations_give_the_same_gradients_and_count_the_loss_onc
         results.append((loss.detach(), logged, gradients))
     (loss, logged, gradients), (loss_again, logged_again, gradients_again) = results
     assert_same(loss_again, loss)
-    assert logged_again["moe_decoder_calls"] == logged["moe_decoder_calls"] == 1
+    assert logged_again["moe_decoder_tokens"] == logged["moe_decoder_tokens"] == sample["ntokens"]
     assert_same(gradients_again, gradients)
 
 

@@ -1,54 +1,87 @@
-"""What to log about a routing: sums, so that they add up over layers, batches and ranks."""
+"""What to log about a routing: sums over tokens first, ratios once everything is added up."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
-from xmoe_fairseq.moe.routing import Routing
+from xmoe_fairseq.moe.routing import Routing, count
 
 
-def load_cv(rows_per_expert: Tensor) -> Tensor:
-    """Coefficient of variation (standard deviation / mean) of the experts' loads; 0 without rows."""
-    rows_E = rows_per_expert.double()
-    return rows_E.std(correction=0) / rows_E.mean().clamp(min=1 / rows_E.numel())
+def load_cv(rows_E: Tensor) -> Tensor:
+    """(...,) coefficient of variation (standard deviation / mean) of the experts' loads (..., E); 0 without
+    rows. If n of E experts share all rows equally it is sqrt(E / n - 1)."""
+    rows_E = rows_E.double()
+    return rows_E.std(-1, correction=0) / rows_E.mean(-1).clamp(min=1 / rows_E.size(-1))
 
 
 @dataclass(frozen=True)
 class RoutingStats:
-    """Sums over tokens, or over (layer, batch) calls where it says so.
+    """Sums over the non-padding tokens of one layer; the ratios are properties, to be taken last.
 
-    0-dim float64 tensors on the tokens' device; taking them does not make the device wait for the host.
+    Sums add up over micro-batches, ranks and the batches of a validation, so the ratios of the total are
+    those of all tokens, however they were cut. The mean of each part's ratio is not: two tokens cannot load
+    32 experts evenly.
+
+    float64 on the tokens' device, () or (E,); of L layers stacked (L,) or (L, E). Taking them does not make
+    the device wait for the host.
     """
 
-    calls: Tensor  # MoE layer calls that had at least one token
-    tokens: Tensor  # non-padding tokens
+    tokens: Tensor
     rows_wanted: Tensor  # (token, expert) pairs that the router chose
-    rows_kept: Tensor  # of these, pairs that were computed
-    load_cv: Tensor  # per call: variation of the experts' computed rows
+    rows_kept_E: Tensor  # of these, pairs that each expert computed
+    probs_E: Tensor  # probability of each expert
+    first_choices_E: Tensor  # tokens for which it is the most probable
     entropy: Tensor  # nats, of the router's distribution
-    load_balance_loss: Tensor  # per call, unscaled
-    z_loss: Tensor  # per call, unscaled
+    z: Tensor  # squared log-partition
 
     @classmethod
     def of(cls, routing: Routing) -> "RoutingStats":
         probs_TE = routing.probs_TE.detach()
 
         def number(value: float) -> Tensor:  # not new_tensor, for whose copy a GPU would wait
-            return probs_TE.new_full((), value)
+            return probs_TE.new_full((), value, dtype=torch.float64)
 
-        sums = {
-            "calls": number(float(routing.num_tokens > 0)),
-            "tokens": number(float(routing.num_tokens)),
-            "rows_wanted": number(float(routing.rows_wanted)),
-            "rows_kept": number(float(routing.token_R.numel())),
-            "load_cv": load_cv(routing.rows_per_expert()),
-            "entropy": torch.special.entr(probs_TE).sum(),
-            "load_balance_loss": routing.load_balance_loss.detach(),
-            "z_loss": routing.z_loss.detach(),
-        }
-        return cls(**{name: value.double() for name, value in sums.items()})
+        return cls(
+            tokens=number(routing.num_tokens),
+            rows_wanted=number(routing.rows_wanted),
+            rows_kept_E=routing.rows_per_expert().double(),
+            probs_E=probs_TE.sum(dim=0).double(),
+            first_choices_E=count(probs_TE.argmax(dim=1), routing.num_experts).double(),
+            entropy=torch.special.entr(probs_TE).sum().double(),
+            z=routing.z_loss.detach().double() * routing.num_tokens,
+        )
+
+    @classmethod
+    def zeros(cls, num_experts: int, device: torch.device) -> "RoutingStats":
+        """Of no tokens."""
+        return cls(
+            **{
+                f.name: torch.zeros(
+                    num_experts if f.name.endswith("_E") else (), dtype=torch.float64, device=device
+                )
+                for f in fields(cls)
+            }
+        )
 
     def __add__(self, other: "RoutingStats") -> "RoutingStats":
-        mine, theirs = asdict(self), asdict(other)
-        return RoutingStats(**{name: mine[name] + theirs[name] for name in mine})
+        return RoutingStats(**{name: value + vars(other)[name] for name, value in vars(self).items()})
+
+    @property
+    def rows_kept(self) -> Tensor:
+        return self.rows_kept_E.sum(-1)
+
+    @property
+    def load_cv(self) -> Tensor:
+        return load_cv(self.rows_kept_E)
+
+    @property
+    def load_balance_loss(self) -> Tensor:
+        """Switch's, as in losses.py, of any router; NaN without tokens."""
+        products_E = self.probs_E * self.first_choices_E
+        return products_E.size(-1) * products_E.sum(-1) / self.tokens.square()
+
+    @property
+    def z_loss(self) -> Tensor:
+        """Mean over tokens; NaN without."""
+        return self.z / self.tokens

@@ -1,0 +1,128 @@
+"""What is logged about the routing: sums over tokens, by side and layer, and ratios of them.
+
+fairseq adds up tensors of any shape over micro-batches and ranks, and its meters over updates and the
+batches of a validation. Only what is shown is divided.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import fields
+from functools import partial
+from typing import Any
+
+import torch
+from fairseq import metrics
+from fairseq.logging.meters import AverageMeter, MetersDict
+from torch import Tensor
+
+from xmoe_fairseq.moe import MoELayer, Routing, RoutingStats, ThresholdRouter
+
+SIDES = ("encoder", "decoder")
+Records = list[tuple[MoELayer, Routing]]
+
+
+def routing_sums(layers: list[MoELayer], records: Records, device: torch.device) -> dict[str, Tensor]:
+    """Logging outputs: (L,) or (L, E) for the L layers of each side."""
+    sums = {}
+    for side in SIDES:
+        if own := [layer for layer in layers if side_of(layer) == side]:
+            for name, total in side_sums(own, records, device).items():
+                sums[f"moe_{side}_{name}"] = total
+    return sums
+
+
+def side_sums(layers: list[MoELayer], records: Records, device: torch.device) -> dict[str, Tensor]:
+    """Sums of one side's L layers, (L,) or (L, E); 0 for a layer that did not run."""
+    of_layers = [
+        layer_sums(layer, [routing for ran, routing in records if ran is layer], device) for layer in layers
+    ]
+    return {name: torch.stack([sums[name] for sums in of_layers]) for name in of_layers[0]}
+
+
+def layer_sums(layer: MoELayer, routings: list[Routing], device: torch.device) -> dict[str, Tensor]:
+    router = getattr(layer, "router", None)  # a peer's layer keeps its own elsewhere
+    calls = []
+    for stats in (RoutingStats.zeros(layer.num_experts, device), *map(RoutingStats.of, routings)):
+        calls.append({**vars(stats), **layer_flops(layer, stats)})
+        if isinstance(router, ThresholdRouter):
+            calls[-1]["threshold"] = router.threshold_in_use * stats.tokens
+    return {name: torch.stack([call[name] for call in calls]).sum(0) for name in calls[0]}
+
+
+def layer_flops(layer: MoELayer, stats: RoutingStats) -> dict[str, Tensor]:
+    """Multiply-adds x 2 of the matrix products in a forward pass, router included.
+
+    The authors count the experts only; the router is what the saving costs.
+    """
+    per_row = 4 * layer.model_dim * layer.expert_dim
+    router = stats.tokens * layer.router_flops
+    return {
+        "flops": router + layer.rows_computed(stats) * per_row,
+        "flops_all_experts": router + stats.tokens * (layer.num_experts * per_row),
+        "flops_dense_ffn": stats.tokens * (4 * layer.model_dim * layer.dense_ffn_dim),
+    }
+
+
+def side_of(layer: MoELayer) -> str:
+    return layer.name.split(".")[0]
+
+
+def log_routing(logging_outputs: list[dict[str, Any]]) -> None:
+    for side in SIDES:
+        log_side(side, logging_outputs)
+
+
+def log_side(side: str, logging_outputs: list[dict[str, Any]]) -> None:
+    """Log the sums, and ratios that are taken whenever they are shown: of all that was logged by then."""
+    prefix = f"moe_{side}_"
+    keys = list(dict.fromkeys(key for log in logging_outputs for key in log if key.startswith(prefix)))
+    totals = on_host([sum(log[key] for log in logging_outputs if key in log) for key in keys])
+    sums = {key.removeprefix(prefix): total for key, total in zip(keys, totals, strict=True)}
+    if not keys or not sums["tokens"].any():
+        return
+    for name, total in sums.items():
+        metrics.log_scalar_sum(f"_{prefix}{name}", total)  # fairseq does not show what begins with _
+    for name in ratios(sums):
+        log_derived(f"{prefix}{name}", partial(ratio, f"_{prefix}", list(sums), name))
+
+
+def on_host(tensors: list[Tensor]) -> list[Tensor]:
+    """In one transfer."""
+    if not tensors:
+        return []
+    flat = torch.cat([tensor.double().reshape(-1) for tensor in tensors]).cpu()
+    parts = flat.split([tensor.numel() for tensor in tensors])
+    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
+
+
+def log_derived(key: str, value: Callable[[MetersDict], float]) -> None:
+    for meters in metrics.get_active_aggregators():
+        if isinstance(meters.get(key), AverageMeter):  # of a checkpoint from before these were derived
+            del meters[key]
+            meters.priorities = [entry for entry in meters.priorities if entry[-1] != key]
+    metrics.log_derived(key, value)
+
+
+def ratio(prefix: str, names: list[str], name: str, meters: MetersDict) -> float:
+    """NaN where nothing has been logged since the meters were reset."""
+    sums = {each: meters[f"{prefix}{each}"].sum for each in names}
+    return ratios(sums)[name] if torch.is_tensor(sums["tokens"]) else math.nan
+
+
+def ratios(sums: dict[str, Tensor]) -> dict[str, float]:
+    """What a user sees, of the sums of a side's layers: those that ran count alike."""
+    sums = {name: total[sums["tokens"] > 0] for name, total in sums.items()}
+    stats = RoutingStats(**{f.name: sums[f.name] for f in fields(RoutingStats)})
+    values = {
+        "load_balance_loss": stats.load_balance_loss.mean(),
+        "z_loss": stats.z_loss.mean(),
+        "experts_per_token": stats.rows_kept.sum() / stats.tokens.sum(),
+        "flops_vs_all_experts": sums["flops"].sum() / sums["flops_all_experts"].sum(),
+        "flops_vs_dense_ffn": sums["flops"].sum() / sums["flops_dense_ffn"].sum(),
+        "dropped_share": 1 - stats.rows_kept.sum() / stats.rows_wanted.sum(),
+        "load_cv": stats.load_cv.mean(),
+        "router_entropy": stats.entropy.sum() / stats.tokens.sum(),
+    }
+    if "threshold" in sums:
+        values["threshold"] = (sums["threshold"] / stats.tokens).mean()
+    return {name: round(value.item(), 4) for name, value in values.items()}
