@@ -1,6 +1,7 @@
 """The controller of a compute budget: which t it wants, how it goes there, who counts."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from tolerances import about, assert_same
 from torch import Tensor, nn
 
 from xmoe_fairseq.moe import MoELayer, ThresholdRouter, step_budgets
-from xmoe_fairseq.moe.budget import BINS, RATE, threshold_for
+from xmoe_fairseq.moe.budget import BINS, MANY, RATE, threshold_for
 
 
 def router(target: float = 2.0, spread: float = 1.0, limit: int = 6) -> ThresholdRouter:
@@ -64,7 +65,7 @@ def test_later_steps_go_part_of_the_way_and_follow_a_router_that_becomes_decisiv
     with torch.no_grad():
         made.weight.mul_(4)
     first = made(x_TD).experts_per_token
-    wanted = threshold_for(made.budget._counts_B.unsqueeze(0), torch.tensor([2.0]))
+    wanted = threshold_for(made.budget._counts_C.unsqueeze(0), torch.tensor([2.0]))
     step_budgets(made)
     assert_same(made.budget.threshold, (before + RATE * (wanted - before)).float().squeeze())
     for _ in range(12):
@@ -88,6 +89,37 @@ def test_evaluation_and_batches_that_do_not_count_leave_the_threshold_alone() ->
     made(torch.randn(50, 16))
     step_budgets(made)
     assert float(made.budget.threshold) != about(2 / 12)
+
+
+def test_a_loop_that_never_steps_is_told_so() -> None:
+    made = router(2.5)
+    for _ in range(MANY - 1):
+        made(torch.randn(2, 16))
+    with pytest.warns(UserWarning, match=r"target_experts_per_token=2.5: .*call .*step_budgets\(model\)"):
+        made(torch.randn(2, 16))
+    made = router(2.5)
+    step_budgets(made)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(MANY + 1):  # micro-batches
+            made(torch.randn(2, 16))
+
+
+def test_a_budget_that_no_threshold_meets_is_told() -> None:
+    """All tokens alike take 1 or 2 experts, never 1.5."""
+    alike, made = router(1.5, spread=0.0), router(1.5)
+    x_TD = torch.randn(10, 16)
+
+    def train(steered: ThresholdRouter) -> None:
+        for _ in range(MANY):
+            steered(x_TD)
+            step_budgets(steered)
+
+    with pytest.warns(UserWarning, match="target_experts_per_token=1.5: .* have taken 2.00 experts"):
+        train(alike)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(made)
 
 
 def test_a_token_takes_the_same_experts_in_any_batch() -> None:

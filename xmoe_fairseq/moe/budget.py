@@ -4,9 +4,14 @@ While it trains, a router counts for every further choice of a token the mass be
 the better choices together, in a histogram. That says what any t would have cost. After each update
 `step_budgets` moves t half of the way to the one that would have met the budget. In evaluation t stays, so
 a token's experts depend on the token alone.
+
+So tokens that are alike take equally many. Where many have the very same probabilities (a router whose
+weight is 0, a batch of one repeated token) no t gives 1.5 experts: it is 1 or 2, and after a while a warning
+says so.
 """
 
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -15,9 +20,17 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 BINS = 1024  # of the histogram over [0, 1]
+TOKENS, TAKEN, COUNTS = (
+    BINS,
+    BINS + 1,
+    BINS + 2,
+)  # what stands behind the bins, and how many numbers there are
 # Of the way that t goes in one update; all of it in the first. At 0.1 t was 10 updates late while the router
 # changed quickly, and a token took up to 4.9 experts for 4; at 0.5 up to 4.2.
 RATE = 0.5
+# Forward passes without a step, and updates with a settled t that misses the target by this share of it,
+# after which there is a warning.
+MANY, OFF = 200, 0.1
 
 
 class Budget(nn.Module):
@@ -38,36 +51,66 @@ class Budget(nn.Module):
         self.threshold: Tensor
         self.register_buffer("threshold", torch.tensor(self.start, dtype=torch.float32))
         self.counting = True  # off for batches that do not count, such as a rank's dummy batch
-        # Not a buffer: each rank has its own, and none is worth saving.
-        self._counts_B: Tensor | None = None  # choices by the mass before them; last, the number of tokens
+        # Not buffers: each rank has its own, and none is worth saving.
+        self._counts_C: Tensor | None = None  # choices by the mass before them, tokens, choices taken
+        self._forwards = self._steps = 0  # in training
+        self._missed = torch.zeros((), dtype=torch.long)  # updates in a row
 
     def take(self, mass_before_TK: Tensor) -> Tensor:
         """(T, K) bool: the choices that t allows. In training they are counted, taken or not."""
-        if self.training and self.counting:
-            self.count(mass_before_TK)
         # A rounded sum may reach 1 before the last expert.
-        return (mass_before_TK < self.threshold) | (self.threshold >= 1)
+        taken_TK = (mass_before_TK < self.threshold) | (self.threshold >= 1)
+        if self.training and self.counting:
+            self.count(mass_before_TK)[TAKEN] += taken_TK[:, 1:].sum()
+            self._ask_for_steps()
+        return taken_TK
 
-    def count(self, mass_before_TK: Tensor) -> None:
-        if self._counts_B is None:
-            self._counts_B = mass_before_TK.new_zeros(BINS + 1, dtype=torch.long)
-        # The first choice is taken anyway.
-        bin_N = (mass_before_TK[:, 1:] * BINS).long().clamp_(max=BINS - 1).reshape(-1)
-        self._counts_B.scatter_add_(0, bin_N, torch.ones_like(bin_N))
-        self._counts_B[BINS] += mass_before_TK.size(0)
+    def count(self, mass_before_TK: Tensor) -> Tensor:
+        """(COUNTS,) what has been counted by now."""
+        if self._counts_C is None:
+            self._counts_C = mass_before_TK.new_zeros(COUNTS, dtype=torch.long)
+        # The first choice is taken anyway. NaN: an overflow on its way to the loss scaler.
+        bin_N = (mass_before_TK[:, 1:].nan_to_num(1.0) * BINS).long().clamp_(max=BINS - 1).reshape(-1)
+        self._counts_C.scatter_add_(0, bin_N, torch.ones_like(bin_N))
+        self._counts_C[TOKENS] += mass_before_TK.size(0)
+        return self._counts_C
+
+    def _ask_for_steps(self) -> None:
+        self._forwards += 1
+        if self._forwards == MANY and not self._steps:
+            warnings.warn(
+                f"target_experts_per_token={self.target}: {MANY} forward passes in training, and t is still "
+                "where it began; call xmoe_fairseq.moe.step_budgets(model) after each update",
+                stacklevel=3,
+            )
 
     def pop_counts(self) -> Tensor:
-        """(BINS + 1,) what was counted since the last time."""
-        counts_B, self._counts_B = self._counts_B, None
-        if counts_B is None:
-            return torch.zeros(BINS + 1, dtype=torch.long, device=self.threshold.device)
-        return counts_B.to(self.threshold.device)
+        """(COUNTS,) what was counted since the last time."""
+        counts_C, self._counts_C = self._counts_C, None
+        if counts_C is None:
+            return torch.zeros(COUNTS, dtype=torch.long, device=self.threshold.device)
+        return counts_C.to(self.threshold.device)
 
-    def step(self, wanted: Tensor, tokens: Tensor) -> None:
+    def step(self, wanted: Tensor, counts_C: Tensor) -> None:
         """Move t towards `wanted`; a layer without tokens keeps its t."""
+        tokens = counts_C[TOKENS]
+        self._look(wanted, 1 + counts_C[TAKEN] / tokens)
         rate = torch.where(self.threshold == self.start, 1.0, RATE)
         moved = (self.threshold + rate * (wanted - self.threshold)).clamp(0, 1)
         self.threshold.copy_(torch.where(tokens > 0, moved, self.threshold))
+
+    def _look(self, wanted: Tensor, taken: Tensor) -> None:
+        """Warn if t is settled and yet misses the target; the host asks once in a while, not in each step."""
+        is_off = (taken - self.target).abs() > OFF * self.target
+        is_settled = (wanted - self.threshold).abs() < 1 / BINS
+        self._missed = torch.where(is_off & is_settled, self._missed.to(taken.device) + 1, 0)
+        self._steps += 1
+        if self._steps % MANY == 0 and self._missed >= MANY:
+            warnings.warn(
+                f"target_experts_per_token={self.target}: for {MANY} updates tokens have taken {taken:.2f} "
+                "experts; so many have the same probabilities that no threshold lies between them",
+                stacklevel=3,
+            )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Budget":
         """`half()` and `bfloat16()` leave t in fp32; it only moves to the device."""
@@ -85,13 +128,13 @@ class Budget(nn.Module):
         return f"target={self.target}, threshold={self.threshold.item():.4f}"
 
 
-def threshold_for(counts_LB: Tensor, target_L: Tensor) -> Tensor:
+def threshold_for(counts_LC: Tensor, target_L: Tensor) -> Tensor:
     """(L,) the t with which each layer's tokens would have taken `target_L` experts on average.
 
     Args:
-        counts_LB: (L, BINS + 1) of L layers, as `Budget.pop_counts` gives them.
+        counts_LC: (L, COUNTS) of L layers, as `Budget.pop_counts` gives them.
     """
-    choices_LB, tokens_L = counts_LB[:, :-1].double(), counts_LB[:, -1].double()
+    choices_LB, tokens_L = counts_LC[:, :BINS].double(), counts_LC[:, TOKENS].double()
     further_L1 = ((target_L - 1) * tokens_L).unsqueeze(1)
     sum_LB = choices_LB.cumsum(dim=1)
     bin_L1 = torch.searchsorted(sum_LB, further_L1).clamp_(max=BINS - 1)
@@ -111,10 +154,10 @@ def step_budgets(model: nn.Module) -> None:
     budgets = [module for module in model.modules() if isinstance(module, Budget)]
     if not budgets:
         return
-    counts_LB = torch.stack([budget.pop_counts() for budget in budgets])
+    counts_LC = torch.stack([budget.pop_counts() for budget in budgets])
     if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(counts_LB)
-    target_L = torch.tensor([budget.target for budget in budgets], device=counts_LB.device).double()
-    wanted_L = threshold_for(counts_LB, target_L).float()
-    for budget, wanted, tokens in zip(budgets, wanted_L, counts_LB[:, -1], strict=True):
-        budget.step(wanted, tokens)
+        dist.all_reduce(counts_LC)
+    target_L = torch.tensor([budget.target for budget in budgets], device=counts_LC.device).double()
+    wanted_L = threshold_for(counts_LC, target_L).float()
+    for budget, wanted, counts_C in zip(budgets, wanted_L, counts_LC, strict=True):
+        budget.step(wanted, counts_C)
