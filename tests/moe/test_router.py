@@ -6,7 +6,18 @@ import pytest
 import torch
 from tolerances import assert_same
 
-from xmoe_fairseq.moe import BaseRouter, MoELayer, Router, Routing, ThresholdRouter, TopKRouter
+from xmoe_fairseq.moe import (
+    BaseRouter,
+    ExpertChoiceRouter,
+    HashRouter,
+    MoELayer,
+    Router,
+    Routing,
+    ThresholdRouter,
+    TopKRouter,
+    step_budgets,
+)
+from xmoe_fairseq.moe.gshard import GShardLayer
 
 
 def with_probs(router: Router, probs_TE: list[list[float]]) -> Routing:
@@ -120,6 +131,47 @@ def test_scores_that_are_not_finite_are_told_from_a_bad_input(weight: float, x: 
         FloatingPointError, match=r"^encoder\.layers\.1: router scores are NaN or inf in 6 of 6"
     ):
         layer(torch.full((6, 4), x))
+
+
+def any_layer(router: str) -> MoELayer:
+    match router:
+        case "gshard":
+            return GShardLayer(4, 3, 5, torch.relu)
+        case "hash":
+            return MoELayer(4, 3, 5, HashRouter(4, 5, torch.arange(9) % 5))
+        case "base":
+            return MoELayer(4, 3, 5, BaseRouter(4, 5))
+        case "expert_choice":
+            return MoELayer(4, 3, 5, ExpertChoiceRouter(4, 5))
+        case "budget":
+            return MoELayer(4, 3, 5, ThresholdRouter(4, 5, target_experts_per_token=1.5))
+        case "ones":
+            return MoELayer(4, 3, 5, ThresholdRouter(4, 5, 0.5), combine="ones")
+        case "capacity":
+            return MoELayer(4, 3, 5, ThresholdRouter(4, 5), capacity_factor=1.0, min_capacity=1)
+    return MoELayer(4, 3, 5, TopKRouter(4, 5, 2))
+
+
+@pytest.mark.parametrize(
+    "router", ["topk", "budget", "ones", "capacity", "hash", "base", "expert_choice", "gshard"]
+)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_an_overflow_in_fp16_training_reaches_the_loss_scaler(router: str, bad: float) -> None:
+    """As NaN in the output and in gradients. Elsewhere nobody would see to it, and it is an error."""
+    layer = any_layer(router).half()
+    x, ids = torch.randn(300, 4), torch.arange(300) % 9  # enough for the packed sort
+    x[2] = bad
+    token_ids = ids if router == "hash" else None
+    y, _ = layer(x.half(), token_ids=token_ids)
+    y.sum().backward()
+    assert not y[2].isfinite().all()
+    assert any(not p.grad.isfinite().all() for p in layer.parameters() if p.grad is not None)
+    if router == "budget":
+        step_budgets(layer)
+        assert layer.router.budget.threshold.isfinite()
+    for other, dtype in ((layer.eval(), torch.half), (any_layer(router), torch.float)):
+        with pytest.raises(FloatingPointError, match="NaN or inf"):
+            other(x.to(dtype), token_ids=token_ids)
 
 
 def layer_with(**arguments: Any) -> Callable[[], MoELayer]:

@@ -33,6 +33,8 @@ def balanced_assignment(scores_TE: Tensor) -> Tensor:
 
     num_tokens, num_experts = scores_TE.shape
     slots = -(-num_tokens // num_experts)
-    column_of_expert = scores_TE.cpu().double().numpy().repeat(slots, axis=1)  # column c is expert c // slots
+    # nan_to_num: an overflow on its way to the loss scaler.
+    scores = scores_TE.cpu().double().nan_to_num().numpy()
+    column_of_expert = scores.repeat(slots, axis=1)  # column c is expert c // slots
     _, column_T = linear_sum_assignment(column_of_expert, maximize=True)
     return torch.as_tensor(column_T // max(slots, 1), device=scores_TE.device)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from xmoe_fairseq.moe.expert_sums import Activation
 from xmoe_fairseq.moe.layer import MoELayer
 from xmoe_fairseq.moe.losses import z_loss
+from xmoe_fairseq.moe.router import may_overflow
 from xmoe_fairseq.moe.routing import Routing
 from xmoe_fairseq.moe.stats import RoutingStats
 
@@ -67,7 +68,7 @@ class GShardLayer(MoELayer):
             y_SD = self.gshard(x_SD.unsqueeze(1)).squeeze(1)
         del self.gshard.l_aux  # it would keep this batch's graph until the next one
         logits_SE, (l_aux, combine_SEC, _) = outputs
-        if not torch.isfinite(l_aux):
+        if not may_overflow(self, x_TD) and not torch.isfinite(l_aux):
             raise FloatingPointError(f"{self.name}: router scores are NaN or inf")
         return y_SD[:num_tokens], self.routing(logits_SE, l_aux, combine_SEC, num_tokens)
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from xmoe_fairseq.moe.router import not_finite
+from xmoe_fairseq.moe.router import may_overflow, not_finite
 from xmoe_fairseq.moe.routing import Routing
 
 
@@ -48,7 +48,7 @@ class HashRouter(nn.Module):
                 f"token_ids must be from 0 to {self.table_V.numel() - 1}, "
                 f"got {int(ids_T.min())} to {int(ids_T.max())}"
             )
-        if bad := not_finite(x_TD):
+        if not may_overflow(self, x_TD) and (bad := not_finite(x_TD)):
             raise FloatingPointError(f"router input holds NaN or inf in {bad}")
         expert_T = self.table_V[ids_T]
         dtype = torch.promote_types(x_TD.dtype, torch.float32)

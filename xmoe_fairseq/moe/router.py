@@ -56,10 +56,14 @@ class Router(nn.Module):
         """Route T non-padding tokens, by what they are: their ids are for routers that go by them.
 
         Raises:
-            FloatingPointError: a token holds NaN or inf (or its scores overflow).
+            FloatingPointError: a token holds NaN or inf (or its scores overflow), unless a loss scaler will
+                see to it (`may_overflow`).
         """
+        may_hold_nan = may_overflow(self, x_TD)
         with torch.autocast(device_type=x_TD.device.type, enabled=False):
             logits_TE = self.score(x_TD)
+            if not may_hold_nan:
+                check_scores(x_TD, logits_TE)
             probs_TE = torch.softmax(logits_TE, dim=-1)
             expert_TK, chosen_TK = self.choose(logits_TE.detach(), probs_TE.detach())
             token_R, rank_R = chosen_TK.nonzero(as_tuple=True)
@@ -80,10 +84,6 @@ class Router(nn.Module):
         logits_TE = F.linear(x_TD.to(dtype), self.weight.to(dtype))
         if self.temperature != 1.0:
             logits_TE = logits_TE / self.temperature
-        if bad := not_finite(logits_TE):
-            if not torch.isfinite(x_TD).all():
-                raise FloatingPointError(f"router input holds NaN or inf in {bad}")
-            raise FloatingPointError(f"router scores are NaN or inf in {bad}, though the input is finite")
         return logits_TE
 
     def choose(self, logits_TE: Tensor, probs_TE: Tensor) -> tuple[Tensor, Tensor]:
@@ -105,6 +105,25 @@ class Router(nn.Module):
 
     def extra_repr(self) -> str:
         return f"model_dim={self.weight.size(1)}, num_experts={self.num_experts}"
+
+
+def may_overflow(router: nn.Module, x_TD: Tensor) -> bool:
+    """Whether this is training in fp16, where now and then something overflows: the NaN goes through to the
+    gradients, whose loss scaler skips the update. All ranks see it in the norm, and decide alike."""
+    device = x_TD.device.type
+    is_autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
+    return router.training and (x_TD.dtype == torch.float16 or is_autocast)
+
+
+def check_scores(x_TD: Tensor, logits_TE: Tensor) -> None:
+    """
+    Raises:
+        FloatingPointError: NaN or inf.
+    """
+    if bad := not_finite(logits_TE):
+        if not torch.isfinite(x_TD).all():
+            raise FloatingPointError(f"router input holds NaN or inf in {bad}")
+        raise FloatingPointError(f"router scores are NaN or inf in {bad}, though the input is finite")
 
 
 def not_finite(x_TD: Tensor) -> str:
@@ -143,7 +162,8 @@ class ThresholdRouter(Router):
         threshold: t in [0, 1].
         max_experts_per_token: keep only a token's first choices; 0 = no limit. Unlike capacity it
             depends on the token alone, so it is causal and the same in any batch.
-        target_experts_per_token: steer t to this average instead (see `budget.py`); 0 = `threshold` as it is.
+        target_experts_per_token: steer t to this average instead (see `budget.py`; it takes a call of
+            `step_budgets` after each update); 0 = `threshold` as it is.
     """
 
     def __init__(
