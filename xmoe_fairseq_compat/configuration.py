@@ -34,11 +34,12 @@ def quiet_deprecations(module: Any) -> Iterator[None]:
 
 @mend("fairseq")
 def end_with_one_line(module: Any) -> None:
-    """Every torch: a wrong flag or checkpoint ends a command with a page of where fairseq was just then."""
+    """Every torch: a wrong flag or checkpoint, or numbers that overflow, end a command with a page of where
+    fairseq was just then."""
     plain_hook = sys.excepthook
 
     def excepthook(kind: Any, error: BaseException, traceback: Any) -> None:
-        if isinstance(error, UserError):
+        if isinstance(error, (UserError, FloatingPointError)):
             print(f"{os.path.basename(sys.argv[0]) or 'fairseq'}: error: {error}", file=sys.stderr)
         else:
             plain_hook(kind, error, traceback)

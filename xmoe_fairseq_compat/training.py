@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from xmoe_fairseq_compat.registry import mend, stand_in
@@ -69,6 +70,57 @@ def count_what_came_before_a_dummy_batch(module: Any) -> None:
             del self.task.train_step
 
     module.Trainer.train_step = train_step
+
+
+@mend("fairseq.nan_detector")
+def name_the_parameter_that_is_not_finite(module: Any) -> None:
+    """Every torch: when gradients are NaN, fairseq makes the step again with a backward hook on every module.
+
+    torch looks for a tensor in a module's output and fails on a record or an empty dict (TypeError,
+    StopIteration); if it does not, whole gradients are printed, and no parameter is named at the end.
+    """
+    import torch
+
+    plain_hook, plain_detect = module.NanDetector.fhook_fn, module.NanDetector._detect
+
+    def add_hooks(self: Any, watched: Any) -> None:
+        self.first_found = getattr(self, "first_found", "")
+        self.fhooks.append(watched.register_forward_hook(self.fhook_fn))
+
+    def fhook_fn(self: Any, watched: Any, inputs: Any, output: Any) -> None:
+        plain_hook(self, watched, inputs, output)
+        for tensor in tensors_of(output):
+            if tensor.requires_grad:
+                tensor.register_hook(functools.partial(self.bhook_fn, watched, inputs))
+
+    def detect(self: Any, *args: Any) -> Any:
+        found = plain_detect(self, *args)
+        self.first_found = self.first_found or found or ""
+        return found
+
+    def __exit__(self: Any, kind: Any, error: Any, traceback: Any) -> None:
+        self.close()
+        grads = {name: p.grad for name, p in self.named_parameters if p.grad is not None}
+        norms = {name: torch.linalg.vector_norm(grad, dtype=torch.double) for name, grad in grads.items()}
+        bad = [name for name, norm in norms.items() if not torch.isfinite(norm.square().float())]
+        if bad and error is None:
+            where = f" ({self.first_found})" if self.first_found else ""
+            raise FloatingPointError(
+                f"gradients of {len(bad)} of {len(grads)} parameters are NaN, inf or too large for their"
+                f" norm, the first {bad[0]}{where}; lower --lr, or give --clip-norm or more --warmup-updates"
+            )
+
+    def tensors_of(output: Any) -> list[Any]:
+        if torch.is_tensor(output):
+            return [output]
+        parts = output.values() if isinstance(output, dict) else output
+        return (
+            [t for part in parts for t in tensors_of(part)] if isinstance(output, (dict, list, tuple)) else []
+        )
+
+    detector = module.NanDetector
+    detector.add_hooks, detector.fhook_fn, detector._detect = add_hooks, fhook_fn, detect
+    detector.__exit__ = __exit__
 
 
 @mend("fairseq.optim.fp16_optimizer")
