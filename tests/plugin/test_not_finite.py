@@ -1,23 +1,50 @@
-"""Numbers that overflow, from the command line: one line that says where."""
+"""Numbers that overflow: one line that says where."""
 
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import pytest
-from commands import PLUGIN, TINY_MT, TRAIN, run
+from commands import TINY_MT, TRAIN, run
+from fairseq.tasks import FairseqTask
+from parallel_runs import MT, fairseq_train
 
 DENSE = (
-    *PLUGIN, "--task", "translation", "--arch", "transformer_tiny", "--batch-size", "8", "--criterion",
+    "--task", "translation", "--arch", "transformer_tiny", "--batch-size", "8", "--criterion",
     "label_smoothed_cross_entropy",
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("model", [TINY_MT, DENSE], ids=["MoE", "dense"])
-def test_gradients_that_overflow_name_a_parameter(
-    model: tuple[str, ...], corpus: tuple[Path, Path], tmp_path: Path
+@pytest.mark.parametrize(
+    "model, name",
+    [(MT, "encoder.layers.1.moe.router.weight"), (DENSE, "encoder.layers.1.fc1.weight")],
+    ids=["MoE", "dense"],
+)
+def test_a_gradient_that_is_not_finite_names_its_parameter(
+    model: tuple[str, ...], name: str, corpus: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    flags = (*model, *TRAIN, "--save-dir", tmp_path, "--disable-validation", "--lr", 1e6, "--clip-norm", 0)
-    output = run("fairseq-train", corpus[0], *flags, "--no-save", "--max-update", 20, succeeds=False)
-    last = output.strip().splitlines()[-1]
-    assert last.startswith("fairseq-train: error: gradients of ")
-    assert ", the first encoder.embed_tokens.weight" in last
+    plain_step = FairseqTask.train_step
+
+    def step(self: Any, sample: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+        handle = model.get_parameter(name).register_hook(lambda grad: grad * float("inf"))
+        try:
+            return plain_step(self, sample, model, *args, **kwargs)
+        finally:
+            handle.remove()
+
+    flags = (corpus[0], *model, *TRAIN, "--save-dir", tmp_path, "--max-update", 2)
+    with (
+        patch.object(FairseqTask, "train_step", step),
+        pytest.raises(
+            FloatingPointError, match=rf"^gradients of 1 of \d+ parameters are .*, the first {name};"
+        ),
+    ):
+        fairseq_train(*flags)
+
+
+def test_numbers_that_overflow_end_a_command_with_one_line(corpus: tuple[Path, Path], tmp_path: Path) -> None:
+    flags = (*TINY_MT, *TRAIN, "--save-dir", tmp_path, "--lr", 1e30, "--clip-norm", 0, "--max-update", 9)
+    output = run("fairseq-train", corpus[0], *flags, succeeds=False)
+    line = "fairseq-train: error: encoder.layers.1: router input holds NaN or inf in "
+    assert output.strip().splitlines()[-1].startswith(line)
     assert "Traceback" not in output
