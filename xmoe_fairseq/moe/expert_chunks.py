@@ -64,6 +64,11 @@ def chunks(counts: list[int], limit: int) -> Iterator[Chunk]:
         yield Chunk(experts, sizes, slice(start, start + sum(sizes)))
 
 
+def buffer_for(like: Tensor, share: list[Chunk]) -> Tensor:
+    """Room for any one chunk: the same for all, so that it stays in the cache."""
+    return like.new_empty(max((sum(chunk.counts) for chunk in share), default=0), like.size(1))
+
+
 def compute(work: Callable[[list[Chunk]], Result], shares: list[list[Chunk]]) -> list[Result]:
     """Each share's result, in order; one thread per share, and none of them starts further ones."""
     if len(shares) == 1:

@@ -1,44 +1,35 @@
 """Weighted sums of what experts make of rows, a few experts at a time: the fast path of a CPU.
 
 A chunk of rows is gathered, computed, weighted and added to the output while it lies in the cache; of all R
-rows nothing but the hidden layer is kept. The gradients are worked out here because autograd would keep the
-gathered rows too, and would copy the gradient of every expert into the stack.
+rows nothing but the hidden layer is kept. The gradients are worked out in expert_gradients.py because
+autograd would keep the gathered rows too, and would copy the gradient of every expert into the stack.
 """
 
-from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from xmoe_fairseq.moe.dispatch import ExpertRows
-from xmoe_fairseq.moe.expert_chunks import Chunk, compute, shares_of
+from xmoe_fairseq.moe.expert_chunks import Chunk, buffer_for, compute, shares_of
+from xmoe_fairseq.moe.expert_gradients import Call, Gradients, gradients_of_share
 from xmoe_fairseq.moe.expert_sums import Activation, Stacks, expert_sums_plain
 
 
 def expert_sums_loop(x_SD: Tensor, rows: ExpertRows, stacks: Stacks, activation: Activation) -> Tensor:
     """As `expert_sums_plain`, to rounding, gradients of any order too."""
     threads = torch.get_num_threads() if x_SD.is_cpu else 1
+    inputs = (x_SD, rows.weight_R, *stacks)
     shares = shares_of(rows.counts_E.tolist(), stacks.fc1_weight[0].numel(), threads)
     with torch.autocast(x_SD.device.type, enabled=False):
-        if not torch.is_grad_enabled():
+        if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)):
             return _sums(Call(x_SD, rows.weight_R, stacks, rows.source_R, activation), shares, None)
         y_SD: Tensor = _ExpertLoop.apply(  # type: ignore[no-untyped-call]
-            x_SD, rows.weight_R, *stacks, rows.source_R, rows.counts_E, shares, activation
+            *inputs, rows.source_R, rows.counts_E, shares, activation
         )
     return y_SD
-
-
-class Call(NamedTuple):
-    """What all threads read."""
-
-    x_SD: Tensor
-    weight_R: Tensor | None
-    stacks: Stacks
-    source_R: Tensor
-    activation: Activation
 
 
 def _sums(call: Call, shares: list[list[Chunk]], inner_RF: Tensor | None) -> Tensor:
@@ -56,9 +47,9 @@ def _sums_of_share(call: Call, inner_RF: Tensor | None, share: list[Chunk]) -> T
     x_SD, weight_R, (fc1_weight, fc1_bias, fc2_weight, fc2_bias), source_R, activation = call
     y_SD = x_SD.new_zeros(x_SD.shape, dtype=None if weight_R is None else weight_R.dtype)
     w1, w2 = fc1_weight.transpose(1, 2), fc2_weight.transpose(1, 2)
-    x_buffer, y_buffer = _buffer(x_SD, share), _buffer(x_SD, share)
-    sum_buffer = y_buffer if y_SD.dtype == x_SD.dtype else _buffer(y_SD, share)
-    inner_buffer = _buffer(fc1_bias, share) if inner_RF is None else inner_RF
+    x_buffer, y_buffer = buffer_for(x_SD, share), buffer_for(x_SD, share)
+    sum_buffer = y_buffer if y_SD.dtype == x_SD.dtype else buffer_for(y_SD, share)
+    inner_buffer = buffer_for(fc1_bias, share) if inner_RF is None else inner_RF
     for chunk in share:
         source = source_R[chunk.rows]
         size = source.numel()
@@ -106,17 +97,14 @@ class _ExpertLoop(torch.autograd.Function):
             rows = ExpertRows(source_R, weight_R, counts_E)
             return *_differentiable(x_SD, rows, Stacks(*parameters), ctx.activation, grad_y_SD), *[None] * 4
         call = Call(x_SD, weight_R, Stacks(*parameters), source_R, ctx.activation)
-        grads = Stacks(*(torch.empty_like(parameter) for parameter in parameters))
+        grads = Gradients.wanted(call, ctx.needs_input_grad)
         busy = {expert for share in ctx.shares for chunk in share for expert in chunk.experts}
-        for e in set(range(grads.fc1_weight.size(0))) - busy:
-            for grad in grads:
-                grad[e].zero_()
-        grad_weight_R = None if weight_R is None else torch.empty_like(weight_R)
-        work = partial(_gradients_of_share, call, inner_RF, grad_y_SD.to(x_SD.dtype), grads, grad_weight_R)
+        grads.clear(set(range(call.stacks.fc1_weight.size(0))) - busy)
+        work = partial(gradients_of_share, call, inner_RF, grad_y_SD.to(x_SD.dtype), grads)
         grad_x_SD, *others = compute(work, ctx.shares)
         for other in others:
             grad_x_SD.add_(other)
-        return grad_x_SD, grad_weight_R, *grads, *[None] * 4
+        return grad_x_SD if grads.x else None, grads.weight_R, *grads[2:], *[None] * 4
 
 
 def _differentiable(
@@ -134,66 +122,3 @@ def _differentiable(
     )
     found = dict(zip(needed, grads, strict=True))
     return [found.get(i) for i in range(len(inputs))]
-
-
-def _gradients_of_share(
-    call: Call,
-    inner_RF: Tensor,
-    grad_y_SD: Tensor,
-    grads: Stacks,
-    grad_weight_R: Tensor | None,
-    share: list[Chunk],
-) -> Tensor:
-    """The share's part of the gradient of x; `grads` and `grad_weight_R` are filled where its experts are."""
-    x_SD, weight_R, (w1, _, w2, b2), source_R, activation = call
-    grad_x_SD = x_SD.new_zeros(x_SD.shape)
-    x_buffer, y_buffer, hidden_buffer = (_buffer(like, share) for like in (x_SD, x_SD, inner_RF))
-    for chunk in share:
-        source = source_R[chunk.rows]
-        x_rD, grad_y_rD, grad_hidden_rF = (
-            buffer[: source.numel()] for buffer in (x_buffer, y_buffer, hidden_buffer)
-        )
-        grad_ys = chunk.of(torch.index_select(grad_y_SD, 0, source, out=grad_y_rD))
-        for e, grad_y, grad in zip(chunk.experts, grad_ys, chunk.of(grad_hidden_rF), strict=True):
-            torch.mm(grad_y, w2[e], out=grad)
-        hidden_rF, pull_back = _activate(activation, inner_RF[chunk.rows])
-        if weight_R is None or grad_weight_R is None:
-            for e, grad_y in zip(chunk.experts, grad_ys, strict=True):
-                torch.sum(grad_y, 0, out=grads.fc2_bias[e])
-        else:  # the weight goes to the narrow side: y = W2 (weight * hidden) + weight * b2
-            grad_weight_r = torch.sum(grad_hidden_rF * hidden_rF, 1)
-            weight_r = weight_R[chunk.rows].to(x_SD.dtype)
-            weights = zip(chunk.of(weight_r), chunk.of(grad_weight_r), strict=True)
-            for e, grad_y, (weight, grad_weight) in zip(chunk.experts, grad_ys, weights, strict=True):
-                torch.mv(grad_y.t(), weight, out=grads.fc2_bias[e])
-                grad_weight.addmv_(grad_y, b2[e])
-            grad_weight_R[chunk.rows] = grad_weight_r
-            hidden_rF = hidden_rF * weight_r.unsqueeze(1)
-            grad_hidden_rF.mul_(weight_r.unsqueeze(1))
-        grad_inner_rF = pull_back(grad_hidden_rF)
-        xs = chunk.of(torch.index_select(x_SD, 0, source, out=x_rD))
-        of_experts = zip(
-            chunk.experts, xs, chunk.of(grad_inner_rF), chunk.of(hidden_rF), grad_ys, strict=True
-        )
-        for e, x, grad_inner, hidden, grad_y in of_experts:
-            torch.mm(grad_y.t(), hidden, out=grads.fc2_weight[e])
-            torch.mm(grad_inner.t(), x, out=grads.fc1_weight[e])
-            torch.sum(grad_inner, 0, out=grads.fc1_bias[e])
-            torch.mm(grad_inner, w1[e], out=x)  # from here on the gradient of x
-        grad_x_SD.index_add_(0, source, x_rD)
-    return grad_x_SD
-
-
-def _activate(activation: Activation, inner_rF: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """The hidden layer, and what makes of its gradient that of `inner_rF`."""
-    if activation is F.relu:  # inner_rF is the hidden layer already
-        return inner_rF, lambda grad_rF: torch.ops.aten.threshold_backward(grad_rF, inner_rF, 0)
-    with torch.enable_grad():
-        inner_rF = inner_rF.detach().requires_grad_()
-        hidden_rF = activation(inner_rF)
-    return hidden_rF.detach(), lambda grad_rF: torch.autograd.grad(hidden_rF, inner_rF, grad_rF)[0]
-
-
-def _buffer(like: Tensor, share: list[Chunk]) -> Tensor:
-    """Room for any one chunk: the same for all, so that it stays in the cache."""
-    return like.new_empty(max((sum(chunk.counts) for chunk in share), default=0), like.size(1))
