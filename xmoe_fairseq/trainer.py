@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch.distributed as dist
+from fairseq.criterions import CRITERION_REGISTRY
 from fairseq.trainer import Trainer
 from torch import nn
 
@@ -16,6 +17,8 @@ from xmoe_fairseq.parallel.failure import explain
 
 logger = logging.getLogger(__name__)
 
+BALANCED = ("moe_cross_entropy", "moe_label_smoothed_cross_entropy")  # or moe_adaptive_loss
+
 
 class MoETrainer(Trainer):
     """Steers thresholds to a budget, and says where and on which rank a run failed."""
@@ -25,9 +28,10 @@ class MoETrainer(Trainer):
         is_balanced = read_field(cfg.model, "moe_router", None) not in ("threshold", "topk", "gshard")
         if not is_balanced and not isinstance(criterion, MoELossMixin):
             name = read_field(cfg.criterion, "_name", type(criterion).__name__)
+            balanced = [f"moe_{name}"] if f"moe_{name}" in CRITERION_REGISTRY else BALANCED
             logger.warning(
                 f"--criterion {name} leaves out the load-balance loss, so tokens may crowd onto few experts;"
-                " use moe_cross_entropy or moe_label_smoothed_cross_entropy"
+                f" use {' or '.join(balanced)}"
             )
 
     def train_step(self, samples: list[Any], raise_oom: bool = False) -> Any:

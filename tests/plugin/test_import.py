@@ -17,7 +17,8 @@ PRINT_REGISTERED = (
     "print(sorted(n for n in (*ARCH_MODEL_REGISTRY, *CRITERION_REGISTRY) if 'moe' in n))\n"
 )
 REGISTERED = sorted(
-    ["moe_cross_entropy", "moe_label_smoothed_cross_entropy", "xmoe_transformer", "xmoe_transformer_lm"]
+    ["moe_adaptive_loss", "moe_cross_entropy", "moe_label_smoothed_cross_entropy"]
+    + ["xmoe_transformer", "xmoe_transformer_lm"]
     + [f"xmoe_transformer_{size}" for size in ("tiny", "iwslt_de_en", "wmt_en_de", "wmt_en_de_big")]
     + [f"xmoe_transformer_lm_{size}" for size in ("tiny", "gpt2_small", "gpt2_medium")]
 )

@@ -174,11 +174,24 @@ def test_wrong_flags_end_with_one_clear_line(
     assert not (tmp_path / "run").exists() or not any((tmp_path / "run").iterdir())
 
 
-@pytest.mark.parametrize("router", ["topk", "hash"])
+ADAPTIVE = ("--criterion", "adaptive_loss", "--adaptive-softmax-cutoff", "10,20", "--moe-router", "topk")
+
+
+@pytest.mark.parametrize(
+    ("flags", "use"),
+    [
+        (("--criterion", "cross_entropy", "--moe-router", "topk"), "moe_cross_entropy"),
+        (ADAPTIVE, "moe_adaptive_loss"),
+        (("--criterion", "cross_entropy", "--moe-router", "hash"), ""),  # a table is balanced by itself
+    ],
+)
 def test_a_criterion_without_the_load_balance_loss_gets_a_warning(
-    router: str, corpus: tuple[Path, Path], tmp_path: Path
+    flags: tuple[str, ...], use: str, corpus: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    flags = ("--criterion", "cross_entropy", "--moe-router", router, "--max-update", 1, "--no-save")
-    output = run("fairseq-train", corpus[1], *TINY_LM, *TRAIN, *flags, "--save-dir", tmp_path)
-    warned = "--criterion cross_entropy leaves out the load-balance loss" in output
-    assert warned == (router == "topk")  # a hash table is balanced by itself
+    once = ("--max-update", 1, "--no-save", "--save-dir", tmp_path)
+    output = run("fairseq-train", corpus[1], *TINY_LM, *TRAIN, *flags, *once)
+    warning = (
+        f"--criterion {flags[1]} leaves out the load-balance loss, so tokens may crowd onto few experts;"
+    )
+    assert (f"{warning} use {use}\n" in output) == bool(use)
+    assert ("leaves out the load-balance loss" in output) == bool(use)

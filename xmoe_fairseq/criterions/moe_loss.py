@@ -31,6 +31,8 @@ class MoELossMixin:
     z_loss)`. What is logged as `loss` stays the task's own, so that it can be compared with a dense model's.
     """
 
+    of_adaptive_softmax = False
+
     def set_coefficients(self, moe_loss_coeff: float, moe_z_loss_coeff: float) -> None:
         for flag, value in (("--moe-loss-coeff", moe_loss_coeff), ("--moe-z-loss-coeff", moe_z_loss_coeff)):
             if not 0 <= value < float("inf"):
@@ -43,6 +45,10 @@ class MoELossMixin:
     ) -> tuple[Tensor, int, dict]:
         """Returns loss, sample size and logging outputs (sums). With reduce=False the loss is per token, and
         the auxiliary losses, which belong to no token, are left out."""
+        decoder = getattr(model, "decoder", None)
+        adaptive = getattr(decoder, "adaptive_softmax", None) is not None
+        if adaptive and model.training and not self.of_adaptive_softmax:
+            raise FlagError("--adaptive-softmax-cutoff needs --criterion moe_adaptive_loss")
         with record_routing(model) as records:
             loss, sample_size, logging_output = super().forward(model, sample, reduce)
         if reduce and records:

@@ -1,0 +1,128 @@
+"""What fairseq's adaptive softmax and adaptive input need: one line for flags that do not fit together."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+from xmoe_fairseq_compat.errors import FlagError
+from xmoe_fairseq_compat.registry import mend
+
+
+@mend("fairseq.criterions.adaptive_loss")
+def adaptive_loss_needs_a_cutoff(module: Any) -> None:
+    """Every torch: with a model that has no adaptive softmax it ends in an AssertionError without a word."""
+    plain_forward = module.AdaptiveLoss.forward
+
+    def forward(self: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+        if getattr(model.decoder, "adaptive_softmax", None) is None:
+            from fairseq.criterions import CRITERION_REGISTRY
+
+            name = next((n for n, kind in CRITERION_REGISTRY.items() if kind is type(self)), "adaptive_loss")
+            raise FlagError(f"--criterion {name} needs a model with --adaptive-softmax-cutoff")
+        return plain_forward(self, model, *args, **kwargs)
+
+    module.AdaptiveLoss.forward = forward
+
+
+@mend("fairseq.criterions.adaptive_loss")
+def adaptive_loss_in_one_process(module: Any) -> None:
+    """Every torch: it refuses pytorch_ddp, the default, in a page, and where there is one process too."""
+
+    def build_criterion(cls: Any, cfg: Any, task: Any) -> Any:
+        from fairseq.distributed.utils import get_global_world_size
+
+        backend = str(cfg.ddp_backend)
+        if backend in ("c10d", "pytorch_ddp") and get_global_world_size() > 1:
+            raise FlagError(f"--criterion adaptive_loss needs --ddp-backend legacy_ddp, got {backend}")
+        return cls(task, cfg.sentence_avg)
+
+    module.AdaptiveLoss.build_criterion = classmethod(build_criterion)
+
+
+@mend("fairseq.modules.adaptive_softmax")
+def train_adaptive_softmax_by_its_own_loss(module: Any) -> None:
+    """Every torch: with other criterions training ends in an error about an operation in place."""
+    plain_log_prob = module.AdaptiveSoftmax.get_log_prob
+
+    def get_log_prob(self: Any, input: Any, target: Any) -> Any:
+        if self.training and input.requires_grad:
+            raise FlagError("--adaptive-softmax-cutoff needs --criterion adaptive_loss")
+        return plain_log_prob(self, input, target)
+
+    module.AdaptiveSoftmax.get_log_prob = get_log_prob
+
+
+def check_cutoff(flag: str, cutoff: Any, vocab_size: int) -> None:
+    """Raises FlagError if the parts of a vocabulary that `cutoff` makes are not there, or empty."""
+    rises = cutoff and all(low < high for low, high in pairwise([0, *cutoff, vocab_size + 1]))
+    if not rises:
+        rule = f"must rise, to the size of the vocabulary, {vocab_size}, at most"
+        raise FlagError(f"{flag} {rule}, got {','.join(map(str, cutoff or [])) or None}")
+
+
+@mend("fairseq.modules.adaptive_softmax", "fairseq.modules.adaptive_input")
+def check_cutoffs(module: Any) -> None:
+    """Every torch: cutoffs that do not rise make parts of no size, or end in an AssertionError."""
+    name, flag, place = {
+        "fairseq.modules.adaptive_softmax": ("AdaptiveSoftmax", "--adaptive-softmax-cutoff", 2),
+        "fairseq.modules.adaptive_input": ("AdaptiveInput", "--adaptive-input-cutoff", 5),
+    }[module.__name__]
+    kind = getattr(module, name)
+    plain_init = kind.__init__
+
+    def init(self: Any, vocab_size: int, *args: Any, **kwargs: Any) -> None:
+        cutoff = kwargs["cutoff"] if "cutoff" in kwargs else args[place - 1]
+        check_cutoff(flag, cutoff, vocab_size)
+        plain_init(self, vocab_size, *args, **kwargs)
+
+    kind.__init__ = init
+
+
+TIED = (
+    ("adaptive_softmax_cutoff", "adaptive_input_cutoff"),
+    ("adaptive_softmax_factor", "adaptive_input_factor"),
+    ("decoder_output_dim", "decoder_input_dim"),
+)
+
+
+@mend("fairseq.models.transformer_lm")
+def check_adaptive_flags(module: Any) -> None:
+    """Every torch: embeddings that cannot be shared end in an AttributeError, or are not shared."""
+    plain_build = module.TransformerLanguageModel.build_model.__func__
+
+    def flag(name: str) -> str:
+        return f"--{name.replace('_', '-')}"
+
+    def build_model(cls: Any, args: Any, task: Any) -> Any:
+        for name in ("adaptive_input", "adaptive_softmax_cutoff"):
+            if args.share_decoder_input_output_embed and getattr(args, name):
+                raise FlagError(
+                    f"--share-decoder-input-output-embed cannot be combined with {flag(name)}:"
+                    " use --tie-adaptive-weights, with --adaptive-input and --adaptive-softmax-cutoff"
+                )
+        if args.tie_adaptive_weights and not args.adaptive_input:
+            raise FlagError("--tie-adaptive-weights needs --adaptive-input")
+        for one, two in TIED if args.tie_adaptive_weights else ():
+            value, other = getattr(args, one), getattr(args, two)
+            if value != other:
+                rule = f"must be {flag(two)} {other} with --tie-adaptive-weights"
+                raise FlagError(f"{flag(one)} {rule}, got {value}")
+        return plain_build(cls, args, task)
+
+    module.TransformerLanguageModel.build_model = classmethod(build_model)
+
+
+@mend("fairseq.models.transformer.transformer_base")
+def no_adaptive_input_in_translation(module: Any) -> None:
+    """Every torch: a translation model takes --adaptive-input, and has ordinary embeddings all the same."""
+    plain_build = module.TransformerModelBase.build_model.__func__
+
+    def build_model(cls: Any, cfg: Any, task: Any) -> Any:
+        for name in ("adaptive_input", "tie_adaptive_weights"):
+            if getattr(cfg, name):
+                flag = f"--{name.replace('_', '-')}"
+                raise FlagError(f"{flag} is for language models: a translation model has no adaptive input")
+        return plain_build(cls, cfg, task)
+
+    module.TransformerModelBase.build_model = classmethod(build_model)
