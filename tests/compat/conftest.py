@@ -1,0 +1,27 @@
+from pathlib import Path
+
+import pytest
+from commands import run
+
+TINY = (
+    "--cpu", "--optimizer", "adam", "--lr", "0.01", "--max-tokens", "200", "--no-epoch-checkpoints",
+    "--log-format", "simple", "--num-workers", "0", "--seed", "3", "--max-update", "4",
+    "--disable-validation", "--decoder-layers", "1", "--decoder-embed-dim", "32", "--decoder-ffn-embed-dim",
+    "32", "--decoder-attention-heads", "2",
+)  # fmt: skip
+TRANSLATION = (
+    *TINY, "--arch", "transformer", "--criterion", "label_smoothed_cross_entropy", "--encoder-layers", "1",
+    "--encoder-embed-dim", "32", "--encoder-ffn-embed-dim", "32", "--encoder-attention-heads", "2",
+)  # fmt: skip
+LANGUAGE = (
+    *TINY, "--task", "language_modeling", "--arch", "transformer_lm", "--tokens-per-sample", "32",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def stock_models(corpus: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """fairseq's own models, for translation and for language modelling, after a few updates."""
+    folders = [tmp_path_factory.mktemp(name) for name in ("translation", "language")]
+    for data, flags, folder in zip(corpus, (TRANSLATION, LANGUAGE), folders, strict=True):
+        run("fairseq-train", data, *flags, "--save-dir", folder)
+    return folders[0] / "checkpoint_last.pt", folders[1] / "checkpoint_last.pt"
