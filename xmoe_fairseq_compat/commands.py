@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+import logging
+import os
+from argparse import Namespace
 from collections.abc import Iterator
 from typing import Any
 
 from xmoe_fairseq_compat.errors import UserError
 from xmoe_fairseq_compat.registry import has, mend, stand_in
+from xmoe_fairseq_compat.shares import Names, Turns, shared, with_each_task
 
 
 def equal_lines(system: Any, reference: Any) -> Iterator[tuple[Any, Any]]:
@@ -51,3 +56,72 @@ def score_sentences(module: Any) -> None:
         return bleu.Scorer(*args) if len(args) == 1 else bleu.Scorer(bleu.BleuConfig(*args))
 
     module.bleu = stand_in(bleu, Scorer=scorer)
+
+
+@mend("fairseq_cli.generate")
+def generate_on_several_ranks(module: Any) -> None:
+    """Every torch: under torchrun fairseq-generate joins no ranks, so each translates everything; those that
+    are joined score their shares, and print as many results."""
+
+    def prepare(turns: Turns, cfg: Any) -> Names:
+        def see_to(task: Any) -> None:
+            turns.watch(task)
+            task.inference_step = functools.partial(turns.compute, task.inference_step)
+
+        if turns.size > 1:
+            logging.root.handlers.clear()  # those of joining the ranks; main chooses where to write
+        if turns.rank:
+            cfg.common_eval.results_path = None
+        return {"tasks": with_each_task(module.tasks, see_to)}
+
+    shared_main = shared(module, prepare)
+
+    @functools.wraps(shared_main)
+    def main(cfg: Any) -> Any:
+        from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+        from fairseq.distributed import utils
+
+        cfg = convert_namespace_to_omegaconf(cfg) if isinstance(cfg, Namespace) else cfg
+        alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
+        return shared_main(cfg) if alone else utils.call_main(cfg, shared_main)
+
+    module.main = main
+
+
+@mend("fairseq_cli.eval_lm")
+def score_on_several_ranks(module: Any) -> None:
+    """Every torch: each rank prints its share's perplexity as the perplexity, and with a context window
+    takes for context what came before in its share. So does each of several --num-workers."""
+    plain_scorer = module.SequenceScorer
+
+    def prepare(turns: Turns, cfg: Any) -> Names:
+        class SequenceScorer(plain_scorer):  # type: ignore[misc, valid-type]
+            def generate(self, models: Any, sample: Any, **kwargs: Any) -> Any:
+                return turns.compute(super().generate, models, sample, **kwargs)
+
+        if cfg.eval_lm.context_window > 0:
+            cfg.dataset.num_workers = min(1, cfg.dataset.num_workers)
+        return {"SequenceScorer": SequenceScorer, "tasks": with_each_task(module.tasks, turns.watch)}
+
+    module.main = shared(module, prepare)
+
+
+@mend("fairseq_cli.validate")
+def validate_on_several_ranks(module: Any) -> None:
+    """Every torch: a rank that runs out of batches before the others validates an empty one, and fails; and
+    on a GPU, what they log must fit into 16 KB."""
+
+    def prepare(turns: Turns, cfg: Any) -> Names:
+        utils = module.checkpoint_utils
+
+        def load_model_ensemble_and_task(*args: Any, **kwargs: Any) -> Any:
+            models, saved, task = utils.load_model_ensemble_and_task(*args, **kwargs)
+            turns.watch(task)
+            task.valid_step = functools.partial(turns.compute, task.valid_step)
+            return models, saved, task
+
+        return {
+            "checkpoint_utils": stand_in(utils, load_model_ensemble_and_task=load_model_ensemble_and_task)
+        }
+
+    module.main = shared(module, prepare)

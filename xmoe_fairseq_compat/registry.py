@@ -81,3 +81,14 @@ def stand_in(library: Any, **replaced: Any) -> Any:
     module = type(sys)(library.__name__)
     module.__dict__.update(replaced, __getattr__=lambda name: getattr(library, name))
     return module
+
+
+@contextlib.contextmanager
+def replaced(module: Any, **names: Any) -> Iterator[None]:
+    """Other things under these names of a module, until the end of the block."""
+    plain = {name: getattr(module, name) for name in names}
+    vars(module).update(names)
+    try:
+        yield
+    finally:
+        vars(module).update(plain)

@@ -6,12 +6,13 @@ import contextlib
 import functools
 import logging
 import os
+import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from xmoe_fairseq_compat.errors import UserError
-from xmoe_fairseq_compat.registry import mend, stand_in
+from xmoe_fairseq_compat.registry import replaced, stand_in
 
 
 class Turns:
@@ -28,6 +29,7 @@ class Turns:
 
         self.on_gpu = torch.cuda.is_available() and not cfg.common.cpu
         self.rank, self.size, self.batch = 0, 1, 0
+        self.asked = self.left_out = 0
         ranks = cfg.distributed_training
         if torch.distributed.is_initialized():  # otherwise they are a user's own way to name a share
             self.rank, self.size = ranks.distributed_rank, ranks.distributed_world_size
@@ -63,6 +65,23 @@ class Turns:
             torch.distributed.send_object_list([utils.apply_to_sample(lambda t: t.cpu(), found)], dst=0)
         return found
 
+    def watch(self, task: Any) -> None:
+        """Count what a task leaves out as too long."""
+        plain_filter = task.filter_indices_by_size
+
+        def filter_indices_by_size(indices: Any, *args: Any, **kwargs: Any) -> Any:
+            kept = plain_filter(indices, *args, **kwargs)
+            self.asked += len(indices)
+            self.left_out += len(indices) - len(kept)
+            return kept
+
+        task.filter_indices_by_size = filter_indices_by_size
+
+    def say_what_was_left_out(self) -> None:
+        if self.rank == 0 and self.left_out:
+            problem = "are longer than the model takes, and were left out of the score"
+            print(f"{self.left_out} of {self.asked} sentences or blocks {problem}", file=sys.stderr)
+
     @contextlib.contextmanager
     def printing_once(self) -> Iterator[None]:
         if self.rank == 0:
@@ -92,89 +111,35 @@ class Share:
                 yield batch
 
 
-def shared(module: Any, prepare: Callable[[Turns, Any], None]) -> Callable[..., Any]:
+# What stands in for names of a command's module while it runs.
+Names = dict[str, Any]
+
+
+def shared(module: Any, prepare: Callable[[Turns, Any], Names]) -> Callable[..., Any]:
     """A command's main whose batches the ranks share out; `prepare` sees to what computes one."""
-    plain_main, progress = module.main, module.progress_bar
+    plain_main = module.main
 
     @functools.wraps(plain_main)
     def main(cfg: Any, *args: Any, **kwargs: Any) -> Any:
         from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 
         cfg = convert_namespace_to_omegaconf(cfg) if isinstance(cfg, Namespace) else cfg
-        turns = Turns(cfg)
-        bar = functools.partial(turns.bar, progress.progress_bar)
-        module.progress_bar = stand_in(progress, progress_bar=bar)
-        prepare(turns, cfg)
-        with turns.printing_once():
-            return plain_main(cfg, *args, **kwargs)
+        turns, progress = Turns(cfg), module.progress_bar
+        bar = stand_in(progress, progress_bar=functools.partial(turns.bar, progress.progress_bar))
+        with turns.printing_once(), replaced(module, progress_bar=bar, **prepare(turns, cfg)):
+            result = plain_main(cfg, *args, **kwargs)
+        turns.say_what_was_left_out()
+        return result
 
     return main
 
 
-@mend("fairseq_cli.generate")
-def generate_on_several_ranks(module: Any) -> None:
-    """Every torch: under torchrun fairseq-generate joins no ranks, so each translates everything; those that
-    are joined score their shares, and print as many results."""
-    tasks = module.tasks
+def with_each_task(tasks: Any, see_to: Callable[[Any], None]) -> Any:
+    """fairseq.tasks, whose new tasks are seen to."""
 
-    def prepare(turns: Turns, cfg: Any) -> None:
-        def setup_task(*args: Any, **kwargs: Any) -> Any:
-            task = tasks.setup_task(*args, **kwargs)
-            task.inference_step = functools.partial(turns.compute, task.inference_step)
-            return task
+    def setup_task(*args: Any, **kwargs: Any) -> Any:
+        task = tasks.setup_task(*args, **kwargs)
+        see_to(task)
+        return task
 
-        module.tasks = stand_in(tasks, setup_task=setup_task)
-        if turns.size > 1:
-            logging.root.handlers.clear()  # those of joining the ranks; main chooses where to write
-        if turns.rank:
-            cfg.common_eval.results_path = None
-
-    shared_main = shared(module, prepare)
-
-    @functools.wraps(shared_main)
-    def main(cfg: Any) -> Any:
-        from fairseq.dataclass.utils import convert_namespace_to_omegaconf
-        from fairseq.distributed import utils
-
-        cfg = convert_namespace_to_omegaconf(cfg) if isinstance(cfg, Namespace) else cfg
-        alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
-        return shared_main(cfg) if alone else utils.call_main(cfg, shared_main)
-
-    module.main = main
-
-
-@mend("fairseq_cli.eval_lm")
-def score_on_several_ranks(module: Any) -> None:
-    """Every torch: each rank prints its share's perplexity as the perplexity, and with a context window
-    takes for context what came before in its share. So does each of several --num-workers."""
-    plain_scorer = module.SequenceScorer
-
-    def prepare(turns: Turns, cfg: Any) -> None:
-        class SequenceScorer(plain_scorer):  # type: ignore[misc, valid-type]
-            def generate(self, models: Any, sample: Any, **kwargs: Any) -> Any:
-                return turns.compute(super().generate, models, sample, **kwargs)
-
-        module.SequenceScorer = SequenceScorer
-        if cfg.eval_lm.context_window > 0:
-            cfg.dataset.num_workers = min(1, cfg.dataset.num_workers)
-
-    module.main = shared(module, prepare)
-
-
-@mend("fairseq_cli.validate")
-def validate_on_several_ranks(module: Any) -> None:
-    """Every torch: a rank that runs out of batches before the others validates an empty one, and fails; and
-    on a GPU, what they log must fit into 16 KB."""
-    checkpoint_utils = module.checkpoint_utils
-
-    def prepare(turns: Turns, cfg: Any) -> None:
-        def load_model_ensemble_and_task(*args: Any, **kwargs: Any) -> Any:
-            models, saved, task = checkpoint_utils.load_model_ensemble_and_task(*args, **kwargs)
-            task.valid_step = functools.partial(turns.compute, task.valid_step)
-            return models, saved, task
-
-        module.checkpoint_utils = stand_in(
-            checkpoint_utils, load_model_ensemble_and_task=load_model_ensemble_and_task
-        )
-
-    module.main = shared(module, prepare)
+    return stand_in(tasks, setup_task=setup_task)

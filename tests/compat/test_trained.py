@@ -1,0 +1,96 @@
+"""What an evaluating command takes from the checkpoint."""
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from commands import run
+
+CPU = ("--cpu", "--num-workers", 0)
+
+
+def score(data: Path, model: Path, *flags: object, succeeds: bool = True) -> str:
+    return run("fairseq-eval-lm", data, "--path", model, *CPU, *flags, succeeds=succeeds)
+
+
+def test_eval_lm_takes_what_the_checkpoint_knows(
+    corpus: tuple[Path, Path], stock_models: tuple[Path, Path]
+) -> None:
+    output = score(corpus[1], stock_models[1])
+    assert "as the checkpoint was trained: --tokens-per-sample 32" in output
+    said = score(corpus[1], stock_models[1], "--tokens-per-sample", 32)
+    assert "as the checkpoint" not in said
+    tokens = sum(len(line.split()) + 1 for line in (corpus[1].parent / "test.en").read_text().splitlines())
+    assert f"Evaluated {tokens} tokens" in output
+    assert re.findall("Loss .*", output) == re.findall("Loss .*", said) != []
+    assert "12 examples" in score(corpus[1], stock_models[1], "--sample-break-mode", "eos")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ("--context-window", 32),
+            "--context-window must be at least 0 and below --tokens-per-sample (32), got 32",
+        ),
+        (
+            ("--context-window", -1),
+            "--context-window must be at least 0 and below --tokens-per-sample (32), got -1",
+        ),
+        (("--max-target-positions", 64), "--max-target-positions must be the model's own, 32, got 64"),
+    ],
+)
+def test_what_the_model_cannot_do_is_refused(
+    flags: tuple[object, ...], message: str, corpus: tuple[Path, Path], stock_models: tuple[Path, Path]
+) -> None:
+    output = score(corpus[1], stock_models[1], *flags, succeeds=False)
+    assert message in output.splitlines()[-1] and "Traceback" not in output
+
+
+def test_eval_lm_of_a_translation_model_is_refused(
+    corpus: tuple[Path, Path], stock_models: tuple[Path, Path]
+) -> None:
+    output = score(corpus[0], stock_models[0], succeeds=False)
+    assert output.splitlines() == [
+        "fairseq-eval-lm: error: fairseq-eval-lm scores language models; "
+        f"{stock_models[0]} was trained with --task translation"
+    ]
+
+
+def test_validate_takes_the_task_of_the_checkpoint(
+    corpus: tuple[Path, Path], stock_models: tuple[Path, Path]
+) -> None:
+    for data, model in zip(corpus, stock_models, strict=True):
+        output = run("fairseq-validate", data, "--path", model, *CPU, "--batch-size", 4)
+        assert "valid on 'valid' subset" in output
+    output = run("fairseq-validate", corpus[0], "--path", stock_models[0], *CPU, succeeds=False)
+    assert output.splitlines()[-1] == "fairseq-validate: error: --batch-size or --max-tokens must be given"
+    output = run("fairseq-validate", corpus[0], *CPU, "--batch-size", 4, succeeds=False)
+    assert "--path must be given" in output.splitlines()[-1] and "Traceback" not in output
+
+
+def test_generate_takes_the_direction_of_the_checkpoint(
+    corpus: tuple[Path, Path], stock_models: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """Of a model en-de, in a folder whose files say de-en."""
+    for file in corpus[0].iterdir():
+        shutil.copy(file, tmp_path / file.name.replace("en-de", "de-en"))
+    output = run(
+        "fairseq-generate", tmp_path, "--path", stock_models[0], *CPU, "--batch-size", 12, "--max-len-b", 5
+    )
+    assert "as the checkpoint was trained: --source-lang en, --target-lang de" in output
+    assert re.search(r"^S-0\tw\d", output, re.M) and re.search(r"^T-0\tW\d", output, re.M)
+
+
+@pytest.mark.parametrize("command", ["fairseq-generate", "fairseq-interactive"])
+def test_a_model_of_another_task_is_refused(
+    command: str, corpus: tuple[Path, Path], stock_models: tuple[Path, Path]
+) -> None:
+    """A language model in the translation task would score BLEU 0, with exit status 0."""
+    for data, model, task in (
+        (corpus[0], stock_models[1], "translation"),
+        (corpus[1], stock_models[0], "language_modeling"),
+    ):
+        output = run(command, data, "--task", task, "--path", model, *CPU, succeeds=False)
+        assert output.splitlines()[-1].endswith(f"and cannot do --task {task}") and "Traceback" not in output

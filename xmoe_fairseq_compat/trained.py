@@ -1,0 +1,172 @@
+"""What an evaluating command takes from the checkpoint: settings that the command line leaves out."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import zipfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from xmoe_fairseq_compat.checkpoints import load_checkpoint
+from xmoe_fairseq_compat.errors import FlagError, UserError
+from xmoe_fairseq_compat.registry import mend, stand_in
+
+# Of a language model's task: how the text is cut, and what the model reads and predicts.
+OF_LANGUAGE_MODELS = (
+    "tokens_per_sample", "sample_break_mode", "add_bos_token", "output_dictionary_size", "self_target",
+    "future_target", "past_target",
+)  # fmt: skip
+
+
+def on_command_line(*flags: str) -> list[str | None]:
+    """Values of flags, before the command's own parser, which needs them, is made; None where not given."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for flag in flags:
+        parser.add_argument(flag)
+    known, _ = parser.parse_known_args(sys.argv[1:])
+    return [getattr(known, flag.lstrip("-").replace("-", "_")) for flag in flags]
+
+
+def saved_config(path: str) -> dict[str, dict[str, Any]]:
+    """The parts of the configuration with which a checkpoint was trained; its tensors are not read.
+
+    Raises:
+        CheckpointError: it is none.
+    """
+    from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+    from omegaconf import OmegaConf
+
+    state = load_checkpoint(path, map_location="cpu", mmap=zipfile.is_zipfile(path) or None)
+    cfg = state.get("cfg") or convert_namespace_to_omegaconf(state["args"])
+    whole: Any = OmegaConf.to_container(cfg) if OmegaConf.is_config(cfg) else cfg
+    parts = {
+        name: vars(part) if isinstance(part, argparse.Namespace) else part for name, part in whole.items()
+    }
+    known = {name: part for name, part in parts.items() if isinstance(part, dict)}
+    trained_on = (state.get("task_state") or {}).get("trained_on", {})
+    languages = {name: trained_on[name] for name in ("source_lang", "target_lang") if name in trained_on}
+    known["task"] = known.get("task", {}) | languages  # which a command line may have left to be found out
+    return known
+
+
+def checkpoint_config() -> dict[str, dict[str, Any]]:
+    """Of the first checkpoint that --path names; empty where the command is to say itself what is wrong."""
+    from fairseq.utils import split_paths
+
+    (path,) = on_command_line("--path")
+    if path is None:
+        if {"-h", "--help"} & set(sys.argv):
+            return {}
+        raise UserError("--path must be given: the checkpoint, such as checkpoints/checkpoint_best.pt")
+    first = split_paths(path)[0]
+    return saved_config(first) if Path(first).is_file() else {}
+
+
+def trained_task() -> tuple[str | None, Any]:
+    """Name and class of the checkpoint's task; None, None where there is none to read.
+
+    Raises:
+        UserError: fairseq has no such task.
+    """
+    from fairseq import utils
+    from fairseq.tasks import TASK_REGISTRY
+
+    path, folder = on_command_line("--path", "--user-dir")
+    name = checkpoint_config().get("task", {}).get("_name")
+    utils.import_user_module(argparse.Namespace(user_dir=folder))
+    if name is not None and name not in TASK_REGISTRY:
+        raise UserError(f"{path} was trained with --task {name}, which a --user-dir has to bring")
+    return name, TASK_REGISTRY.get(name)
+
+
+def complete(args: Any, given: Any, saved: dict[str, Any], names: Iterable[str], command: str) -> None:
+    """Put the checkpoint's settings into `args` where the command line gave none."""
+    taken = {name: saved[name] for name in names if name in saved and not hasattr(given, name)}
+    differ = {name: value for name, value in taken.items() if getattr(args, name, None) != value}
+    for name, value in differ.items():
+        setattr(args, name, value)
+    if differ:
+        listed = ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in differ.items())
+        logging.getLogger(command).info("as the checkpoint was trained: %s", listed)
+
+
+@mend("fairseq_cli.eval_lm")
+def evaluate_as_trained(module: Any) -> None:
+    """Every torch: fairseq-eval-lm cuts the text into blocks of 1024 unless told, drops those that are longer
+    than the model takes, and so scores a fragment or nothing ("Perplexity: 1.00")."""
+    options = module.options
+
+    def get_eval_lm_parser() -> Any:
+        name, task = trained_task()
+        if task is not None and not hasattr(task, "eval_lm_dataloader"):
+            (path,) = on_command_line("--path")
+            raise UserError(f"fairseq-eval-lm scores language models; {path} was trained with --task {name}")
+        return options.get_eval_lm_parser(name or "language_modeling")
+
+    def parse_args_and_arch(parser: Any) -> Any:
+        args = options.parse_args_and_arch(parser)
+        given = options.parse_args_and_arch(get_eval_lm_parser(), suppress_defaults=True)
+        saved = checkpoint_config()
+        complete(args, given, saved.get("task", {}), OF_LANGUAGE_MODELS, module.logger.name)
+        positions = saved.get("model", {}).get("max_target_positions") or saved["task"]["tokens_per_sample"]
+        asked = getattr(given, "max_target_positions", positions)
+        if asked != positions:
+            raise FlagError(
+                f"--max-target-positions must be the model's own, {positions}, got {asked}; to change it give"
+                f" --model-overrides \"{{'max_target_positions': {asked}}}\""
+            )
+        if not 0 <= args.context_window < args.tokens_per_sample:
+            raise FlagError(
+                "--context-window must be at least 0 and below --tokens-per-sample"
+                f" ({args.tokens_per_sample}), got {args.context_window}"
+            )
+        return args
+
+    module.options = stand_in(
+        options, get_eval_lm_parser=get_eval_lm_parser, parse_args_and_arch=parse_args_and_arch
+    )
+
+
+@mend("fairseq_cli.generate", "fairseq_cli.interactive")
+def translate_as_trained(module: Any) -> None:
+    """Every torch: without --source-lang and --target-lang, the direction comes from the names of files, and
+    a model may translate the wrong way round; and a language model in --task translation scores BLEU 0."""
+    options = module.options
+
+    def parse_args_and_arch(parser: Any) -> Any:
+        from fairseq.tasks import TASK_REGISTRY
+
+        args = options.parse_args_and_arch(parser)
+        name, task = trained_task()
+        language_model = hasattr(task, "eval_lm_dataloader")
+        if task is not None and language_model != hasattr(TASK_REGISTRY[args.task], "eval_lm_dataloader"):
+            raise UserError(f"{args.path} was trained with --task {name}, and cannot do --task {args.task}")
+        languages = ("source_lang", "target_lang")
+        if name == args.task and all(getattr(args, side, None) is None for side in languages):
+            saved = checkpoint_config()["task"]
+            complete(args, argparse.Namespace(), saved, languages, "fairseq_cli.generate")
+        return args
+
+    module.options = stand_in(options, parse_args_and_arch=parse_args_and_arch)
+
+
+@mend("fairseq_cli.validate")
+def validate_as_trained(module: Any) -> None:
+    """Every torch: without --task, which the checkpoint knows, fairseq-validate ends in `KeyError: None`."""
+    options = module.options
+
+    def get_validation_parser() -> Any:
+        return options.get_validation_parser(trained_task()[0])
+
+    def parse_args_and_arch(parser: Any, suppress_defaults: bool = False) -> Any:
+        args = options.parse_args_and_arch(parser, suppress_defaults=suppress_defaults)
+        if not suppress_defaults and args.max_tokens is None and args.batch_size is None:
+            raise FlagError("--batch-size or --max-tokens must be given")
+        return args
+
+    module.options = stand_in(
+        options, get_validation_parser=get_validation_parser, parse_args_and_arch=parse_args_and_arch
+    )
