@@ -14,6 +14,7 @@ from xmoe_fairseq.config import read_field
 from xmoe_fairseq.criterions.moe_loss import MoELossMixin
 from xmoe_fairseq.moe import Budget, step_budgets
 from xmoe_fairseq.parallel.failure import explain
+from xmoe_fairseq.saved_settings import check_saved_settings
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +34,10 @@ class MoETrainer(Trainer):
                 f"--criterion {name} leaves out the load-balance loss, so tokens may crowd onto few experts;"
                 f" use {' or '.join(balanced)}"
             )
+
+    def check_checkpoint(self, filename: str, state: dict[str, Any]) -> None:
+        """A hook of xmoe_fairseq_compat: called on rank 0 before a checkpoint is loaded."""
+        check_saved_settings(filename, state, self.cfg.model)
 
     def train_step(self, samples: list[Any], raise_oom: bool = False) -> Any:
         with self.explained("update", self.get_num_updates() + 1):

@@ -1,4 +1,4 @@
-"""What fairseq's checkpoints need: opening one runs no code, and a kill leaves none half written."""
+"""What fairseq's checkpoints need: opening one runs no code."""
 
 from __future__ import annotations
 
@@ -95,20 +95,3 @@ def read_experts_whole(module: Any) -> None:
         return join_shards(state, path)
 
     module.load_checkpoint_to_cpu = load_checkpoint_to_cpu
-
-
-@mend("fairseq.checkpoint_utils")
-def copy_checkpoints_whole(module: Any) -> None:
-    """Every torch: checkpoint_last.pt is a plain copy, so a kill at that moment leaves half a checkpoint."""
-    plain = module.PathManager
-
-    class PathManager(plain):  # type: ignore[misc, valid-type]
-        @staticmethod
-        def copy(src_path: str, dst_path: str, overwrite: bool = False) -> bool:
-            if not plain.supports_rename(dst_path):
-                return bool(plain.copy(src_path, dst_path, overwrite))
-            copied = plain.copy(src_path, dst_path + ".tmp", overwrite=True)
-            plain.rename(dst_path + ".tmp", dst_path)
-            return bool(copied)
-
-    module.PathManager = PathManager

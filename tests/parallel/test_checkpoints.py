@@ -229,7 +229,7 @@ def test_a_file_that_is_no_checkpoint_keeps_all_experts_and_the_run_going(tmp_pa
 
 @pytest.mark.parametrize(
     "form, call",
-    [((), "shutil.copyfile"), (SHARDED, "torch.save"), (SHARDED, "os.rename")],
+    [((), "shutil.copyfileobj"), (SHARDED, "torch.save"), (SHARDED, "os.replace")],
     ids=["while the last checkpoint is copied", "amid a shard", "between the shards and the checkpoint"],
 )
 def test_a_kill_while_saving_leaves_the_previous_checkpoint_whole(
@@ -238,15 +238,15 @@ def test_a_kill_while_saving_leaves_the_previous_checkpoint_whole(
     folder = tmp_path / "copy"
     shutil.copytree(written(2, 2, *form)[0], folder)
 
-    plain_save = torch.save
+    plain_save, plain_replace = torch.save, os.replace
 
     def killed(source: Any, target: Any, *args: Any, **kwargs: Any) -> None:
         if isinstance(target, BytesIO):  # a message to the other ranks
             return plain_save(source, target)
-        if call == "torch.save":
-            Path(target if isinstance(target, Path) else target.name).write_bytes(b"half")
-        elif call == "shutil.copyfile":
-            Path(target).write_bytes(b"half")
+        if call != "os.replace":
+            Path(target.name).write_bytes(b"half")
+        elif "experts" in str(target):
+            return plain_replace(source, target)
         os._exit(1)
 
     def ranks() -> None:
@@ -262,6 +262,6 @@ def test_a_kill_while_saving_leaves_the_previous_checkpoint_whole(
     assert run_ranks(2, ranks) == [None, None]
     state = checkpoint_utils.load_checkpoint_to_cpu(str(folder / "checkpoint_last.pt"))
     # Update 3 ends the epoch, and saves one file only: the first copy is made at update 4.
-    whole = UPDATES + 1 if call == "shutil.copyfile" else UPDATES
+    whole = UPDATES + 1 if call == "shutil.copyfileobj" else UPDATES
     assert state["optimizer_history"][-1]["num_updates"] == whole
     assert all(torch.is_tensor(value) for value in state["model"].values())

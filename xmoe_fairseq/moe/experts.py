@@ -127,8 +127,7 @@ class Experts(nn.Module):
         return f"num_experts={self.num_experts}, model_dim={model_dim}, expert_dim={expert_dim}{part}"
 
 
-def slice_experts(whole: Tensor, num_experts: int, held: Tensor, first: int) -> Tensor:
+def slice_experts(whole: Any, num_experts: int, held: Tensor, first: int) -> Any:
     """Of a stack of all experts the rows that `held` is for; else (a part, a wrong shape) as it is."""
-    if whole.dim() and whole.size(0) == num_experts and whole.shape[1:] == held.shape[1:]:
-        return whole[first : first + held.size(0)]
-    return whole
+    is_stack = isinstance(whole, Tensor) and whole.dim() and whole.size(0) == num_experts
+    return whole[first : first + held.size(0)] if is_stack and whole.shape[1:] == held.shape[1:] else whole

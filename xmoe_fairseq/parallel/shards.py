@@ -6,11 +6,9 @@ before anything names it, so a kill at any moment leaves the previous checkpoint
 """
 
 import logging
-import os
 import re
-import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from torch import Tensor
 
 from xmoe_fairseq_compat.checkpoints import load
 from xmoe_fairseq_compat.errors import CheckpointError
+from xmoe_fairseq_compat.files import mapped, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -72,51 +71,68 @@ def shard_names(identity: str, count: int) -> list[str]:
 
 
 def write_shard(experts: State, folder: Path, identity: str, index: int, count: int) -> None:
-    target = folder / shard_names(identity, count)[index]
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_suffix(".tmp")
-    torch.save({"id": identity, "index": index, "count": count, "experts": experts}, temporary)
-    os.replace(temporary, target)
+    """Raises WriteError."""
+    shard = {"id": identity, "index": index, "count": count, "experts": experts}
+    write_atomically(folder / shard_names(identity, count)[index], lambda file: torch.save(shard, file))
 
 
 def join_shards(state: State, path: str | Path) -> State:
     """Put the experts back into a checkpoint read from `path`: all, or those of `reading_part`.
 
     Raises:
-        CheckpointError: names the file that is missing or does not belong to the checkpoint.
+        CheckpointError: names the file that is missing, damaged or does not belong to the checkpoint.
     """
+    files = shard_files(state, path)
     shards = state.pop(KEY, None)
-    if shards is None:
-        return state
-    read = [_read_shard(Path(path), shards, index) for index in range(len(shards["files"]))]
-    for group, entries in read[0].items():
-        holder = state
+    read = [_read_shard(Path(path), shards["id"], files, index) for index in range(len(files))]
+    for group, entries in read[0].items() if read else ():
+        holder: Any = state
         for key in group.split("/"):
-            holder = holder[key]
+            holder = holder.get(key) if isinstance(holder, dict) else None
+        for file, shard in zip(files, read, strict=True):
+            if not isinstance(holder, dict) or shard.keys() != read[0].keys():
+                raise CheckpointError(path, f"{file} holds other groups than it: {', '.join(shard)}")
+            _check_same_names(path, file, shard[group], {key for key in holder if holder[key] is None})
         for key in entries:
             holder[key] = _join([shard[group][key] for shard in read])
     return state
 
 
-def _read_shard(path: Path, shards: State, index: int) -> State:
-    file = path.parent / shards["files"][index]
+def _check_same_names(path: str | Path, file: str, experts: State, wanted: set[Any]) -> None:
+    """Raises CheckpointError if a file holds other experts than those whose places are empty."""
+    for kind, names in (("has no", wanted - experts.keys()), ("has besides", experts.keys() - wanted)):
+        if names:
+            raise CheckpointError(path, f"{file} {kind} {min(map(str, names))}; copy the right one")
+
+
+def shard_files(state: State, path: str | Path) -> list[str]:
+    """The files that hold a checkpoint's experts, seen from its folder. Raises CheckpointError."""
+    shards = state.get(KEY)
+    if shards is None:
+        return []
+    files = shards.get("files") if isinstance(shards, dict) else None
+    files = files if isinstance(files, list) and isinstance(shards.get("id"), str) else []
+    if not files or not all(re.fullmatch(rf"{FOLDER}/[^/]+", str(file)) for file in files):
+        raise CheckpointError(path, f"its entry {KEY!r} is damaged: {str(shards)[:60]}; copy it again")
+    return files
+
+
+def _read_shard(path: Path, identity: Any, files: list[str], index: int) -> State:
+    file = path.parent / files[index]
     if not file.is_file():
         raise CheckpointError(path, f"it needs {file}, which is missing; keep them in the same folder")
     shard = load(file, **mapped(file))  # a rank takes its own rows only
     parts = ("id", "index", "count")
     found = tuple(map(shard.get, parts)) if isinstance(shard, dict) else ()
-    wanted = (shards["id"], index, len(shards["files"]))
+    wanted = (identity, index, len(files))
     if found != wanted:
         raise CheckpointError(
             path, f"{file} is another checkpoint's: {found}, not {wanted}; copy the right one"
         )
-    experts: State = shard["experts"]
+    experts = shard.get("experts")
+    if not isinstance(experts, dict) or not all(isinstance(group, dict) for group in experts.values()):
+        raise CheckpointError(file, "it holds no experts; copy it again")
     return experts
-
-
-def mapped(path: Path) -> dict[str, Any]:
-    """For torch.load: tensors are mapped, so that those nobody asks for are not read."""
-    return {"map_location": "cpu", "mmap": zipfile.is_zipfile(path)}  # torch < 1.6 wrote no zip files
 
 
 def _join(parts: list[Any]) -> Any:
@@ -135,9 +151,9 @@ def _join(parts: list[Any]) -> Any:
 
 
 def remove_orphans(folder: Path) -> None:
-    """Delete the experts that no checkpoint in `folder` names any more; none, if one there cannot be read."""
+    """Delete the experts that no file in `folder` names any more; none, if a checkpoint cannot be read."""
     try:
-        named = {file for checkpoint in folder.glob("*.pt") for file in named_shards(checkpoint)}
+        named = {file for copy in folder.iterdir() if copy.is_file() for file in named_shards(copy)}
     except Exception as error:  # whatever a damaged or foreign file makes torch raise
         reason = str(error).splitlines()[0]
         logger.warning(
@@ -145,10 +161,19 @@ def remove_orphans(folder: Path) -> None:
         )
         return
     for path in (folder / FOLDER).glob("*"):
-        if f"{FOLDER}/{path.name}" not in named and re.fullmatch(r".+_\d+-of-\d+\.(pt|tmp)", path.name):
-            path.unlink()
+        is_ours = re.fullmatch(r".+_\d+-of-\d+\.(pt(\.tmp)?|tmp)", path.name)
+        if is_ours and f"{FOLDER}/{path.name}" not in named:
+            with suppress(OSError):  # what cannot be removed does no harm
+                path.unlink()
 
 
 def named_shards(checkpoint: Path) -> list[str]:
-    state = load(checkpoint, **mapped(checkpoint))
-    return list(state[KEY]["files"]) if isinstance(state, dict) and KEY in state else []
+    """The files that a checkpoint names; none if it is whole, or if a file under another name than *.pt, such
+    as a log or a copy that is still being made, is no checkpoint at all."""
+    try:
+        state = load(checkpoint, **mapped(checkpoint))
+    except CheckpointError:
+        if checkpoint.suffix == ".pt":
+            raise
+        return []
+    return shard_files(state, checkpoint) if isinstance(state, dict) and KEY in state else []

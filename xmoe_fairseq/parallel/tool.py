@@ -1,7 +1,6 @@
 """xmoe-checkpoint {info,merge,shard}: show and convert checkpoints, their experts in one or many files."""
 
 import argparse
-import os
 import re
 import secrets
 from pathlib import Path
@@ -15,13 +14,15 @@ from xmoe_fairseq.parallel.shards import (
     KEY,
     State,
     join_shards,
-    mapped,
+    shard_files,
     shard_names,
     split_experts,
     write_shard,
 )
+from xmoe_fairseq.parallel.whole import check_tensors
 from xmoe_fairseq_compat.checkpoints import load_checkpoint
 from xmoe_fairseq_compat.errors import CheckpointError
+from xmoe_fairseq_compat.files import mapped, write_atomically
 
 EXPERTS = re.compile(r".+\.experts\.fc[12]_(weight|bias)")
 
@@ -58,7 +59,7 @@ def read(path: Path) -> State:
 
 def describe(path: Path) -> list[str]:
     state = read(path)
-    files = [path.parent / file for file in state.get(KEY, {}).get("files", [])]
+    files = [path.parent / file for file in shard_files(state, path)]
     history = state.get("optimizer_history") or [{}]
     whole = join_shards(state, path)["model"]
     stacks = {name: value for name, value in whole.items() if EXPERTS.fullmatch(name)}
@@ -86,19 +87,24 @@ def convert(source: Path, target: Path, parts: int) -> None:
     if target.exists():
         raise ValueError(f"{target} exists already; name a file that does not")
     state = join_shards(read(source), source)
+    check_tensors(state["model"], source)
     names = [name for name in state["model"] if EXPERTS.fullmatch(name)]
     if not names:
         raise ValueError(f"{source} holds no experts: its model is {model_name(state)}")
-    target.parent.mkdir(parents=True, exist_ok=True)
+    written: list[Path] = []
     if parts > 1:
         state, experts = split_experts(state, names, expert_slots(state))
         identity = f"{state['optimizer_history'][-1]['num_updates']}-{secrets.token_hex(4)}"
-        for index in range(parts):
-            write_shard(_slice(experts, index, parts), target.parent, identity, index, parts)
         state[KEY] = {"id": identity, "files": shard_names(identity, parts)}
-    temporary = target.with_name(target.name + ".tmp")
-    torch.save(state, temporary)
-    os.replace(temporary, target)
+        written = [target.parent / file for file in state[KEY]["files"]]
+    try:
+        for index in range(len(written)):
+            write_shard(_slice(experts, index, parts), target.parent, identity, index, parts)
+        write_atomically(target, lambda file: torch.save(state, file))
+    except BaseException:  # Ctrl-C, too
+        for file in written:
+            file.unlink(missing_ok=True)
+        raise
 
 
 def expert_slots(state: State) -> list[int]:

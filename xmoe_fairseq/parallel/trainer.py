@@ -26,7 +26,9 @@ from xmoe_fairseq.parallel.shards import (
     write_shard,
 )
 from xmoe_fairseq.trainer import MoETrainer
-from xmoe_fairseq_compat.errors import CheckpointError
+from xmoe_fairseq_compat import folder_lock
+from xmoe_fairseq_compat.errors import CheckpointError, FlagError, UserError
+from xmoe_fairseq_compat.files import WriteError, from_all_ranks, raise_on_all_ranks
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +47,11 @@ class ExpertParallelTrainer(MoETrainer):
         self._shards: dict[str, Any] = {}  # or which files were written
         self._in_step = False  # also after an error in one
         super().__init__(cfg, task, model, criterion, quantizer)
+        if read_field(cfg.model, "moe_sharded_checkpoints", False):
+            # Only rank 0 makes this file; what is wrong should show now, not at the first checkpoint.
+            sees = from_all_ranks(Path(cfg.checkpoint.save_dir, folder_lock.NAME).exists())
+            if sees[0] and not all(sees[: self._parallel.size]):
+                raise not_shared(cfg.checkpoint.save_dir, folder_lock.NAME, sees.index(False))
 
     def train_step(self, samples: list[Any], raise_oom: bool = False) -> Any:
         with self._in_one_step():
@@ -99,17 +106,34 @@ class ExpertParallelTrainer(MoETrainer):
         return whole
 
     def _write_shards(self) -> dict[str, Any]:
+        """Raises a UserError on all ranks where one cannot write, or rank 0 does not see what was written."""
         folder, count = Path(self.cfg.checkpoint.save_dir), self._parallel.size
         identity = [""]
         if dist.get_rank() == 0:  # first, while no rank has written a file that nothing names yet
             remove_orphans(folder)
             identity = [f"{self.get_num_updates()}-{secrets.token_hex(4)}"]
         dist.broadcast_object_list(identity, src=0)
+        files = shard_names(identity[0], count)
+        try:
+            raise_on_all_ranks(self._write_shard(folder, identity[0]))  # waits for all files
+            unseen = [file for file in files if dist.get_rank() == 0 and not (folder / file).is_file()]
+            raise_on_all_ranks(not_shared(folder, unseen[0]) if unseen else None)
+        except UserError:
+            for file in files[dist.get_rank() :][:1]:
+                (folder / file).unlink(missing_ok=True)
+            raise
+        return {"id": identity[0], "files": files}
+
+    def _write_shard(self, folder: Path, identity: str) -> WriteError | None:
         if self._parallel.in_first_group:
             _, experts = self._split(super().state_dict())
-            write_shard(utils.move_to_cpu(experts), folder, identity[0], dist.get_rank(), count)
-        dist.barrier()  # all files are there before a checkpoint names them
-        return {"id": identity[0], "files": shard_names(identity[0], count)}
+            try:
+                write_shard(
+                    utils.move_to_cpu(experts), folder, identity, dist.get_rank(), self._parallel.size
+                )
+            except WriteError as error:
+                return error
+        return None
 
     def _split(self, state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         slots = [index for index, p in enumerate(self.optimizer.params) if hasattr(p, "expert")]
@@ -150,6 +174,14 @@ class ExpertParallelTrainer(MoETrainer):
         self.cfg.checkpoint.load_checkpoint_on_all_dp_ranks = True
         with reading_part(dist.get_rank(self._parallel.expert_group), self._parallel.size):
             return super().load_checkpoint(filename, *args, **kwargs)
+
+
+def not_shared(folder: str | Path, file: str, rank: int = 0) -> FlagError:
+    """What to raise where one rank does not see what another has written."""
+    return FlagError(
+        f"--moe-sharded-checkpoints: rank {rank} does not see {file}, which another rank has written to"
+        f" --save-dir {folder}; all ranks must share that folder"
+    )
 
 
 def _is_sharded(checkpoint: Path) -> bool:

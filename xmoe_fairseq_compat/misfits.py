@@ -1,0 +1,75 @@
+"""Why the weights of a checkpoint do not fit a model, in one line."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from xmoe_fairseq_compat.errors import UserError
+
+SHOWN = 3
+SIZE = re.compile(
+    r"size mismatch for (\S+): copying a param with shape (?:torch\.Size\()?(\[[^]]*\])\)? from checkpoint, "
+    r"the shape in current model is (?:torch\.Size\()?(\[[^]]*\])"
+)
+NO_TENSOR = re.compile(r'While copying the parameter named "([^"]+)", expected torch\.Tensor')
+VOCABULARY = re.compile(r"(embed_tokens|output_projection)\.weight$|\.embed_out$")
+SHAPING = re.compile(
+    r".*(_dim|_layers|_heads|_positions|_freq|_num_experts|_ffn_split|_router|_combine|_pos)$"
+    r"|share_.*|no_moe_.*|.*normalize_before|.*layernorm_embedding|adaptive_.*|moe_target_.*"
+)
+
+
+class WeightsError(UserError, RuntimeError):
+    """Weights that do not fit a model."""
+
+
+def misfit(message: str) -> str | None:
+    """torch's page about a state dict in one line, with the first few names of each kind; None if it is
+    about something else."""
+    sizes = SIZE.findall(message)
+    kinds = [("", [f"{name} is {saved}, not {wanted}" for name, saved, wanted in sizes])]
+    kinds += [("", [f"{name} is no tensor" for name in NO_TENSOR.findall(message)])]
+    for kind, text in (("Missing", "it has no "), ("Unexpected", "it has besides ")):
+        found = re.search(rf"{kind} key\(s\) in state_dict: (.*)", message)
+        kinds += [(text, re.findall(r'"([^"]+)"', found[1]) if found else [])]
+    parts = [_first(names, text) for text, names in kinds if names]
+    if not parts:
+        return None
+    is_vocabulary = len(parts) == 1 and sizes and all(VOCABULARY.search(name) for name, _, _ in sizes)
+    hint = "; it was trained with another dictionary" if is_vocabulary else ""
+    return f"its weights do not fit the model: {'; '.join(parts)}{hint}"
+
+
+def _first(names: list[str], text: str) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return text + ", ".join(names[:SHOWN]) + more
+
+
+def settings_of(state: Mapping[str, Any]) -> dict[str, Any]:
+    """A model's configuration, of a checkpoint; older ones have it among `args`."""
+    cfg = state.get("cfg") or {}
+    return as_dict(cfg.get("model") if hasattr(cfg, "get") else None) or as_dict(state.get("args"))
+
+
+def as_dict(model_cfg: Any) -> dict[str, Any]:
+    from omegaconf import OmegaConf
+
+    if isinstance(model_cfg, argparse.Namespace):
+        return vars(model_cfg)
+    if OmegaConf.is_config(model_cfg):
+        model_cfg = {name: OmegaConf.select(model_cfg, name) for name in model_cfg}
+    return dict(model_cfg) if isinstance(model_cfg, Mapping) else {}
+
+
+def other_sizes(saved: Mapping[str, Any], here: Mapping[str, Any]) -> str:
+    """The flags that give a model its sizes and differ: " (it was trained with --x 8, here 16; ...)"."""
+    names = [name for name in saved if name in here and SHAPING.fullmatch(name)]
+    differing = [
+        f"--{name.replace('_', '-')} {saved[name]}, here {here[name]}"
+        for name in names
+        if saved[name] != here[name] and None not in (saved[name], here[name])
+    ]
+    return f" (it was trained with {_first(differing, '')})" if differing else ""

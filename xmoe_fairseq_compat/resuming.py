@@ -1,0 +1,171 @@
+"""What fairseq needs where a run goes on from a checkpoint: nothing passed over, and one line why not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from xmoe_fairseq_compat.checkpoints import load_checkpoint as load
+from xmoe_fairseq_compat.errors import CheckpointError, FlagError, UserError
+from xmoe_fairseq_compat.files import from_all_ranks, mapped, raise_on_all_ranks
+from xmoe_fairseq_compat.misfits import WeightsError, as_dict, misfit, other_sizes, settings_of
+from xmoe_fairseq_compat.registry import mend
+
+DEFAULT = "checkpoint_last.pt"
+RESETS = ("reset_optimizer", "reset_lr_scheduler", "reset_meters", "reset_dataloader")
+
+
+def check_named_files(cfg: Any, suffix: str, is_file: Any) -> None:
+    """Raises FlagError if a checkpoint that was asked for is not there.
+
+    Args:
+        cfg: fairseq's CheckpointConfig.
+        suffix: of this rank's checkpoints.
+    """
+    pretrained, named = cfg.finetune_from_model, cfg.restore_file != DEFAULT
+    if pretrained and named:
+        raise FlagError(f"--finetune-from-model and --restore-file {cfg.restore_file} cannot be combined")
+    for reset in RESETS if pretrained else ():
+        if getattr(cfg, reset):
+            raise FlagError(
+                f"--{reset.replace('_', '-')} cannot be combined with --finetune-from-model, which resets all"
+            )
+    first = not is_file(f"{cfg.save_dir}/checkpoint_last{suffix}.pt")
+    wanted = {
+        "--restore-file": cfg.restore_file.replace(".pt", suffix + ".pt") if named else None,
+        "--continue-once": getattr(cfg, "continue_once", None) if first else None,
+        "--finetune-from-model": pretrained if first else None,
+    }
+    for flag, path in wanted.items():
+        if path and not is_file(path):
+            raise FlagError(f"{flag}: there is no file {path}")
+
+
+@mend("fairseq.checkpoint_utils")
+def refuse_a_missing_checkpoint(module: Any) -> None:
+    """Every torch: a --restore-file that is not there, or a folder, trains from scratch without a word."""
+    plain_load = module.load_checkpoint
+
+    def load_checkpoint(cfg: Any, trainer: Any, **passthrough: Any) -> Any:
+        error = None
+        try:
+            check_named_files(cfg, trainer.checkpoint_suffix or "", module.PathManager.isfile)
+        except FlagError as refused:
+            error = refused
+        raise_on_all_ranks(error)
+        return plain_load(cfg, trainer, **passthrough)
+
+    module.load_checkpoint = load_checkpoint
+
+
+def check_scheduler(filename: str, state: dict[str, Any], cfg: Any) -> None:
+    """Raises CheckpointError if the learning rate would go on by another rule than the checkpoint's."""
+    saved = ((state.get("cfg") or {}).get("lr_scheduler") or {}).get("_name")
+    here = getattr(cfg.lr_scheduler, "_name", None)
+    if state.get("last_optimizer_state") and None not in (saved, here) and saved != here:
+        raise CheckpointError(
+            filename,
+            f"it was trained with --lr-scheduler {saved}, this run has {here}; add --reset-lr-scheduler to go"
+            " on with the new one, or give another --save-dir",
+        )
+
+
+@mend("fairseq.trainer")
+def look_at_a_checkpoint_first(module: Any) -> None:
+    """Every torch: what is wrong with a checkpoint shows amid loading, on one rank or in pages, another
+    scheduler not at all. A trainer may have a look too, in a method `check_checkpoint`."""
+    plain_load = module.Trainer.load_checkpoint
+
+    def look(self: Any, filename: str, keep_scheduler: bool) -> None:
+        path = module.PathManager.get_local_path(filename)
+        state = load(path, **mapped(path))  # no tensor is read
+        if keep_scheduler:
+            check_scheduler(filename, state, self.cfg)
+        if hasattr(self, "check_checkpoint"):
+            self.check_checkpoint(filename, state)
+
+    def load_checkpoint(
+        self: Any, filename: str, reset_optimizer: bool = False, reset_lr_scheduler: bool = False,
+        *args: Any, **kwargs: Any,
+    ) -> Any:  # fmt: skip
+        is_there = from_all_ranks(bool(module.PathManager.isfile(filename)))
+        if len(set(is_there)) > 1:
+            rank = is_there.index(not is_there[0])
+            seer, blind = (0, rank) if is_there[0] else (rank, 0)
+            raise CheckpointError(
+                filename, f"rank {seer} sees it and rank {blind} does not; all ranks must share its folder"
+            )
+        error = None
+        if is_there[0] and self.data_parallel_rank == 0:
+            try:
+                look(self, filename, not (reset_optimizer or reset_lr_scheduler))
+            except UserError as refused:
+                error = refused
+        raise_on_all_ranks(error)
+        return plain_load(self, filename, reset_optimizer, reset_lr_scheduler, *args, **kwargs)
+
+    module.Trainer.load_checkpoint = load_checkpoint
+
+
+@mend("fairseq.trainer")
+def say_why_a_checkpoint_does_not_fit(module: Any) -> None:
+    """Every torch: weights of other sizes, another criterion or optimizer end in pages of traceback."""
+    plain_load = module.Trainer.load_checkpoint
+
+    def load_checkpoint(self: Any, filename: str, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return plain_load(self, filename, *args, **kwargs)
+        except AssertionError as error:
+            what, _, classes = str(error).partition(" does not match; please reset the optimizer ")
+            if not classes:
+                raise
+            saved, _, here = classes.partition(". ")[2].partition(" vs ")
+            raise CheckpointError(
+                filename,
+                f"it was trained with the {what.lower()} {saved}, this run has {here}; add --reset-optimizer"
+                " to go on with the new one, or give another --save-dir",
+            ) from None
+        except Exception as error:
+            cause: Any = error.__context__
+            if isinstance(error, UserError) or "Cannot load model parameters" not in str(error):
+                raise
+            if not isinstance(cause, WeightsError):
+                raise CheckpointError(filename, f"it does not fit the model: {cause!r}") from error
+            state = load(filename, **mapped(filename))
+            sizes = other_sizes(settings_of(state), as_dict(self.cfg.model))
+            raise CheckpointError(filename, f"{cause}{sizes}") from error
+
+    module.Trainer.load_checkpoint = load_checkpoint
+
+
+@mend("fairseq.models.fairseq_model")
+def name_the_weights_that_do_not_fit(module: Any) -> None:
+    """Every torch: weights of other sizes are listed on a page, one by one."""
+
+    def mended(plain_load: Any) -> Any:
+        def load_state_dict(self: Any, *args: Any, **kwargs: Any) -> Any:
+            try:
+                return plain_load(self, *args, **kwargs)
+            except RuntimeError as error:
+                text = misfit(str(error))
+                if text is None:
+                    raise
+                raise WeightsError(text) from error
+
+        return load_state_dict
+
+    for model in (module.BaseFairseqModel, module.FairseqMultiModel):
+        model.load_state_dict = mended(model.load_state_dict)
+
+
+@mend("fairseq.checkpoint_utils")
+def name_the_checkpoint_that_does_not_fit(module: Any) -> None:
+    """Every torch: where weights do not fit the model, the file is not named."""
+    plain_load = module.load_model_ensemble_and_task
+
+    def load_model_ensemble_and_task(filenames: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return plain_load(filenames, *args, **kwargs)
+        except WeightsError as error:
+            raise CheckpointError(", ".join(map(str, filenames)), str(error)) from error
+
+    module.load_model_ensemble_and_task = load_model_ensemble_and_task
