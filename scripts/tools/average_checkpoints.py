@@ -8,6 +8,7 @@ left out. Checkpoints are read with weights_only.
 """
 
 import argparse
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -15,31 +16,46 @@ import torch
 from fairseq import checkpoint_utils
 
 import xmoe_fairseq  # noqa: F401  (what a checkpoint of its models holds)
+from xmoe_fairseq.parallel.whole import check_tensors
+from xmoe_fairseq.saved_settings import as_flag, counting
+from xmoe_fairseq_compat.errors import CheckpointError
+from xmoe_fairseq_compat.files import write_atomically
+from xmoe_fairseq_compat.misfits import settings_of
 
 
 def load(path: Path) -> dict[str, Any]:
+    """Raises CheckpointError."""
     if not path.is_file():
-        raise SystemExit(f"average: there is no file {path}")
+        raise CheckpointError(path, "there is no such file")
     state: dict[str, Any] = checkpoint_utils.load_checkpoint_to_cpu(str(path))
+    check_tensors(state["model"], path)
     return state
 
 
 def average(paths: list[Path]) -> dict[str, Any]:
+    """Raises CheckpointError if one does not hold what the first holds, or no numbers."""
     state = load(paths[0])
     sums = {
         name: value.float() if value.is_floating_point() else value for name, value in state["model"].items()
     }
+    settings = settings_of(state)
     for path in paths[1:]:
-        model = load(path)["model"]
-        if model.keys() != sums.keys():
-            raise SystemExit(f"average: {path} and {paths[0]} are checkpoints of different models")
+        other = load(path)
+        for name in counting(settings):  # a threshold, say: the mean would have that of the first
+            if (value := settings_of(other).get(name)) != settings[name]:
+                was = as_flag(name, settings[name])
+                raise CheckpointError(path, f"it has {as_flag(name, value)}, and {paths[0]} has {was}")
+        model = other["model"]
+        for (has, names), (lacks, others) in permutations(((path, model.keys()), (paths[0], sums.keys()))):
+            if names - others:
+                raise CheckpointError(lacks, f"it has no {min(names - others)}, which {has} has")
         for name, value in model.items():
             if value.shape != sums[name].shape:
-                raise SystemExit(f"average: {name} has another shape in {path} than in {paths[0]}")
+                raise CheckpointError(path, f"{name} has another shape than in {paths[0]}")
             if value.is_floating_point():
                 sums[name] = sums[name] + value
             elif not torch.equal(value, sums[name]):
-                raise SystemExit(f"average: {name} differs between {path} and {paths[0]}, and is no float")
+                raise CheckpointError(path, f"{name} differs from that in {paths[0]}, and is no float")
     mean = {
         name: (total / len(paths)).to(state["model"][name].dtype) if total.is_floating_point() else total
         for name, total in sums.items()
@@ -52,9 +68,8 @@ def main() -> None:
     parser.add_argument("--inputs", type=Path, nargs="+", required=True)
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
-    partial = args.output.with_suffix(".partial")
-    torch.save(average(args.inputs), partial)
-    partial.rename(args.output)
+    mean = average(args.inputs)
+    write_atomically(args.output, lambda file: torch.save(mean, file))
 
 
 if __name__ == "__main__":

@@ -22,6 +22,8 @@ from plot_runs import styles_of
 from sacrebleu.metrics import BLEU, CHRF
 from tolerances import assert_same
 
+from xmoe_fairseq_compat.errors import CheckpointError
+
 
 def score_with_forks(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
     """score.py in this process, its commands in forks; lm/score.sh is run as it is below."""
@@ -104,11 +106,11 @@ def test_language_model(lm_data: Path, tmp_path: Path, monkeypatch: pytest.Monke
     table = next(name for name in mean["model"] if name.endswith("table_V"))
     second["model"][table] += 1
     torch.save(second, run / "other.pt")
-    with pytest.raises(SystemExit, match=f"{table} differs between"):
+    with pytest.raises(CheckpointError, match=f"{table} differs from that in"):
         average_checkpoints.average([paths[0], run / "other.pt"])
     del second["model"][table]
     torch.save(second, run / "other.pt")
-    with pytest.raises(SystemExit, match="are checkpoints of different models"):
+    with pytest.raises(CheckpointError, match=f"other.pt: it has no {table}, which .* has"):
         average_checkpoints.average([paths[0], run / "other.pt"])
 
 

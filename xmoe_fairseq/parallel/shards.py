@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 State = dict[str, Any]
 FOLDER = "experts"
 KEY = "expert_shards"  # in the checkpoint: {"id", "files"}
+GROUPS = ("model", "extra_state/ema", "last_optimizer_state/state")  # of a checkpoint; where experts lie
 _part: ContextVar[tuple[int, int]] = ContextVar("part", default=(0, 1))
 
 
@@ -45,13 +46,10 @@ def split_experts(state: State, names: list[str], slots: list[int]) -> tuple[Sta
         names: of the model's parameters that are stacks of experts.
         slots: their numbers in the optimizer's state.
     """
-    wanted: dict[tuple[str, ...], list[Any]] = {
-        ("model",): names,
-        ("extra_state", "ema"): names,
-        ("last_optimizer_state", "state"): slots,
-    }
     rest, experts = dict(state), dict[str, State]()
-    for path, keys in wanted.items():
+    wanted: tuple[list[Any], ...] = (names, names, slots)
+    for group, keys in zip(GROUPS, wanted, strict=True):
+        path = group.split("/")
         if path[0] not in state:
             continue
         holder = rest
@@ -60,7 +58,7 @@ def split_experts(state: State, names: list[str], slots: list[int]) -> tuple[Sta
             holder = holder[key]
         entries = holder.get(path[-1])
         if entries:
-            mine = experts["/".join(path)] = {key: entries[key] for key in keys if key in entries}
+            mine = experts[group] = {key: entries[key] for key in keys if key in entries}
             # None keeps the experts' places: an optimizer numbers parameters by their order
             holder[path[-1]] = {key: None if key in mine else value for key, value in entries.items()}
     return rest, experts
@@ -85,24 +83,32 @@ def join_shards(state: State, path: str | Path) -> State:
     files = shard_files(state, path)
     shards = state.pop(KEY, None)
     read = [_read_shard(Path(path), shards["id"], files, index) for index in range(len(files))]
+    for file, shard in zip(files, read, strict=True):
+        for group in {*GROUPS, *shard}:
+            wanted = {key for key, value in _holder(state, group).items() if value is None}
+            _check_same_names(path, file, shard.get(group, {}).keys(), wanted, group)
     for group, entries in read[0].items() if read else ():
-        holder: Any = state
-        for key in group.split("/"):
-            holder = holder.get(key) if isinstance(holder, dict) else None
-        for file, shard in zip(files, read, strict=True):
-            if not isinstance(holder, dict) or shard.keys() != read[0].keys():
-                raise CheckpointError(path, f"{file} holds other groups than it: {', '.join(shard)}")
-            _check_same_names(path, file, shard[group], {key for key in holder if holder[key] is None})
+        holder = _holder(state, group)
         for key in entries:
             holder[key] = _join([shard[group][key] for shard in read])
     return state
 
 
-def _check_same_names(path: str | Path, file: str, experts: State, wanted: set[Any]) -> None:
+def _holder(state: State, group: str) -> State:
+    """The entries of a group; none if the checkpoint has no such group."""
+    holder: Any = state
+    for key in group.split("/"):
+        holder = holder.get(key) if isinstance(holder, dict) else None
+    return holder if isinstance(holder, dict) else {}
+
+
+def _check_same_names(path: str | Path, file: str, names: Any, wanted: set[Any], group: str) -> None:
     """Raises CheckpointError if a file holds other experts than those whose places are empty."""
-    for kind, names in (("has no", wanted - experts.keys()), ("has besides", experts.keys() - wanted)):
-        if names:
-            raise CheckpointError(path, f"{file} {kind} {min(map(str, names))}; copy the right one")
+    for kind, found in (("has no", wanted - names), ("has besides", names - wanted)):
+        if found:
+            raise CheckpointError(
+                path, f"{file} {kind} {min(map(str, found))} in {group}; copy the right one"
+            )
 
 
 def shard_files(state: State, path: str | Path) -> list[str]:

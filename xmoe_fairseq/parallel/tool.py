@@ -19,7 +19,7 @@ from xmoe_fairseq.parallel.shards import (
     split_experts,
     write_shard,
 )
-from xmoe_fairseq.parallel.whole import check_tensors
+from xmoe_fairseq.parallel.whole import check_are_tensors, check_tensors
 from xmoe_fairseq_compat.checkpoints import load_checkpoint
 from xmoe_fairseq_compat.errors import CheckpointError
 from xmoe_fairseq_compat.files import mapped, write_atomically
@@ -62,6 +62,7 @@ def describe(path: Path) -> list[str]:
     files = [path.parent / file for file in shard_files(state, path)]
     history = state.get("optimizer_history") or [{}]
     whole = join_shards(state, path)["model"]
+    check_are_tensors(whole, path)
     stacks = {name: value for name, value in whole.items() if EXPERTS.fullmatch(name)}
     experts = sum(value.numel() for value in stacks.values())
     layers = [f"  {name}: {list(value.shape)}" for name, value in stacks.items() if "fc1_weight" in name]

@@ -14,6 +14,13 @@ LAYER = re.compile(r"(?P<side>.*\.layers)\.(?P<number>\d+)\.(?P<name>.+)")
 UNSET = re.compile(r".*_float_tensor$")  # fairseq never sets this buffer, nor reads it
 
 
+def check_are_tensors(model: dict[str, Any], path: Path) -> None:
+    """Raises CheckpointError."""
+    for name, value in model.items():
+        if not isinstance(value, Tensor):
+            raise CheckpointError(path, f"{name} is {'missing' if value is None else 'no tensor'}")
+
+
 def check_tensors(model: dict[str, Any], path: Path) -> None:
     """
     Layers of one side that are of one kind, with experts or without, must hold tensors of the same names.
@@ -21,9 +28,8 @@ def check_tensors(model: dict[str, Any], path: Path) -> None:
     Raises:
         CheckpointError: an entry is no tensor, or holds NaN or inf; or a layer has one that its like has not.
     """
+    check_are_tensors(model, path)
     for name, value in model.items():
-        if not isinstance(value, Tensor):
-            raise CheckpointError(path, f"{name} is {'missing' if value is None else 'no tensor'}")
         if not UNSET.fullmatch(name) and value.is_floating_point() and not torch.isfinite(value).all():
             raise CheckpointError(path, f"{name} holds NaN or inf; take an earlier checkpoint")
     layers: dict[tuple[str, bool], dict[str, set[str]]] = defaultdict(dict)

@@ -1,0 +1,191 @@
+"""xmoe-checkpoint and averaging on checkpoints that are damaged, packed or incomplete, and on a full disk."""
+
+import copy
+import os
+import resource
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from distributed import run_ranks
+from toy import language_model
+
+from xmoe_fairseq.parallel import tool
+from xmoe_fairseq.parallel.shards import remove_orphans
+from xmoe_fairseq_compat.errors import CheckpointError
+from xmoe_fairseq_compat.files import WriteError
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts/tools"))
+import average_checkpoints  # noqa: E402
+
+State = dict[str, Any]
+
+
+def state() -> State:
+    """What fairseq-train writes of a model whose layers 1 and 3 have experts."""
+    model = language_model(decoder_layers=4)
+    history = {"num_updates": 2, "criterion_name": "x", "optimizer_name": "y", "lr_scheduler_state": {}}
+    return {
+        "args": None, "cfg": {"model": {"_name": "xmoe_transformer_lm"}}, "model": model.state_dict(),
+        "optimizer_history": [history], "extra_state": {}, "last_optimizer_state": None,
+    }  # fmt: skip
+
+
+def saved(state: State, path: Path) -> Path:
+    torch.save(state, path)
+    return path
+
+
+@pytest.fixture
+def whole(tmp_path: Path) -> Path:
+    return saved(state(), tmp_path / "whole.pt")
+
+
+def test_a_packed_checkpoint_is_read_right(whole: Path, tmp_path: Path) -> None:
+    packed = tmp_path / "packed.pt"
+    with zipfile.ZipFile(whole) as plain, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as target:
+        for part in plain.namelist():
+            target.writestr(part, plain.read(part))
+    assert packed.stat().st_size < whole.stat().st_size
+    tool.convert(packed, tmp_path / "shards.pt", 2)
+    tool.convert(tmp_path / "shards.pt", tmp_path / "again.pt", 1)
+    expected, got = (torch.load(path)["model"] for path in (whole, tmp_path / "again.pt"))
+    assert list(got) == list(expected)
+    assert all(torch.equal(got[name], value) for name, value in expected.items())
+
+
+EXPERTS = "decoder.layers.1.moe.experts.fc1_weight"
+NORM = "decoder.layers.2.final_layer_norm.weight"
+
+
+def without(name: str) -> Callable[[State], Any]:
+    return lambda state: state["model"].pop(name)
+
+
+def given(name: str, value: Any) -> Callable[[State], Any]:
+    return lambda state: state["model"].update({name: value})
+
+
+def no_number(state: State) -> None:
+    state["model"][NORM][0] = float("inf")
+
+
+@pytest.mark.parametrize(
+    "change, problem",
+    [
+        (without(NORM), "decoder.layers.2 has no final_layer_norm.weight, which decoder.layers.0 has"),
+        (without(EXPERTS), "decoder.layers.1 has no moe.experts.fc1_weight, which decoder.layers.3 has"),
+        (
+            given("decoder.layers.0.stray", torch.ones(1)),
+            "decoder.layers.2 has no stray, which decoder.layers.0 has",
+        ),
+        (no_number, f"{NORM} holds NaN or inf"),
+        (given(NORM, "text"), f"{NORM} is no tensor"),
+        (given(NORM, None), f"{NORM} is missing"),
+    ],
+)
+def test_what_is_missing_stray_or_no_number_is_named(
+    change: Callable[[State], Any], problem: str, whole: Path, tmp_path: Path
+) -> None:
+    damaged = state()
+    change(damaged)
+    path = saved(damaged, tmp_path / "damaged.pt")
+    for act in (
+        lambda: tool.convert(path, tmp_path / "new.pt", 1),
+        lambda: tool.convert(path, tmp_path / "new.pt", 2),
+        lambda: average_checkpoints.average([whole, path]),
+    ):
+        with pytest.raises(CheckpointError, match=f"cannot load checkpoint {path}: {problem}"):
+            act()
+    assert sorted(os.listdir(tmp_path)) == ["damaged.pt", "whole.pt"]
+
+
+def test_layers_that_all_lack_a_part_of_the_experts(tmp_path: Path) -> None:
+    damaged = state()
+    for layer in (1, 3):
+        del damaged["model"][f"decoder.layers.{layer}.moe.experts.fc2_bias"]
+    path = saved(damaged, tmp_path / "damaged.pt")
+    with pytest.raises(CheckpointError, match=r"decoder.layers.\d has no moe.experts.fc2_bias"):
+        tool.convert(path, tmp_path / "new.pt", 1)
+
+
+def test_the_mean_of_checkpoints_with_other_settings_is_refused(tmp_path: Path) -> None:
+    first, second = state(), state()
+    for one, t in ((first, 0.5), (second, 0.9)):
+        one["cfg"]["model"] |= {"moe_router": "threshold", "moe_threshold": t}
+    paths = [saved(one, tmp_path / f"{i}.pt") for i, one in enumerate((first, second))]
+    line = f"{paths[1]}: it has --moe-threshold 0.9, and {paths[0]} has --moe-threshold 0.5"
+    with pytest.raises(CheckpointError, match=line):
+        average_checkpoints.average(paths)
+    assert average_checkpoints.average(paths[:1])["model"].keys() == first["model"].keys()
+
+
+@pytest.mark.parametrize(
+    "entry", [{}, "x", 5, {"id": "a", "files": []}, {"id": "a", "files": [5]}, {"files": ["experts/a.pt"]},
+              {"id": "a", "files": ["../a.pt"]}, {"id": "a", "files": ["experts/../../a.pt"]}],
+)  # fmt: skip
+def test_a_damaged_list_of_files(entry: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = saved({**state(), "expert_shards": entry}, tmp_path / "checkpoint.pt")
+    for words in (("info", path), ("merge", path, tmp_path / "new.pt")):
+        sys.argv = ["xmoe-checkpoint", *map(str, words)]
+        with pytest.raises(SystemExit):
+            tool.main()
+        (line,) = capsys.readouterr().err.splitlines()
+        assert f"cannot load checkpoint {path}: its entry 'expert_shards' is damaged" in line
+
+
+@pytest.mark.parametrize(
+    "change, problem",
+    [
+        (lambda experts: experts["model"].pop(EXPERTS), f"has no {EXPERTS}"),
+        (lambda experts: experts["model"].update(stray=torch.ones(2)), "has besides stray"),
+        (lambda experts: experts.update(stray={"a": 1}), "has besides a in stray"),
+        (lambda experts: experts.update(model=5), "it holds no experts"),
+    ],
+)
+def test_a_file_of_experts_that_holds_something_else(
+    change: Callable[[State], Any], problem: str, whole: Path, tmp_path: Path
+) -> None:
+    tool.convert(whole, tmp_path / "shards.pt", 2)
+    for file in (tmp_path / "experts").iterdir():
+        good = torch.load(file)
+        damaged = copy.deepcopy(good)
+        change(damaged["experts"])
+        torch.save(damaged, file)
+        with pytest.raises(CheckpointError, match=f"{file.name}.* {problem}"):
+            tool.convert(tmp_path / "shards.pt", tmp_path / "new.pt", 1)
+        torch.save(good, file)
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_full_disk_leaves_nothing(parts: int, whole: Path, tmp_path: Path) -> None:
+    new = tmp_path / "new"
+
+    def convert() -> str:
+        _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, most))
+        with pytest.raises(WriteError) as error:
+            tool.convert(whole, new / "checkpoint.pt", parts)
+        return str(error.value)
+
+    (said,) = run_ranks(1, convert)
+    assert said.startswith(f"cannot write {new}/") and said.endswith(": file too large")
+    assert not [path for path in new.rglob("*") if path.is_file()]
+
+
+def test_a_copy_under_any_name_keeps_its_experts(whole: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    tool.convert(whole, run / "checkpoint_last.pt", 2)
+    os.rename(run / "checkpoint_last.pt", run / "checkpoint_last.pt.bak")
+    (run / "train.log").write_text("no checkpoint")
+    with zipfile.ZipFile(run / "code.zip", "w") as archive:
+        archive.writestr("code/data.pkl", b"no pickle")
+    remove_orphans(run)
+    assert len(list((run / "experts").iterdir())) == 2
+    (run / "checkpoint_last.pt.bak").unlink()
+    remove_orphans(run)
+    assert not list((run / "experts").iterdir())
