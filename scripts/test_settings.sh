@@ -11,6 +11,7 @@ ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 bash "$ROOT/scripts/setup.sh"
 PATH=$(cd "${VENV:-$ROOT/.venv}" && pwd)/bin:$PATH
 cd "$ROOT"
+export OMP_WAIT_POLICY=passive   # a thread that waits sleeps: two a process are more than there are cores
 unset MKL_CBWR ATEN_CPU_CAPABILITY OMP_NUM_THREADS
 cores=$(python -c 'import os; print(os.cpu_count())')
 status=0
