@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import os
 from typing import Any
 
 from xmoe_fairseq_compat.registry import has, mend, stand_in
@@ -42,3 +44,32 @@ def resume_on_another_number_of_ranks(module: Any) -> None:
         plain_load(self, {**state, "iterations_in_epoch": read // self.num_shards})
 
     iterator.state_dict, iterator.load_state_dict = state_dict, load_state_dict
+
+
+@mend("fairseq.data.indexed_dataset", when=lambda: has("numpy", 2))
+def place_sentences_beyond_two_gigabytes(module: Any) -> None:
+    """numpy >= 2 adds a size read from a worker's part to a place in 32 bits: `fairseq-preprocess --workers`
+    writes wrong places once the data passes 2 GB, with nothing but a warning of an overflow."""
+    plain_finalize = module.MMapIndexedDatasetBuilder.finalize
+
+    def finalize(self: Any, index_file: str) -> None:
+        self._sizes = [int(size) for size in self._sizes]
+        plain_finalize(self, index_file)
+
+    module.MMapIndexedDatasetBuilder.finalize = finalize
+
+
+@mend("fairseq.data.indexed_dataset")
+def map_empty_data(module: Any) -> None:
+    """Every torch: an empty file cannot be mapped, so an empty set of sentences ends in a ValueError."""
+    import numpy
+
+    class Nothing(numpy.ndarray):
+        _mmap = io.BytesIO()  # which fairseq closes
+
+    def memmap(path: str, **kwargs: Any) -> Any:
+        if os.path.getsize(path) == 0:
+            return numpy.zeros(0, numpy.uint8).view(Nothing)
+        return numpy.memmap(path, **kwargs)
+
+    module.np = stand_in(numpy, memmap=memmap)
