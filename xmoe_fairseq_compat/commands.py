@@ -13,6 +13,7 @@ from typing import Any
 from xmoe_fairseq_compat.errors import UserError
 from xmoe_fairseq_compat.registry import has, mend, stand_in
 from xmoe_fairseq_compat.shares import Names, Turns, shared, with_each_task
+from xmoe_fairseq_compat.splits import load_with_targets
 
 
 def equal_lines(system: Any, reference: Any) -> Iterator[tuple[Any, Any]]:
@@ -118,6 +119,7 @@ def validate_on_several_ranks(module: Any) -> None:
             models, saved, task = utils.load_model_ensemble_and_task(*args, **kwargs)
             turns.watch(task)
             task.valid_step = functools.partial(turns.compute, task.valid_step)
+            task.load_dataset = functools.partial(load_with_targets, task, task.load_dataset)
             return models, saved, task
 
         return {

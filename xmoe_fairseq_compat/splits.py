@@ -1,0 +1,189 @@
+"""The sets of a data folder (train, valid, test): there, not empty, and of sentences that fit."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from xmoe_fairseq_compat.errors import FlagError, UserError
+from xmoe_fairseq_compat.registry import mend, replaced
+from xmoe_fairseq_compat.shares import with_each_task
+
+
+def sets_in(folder: str) -> list[str]:
+    """Raises UserError where there is no such folder."""
+    from fairseq.file_io import PathManager
+
+    try:
+        names: Iterable[str] = PathManager.ls(folder)
+    except OSError as error:
+        raise UserError(f"cannot read data folder {folder}: {error.strerror}") from error
+    return sorted({name.split(".")[0] for name in names if name.endswith(".idx")})
+
+
+@mend("fairseq.tasks.language_modeling", "fairseq.tasks.translation")
+def name_a_missing_set(module: Any) -> None:
+    """Every torch: a data folder, or a set in it, that is not there ends in a traceback."""
+    for task in (getattr(module, name, None) for name in ("LanguageModelingTask", "TranslationTask")):
+        if task is not None:
+            say_which_sets_there_are(task)
+
+
+def say_which_sets_there_are(task: Any) -> None:
+    plain_load = task.load_dataset
+
+    def load_dataset(self: Any, split: str, *args: Any, **kwargs: Any) -> Any:
+        from fairseq.utils import split_paths
+
+        try:
+            return plain_load(self, split, *args, **kwargs)
+        except FileNotFoundError as error:
+            cfg = self.cfg or self.args
+            folder, pair = split_paths(cfg.data)[0], ""
+            if getattr(cfg, "source_lang", None):
+                pair = f" of {cfg.source_lang}-{cfg.target_lang}"
+            there = ", ".join(sets_in(folder)) or "none"
+            raise UserError(f"no set {split!r}{pair} in {folder}; sets there: {there}") from error
+
+    task.load_dataset = load_dataset
+
+
+@mend("fairseq.tasks.translation")
+def join_sets_of_pairs(module: Any) -> None:
+    """Every torch: sets that are joined (train and train1, or --combine-valid-subsets) end in "negative
+    dimensions", because --upsample-primary is -1 where it is not given; and two sides of unequal length in an
+    assertion that does not name them."""
+    plain_load = module.load_langpair_dataset
+
+    def load_langpair_dataset(data_path: str, split: str, *args: Any, **kwargs: Any) -> Any:
+        upsample = max(1, kwargs.pop("upsample_primary", 1))
+        try:
+            return plain_load(data_path, split, *args, upsample_primary=upsample, **kwargs)
+        except AssertionError as error:
+            if "same number of examples" not in str(error):
+                raise
+            rule = "source and target must have as many lines"
+            raise UserError(f"{split!r} in {data_path}: {rule}; binarise both again") from error
+
+    module.load_langpair_dataset = load_langpair_dataset
+
+
+@mend("fairseq.data.data_utils")
+def refuse_an_empty_set(module: Any) -> None:
+    """Every torch: a set without a sentence ends in an assertion, in a division by zero or in BLEU 0."""
+    plain_load = module.load_indexed_dataset
+
+    def load_indexed_dataset(path: str, *args: Any, **kwargs: Any) -> Any:
+        dataset = plain_load(path, *args, **kwargs)
+        if dataset is not None and len(dataset) == 0:
+            raise UserError(f"{path} holds no sentence; name another set, or train with --disable-validation")
+        return dataset
+
+    module.load_indexed_dataset = load_indexed_dataset
+
+
+@mend("fairseq_cli.train")
+def read_the_sets_that_are_asked_for(module: Any) -> None:
+    """Every torch: --disable-validation reads the validation sets all the same, and fails if one is not there
+    or empty; --combine-valid-subsets reads one joined set, and looks for those of --valid-subset."""
+    plain_main = module.main
+
+    @functools.wraps(plain_main)
+    def main(cfg: Any) -> Any:
+        def see_to(task: Any) -> None:
+            plain_load = task.load_dataset
+
+            def load_dataset(split: str, *args: Any, **kwargs: Any) -> None:
+                if split == cfg.dataset.train_subset or not cfg.dataset.disable_validation:
+                    load_with_targets(task, plain_load, split, *args, **kwargs)
+
+            task.load_dataset = load_dataset
+
+        if cfg.dataset.combine_valid_subsets:
+            cfg.dataset.valid_subset = "valid"
+        with replaced(module, tasks=with_each_task(module.tasks, see_to)):
+            return plain_main(cfg)
+
+    module.main = main
+
+
+def load_with_targets(task: Any, load: Callable[..., Any], split: str, *args: Any, **kwargs: Any) -> None:
+    """Raises UserError where a set has no target side: nothing to learn from, or to validate with."""
+    from fairseq.data import LanguagePairDataset
+
+    load(split, *args, **kwargs)
+    dataset = task.datasets.get(split)
+    if isinstance(dataset, LanguagePairDataset) and dataset.tgt is None:
+        raise UserError(f"the set {split!r} in {task.cfg.data} has no target side ({task.cfg.target_lang})")
+
+
+@mend("fairseq.data.data_utils")
+def know_the_names_of_valid_sets(module: Any) -> None:
+    """Every torch: for pairs, `--valid-subset valid,valid1` is refused: valid1.en-de.en was not named."""
+    plain_find = module._find_extra_valid_paths
+    module._find_extra_valid_paths = lambda path: {name.split(".")[0] for name in plain_find(path)}
+
+
+@mend("fairseq.data.data_utils")
+def say_which_length_is_too_long(module: Any) -> None:
+    """Every torch: --max-tokens below the longest sentence ends in an assertion."""
+    plain_batches = module.batch_by_size
+
+    @functools.wraps(plain_batches)
+    def batch_by_size(
+        indices: Any,
+        num_tokens_fn: Any,
+        num_tokens_vec: Any = None,
+        max_tokens: Any = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        try:
+            return plain_batches(indices, num_tokens_fn, num_tokens_vec, max_tokens, *args, **kwargs)
+        except AssertionError as error:
+            if max_tokens is None or len(indices) == 0:
+                raise
+            longest = (
+                max(num_tokens_fn(i) for i in indices) if num_tokens_vec is None else max(num_tokens_vec)
+            )
+            if longest <= max_tokens:
+                raise
+            rule = f"must be at least the longest sentence or block, {longest} tokens"
+            raise FlagError(f"--max-tokens {rule}, got {max_tokens}") from error
+
+    module.batch_by_size = batch_by_size
+
+
+@mend("fairseq.tasks.fairseq_task")
+def say_which_sentence_is_too_long(module: Any) -> None:
+    """Every torch: a sentence that is longer than the model takes ends in a traceback."""
+    plain_filter = module.FairseqTask.filter_indices_by_size
+
+    def filter_indices_by_size(
+        self: Any, indices: Any, dataset: Any, max_positions: Any = None, ignore_invalid_inputs: bool = False
+    ) -> Any:
+        try:
+            return plain_filter(self, indices, dataset, max_positions, ignore_invalid_inputs)
+        except Exception as error:
+            if type(error) is Exception:
+                raise UserError(str(error)) from error
+            raise
+
+    module.FairseqTask.filter_indices_by_size = filter_indices_by_size
+
+
+@mend("fairseq.data.iterators")
+def say_that_no_sentence_fits(module: Any) -> None:
+    """Every torch: a set whose sentences are all too long ends in a traceback."""
+    plain_first = module.EpochBatchIterator.first_batch.fget
+
+    def first_batch(self: Any) -> Any:
+        if len(self.frozen_batches) == 0:
+            raise UserError(
+                f"all {len(self.dataset)} sentences of a set are longer than the model or --max-tokens allow;"
+                " nothing is left of it"
+            )
+        return plain_first(self)
+
+    module.EpochBatchIterator.first_batch = property(first_batch)
