@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import re
+import sys
 from collections.abc import Mapping
 from typing import Any
 
-from xmoe_fairseq_compat.errors import UserError
+from xmoe_fairseq_compat.errors import CheckpointError, UserError
+
+logger = logging.getLogger(__name__)
 
 SHOWN = 3
 SIZE = re.compile(
@@ -19,6 +23,11 @@ VOCABULARY = re.compile(r"(embed_tokens|output_projection)\.weight$|\.embed_out$
 SHAPING = re.compile(
     r".*(_dim|_layers|_heads|_positions|_freq|_num_experts|_ffn_split|_router|_combine|_pos)$"
     r"|share_.*|no_moe_.*|.*normalize_before|.*layernorm_embedding|adaptive_.*|moe_target_.*"
+)
+# They change what a model computes, and no weight shows it.
+SILENT = re.compile(
+    r"activation_fn|(en|de)coder_(attention_heads|normalize_before)|no_scale_embedding"
+    r"|no_token_positional_embeddings"
 )
 
 
@@ -60,15 +69,46 @@ def as_dict(model_cfg: Any) -> dict[str, Any]:
     if isinstance(model_cfg, argparse.Namespace):
         return vars(model_cfg)
     if OmegaConf.is_config(model_cfg):
-        model_cfg = {name: OmegaConf.select(model_cfg, name) for name in model_cfg}
+        model_cfg = OmegaConf.to_container(model_cfg, resolve=False, enum_to_str=True)
     return dict(model_cfg) if isinstance(model_cfg, Mapping) else {}
+
+
+def check_left_out(path: Any, changed: Mapping[str, tuple[Any, Any]]) -> None:
+    """fairseq builds a model from the command line alone and fills it with a checkpoint's weights, so that a
+    setting which was left out would silently be the default.
+
+    Args:
+        changed: settings of the model as (in the checkpoint, here); those that were typed may differ.
+
+    Raises:
+        CheckpointError: says what to type.
+    """
+    given = {word.split("=")[0].lstrip("+") for word in sys.argv}  # for fairseq-train, or for hydra
+    left_out = sorted(name for name in changed if not {as_flag(name), f"model.{name}"} & given)
+    if left_out:
+        keep, change = (" ".join(as_flag(name, changed[name][i]) for name in left_out) for i in (0, 1))
+        raise CheckpointError(
+            path,
+            "it was trained or converted with other settings than this run's, which its weights do not show;"
+            f" add {keep} to keep them, or {change} to change them",
+        )
+    for name, (was, now) in changed.items():
+        logger.warning(f"{path} was saved with {as_flag(name, was)}; from here on {as_flag(name, now)}")
+
+
+def as_flag(name: str, value: Any = "") -> str:
+    """A setting as it is typed."""
+    text = "--" + name.replace("_", "-")
+    if isinstance(value, bool):
+        return text if value else f"no {text}"
+    return f"{text} {value}".rstrip()
 
 
 def other_sizes(saved: Mapping[str, Any], here: Mapping[str, Any]) -> str:
     """The flags that give a model its sizes and differ: " (it was trained with --x 8, here 16; ...)"."""
     names = [name for name in saved if name in here and SHAPING.fullmatch(name)]
     differing = [
-        f"--{name.replace('_', '-')} {saved[name]}, here {here[name]}"
+        f"{as_flag(name, saved[name])}, here {here[name]}"
         for name in names
         if saved[name] != here[name] and None not in (saved[name], here[name])
     ]

@@ -7,7 +7,15 @@ from typing import Any
 from xmoe_fairseq_compat.checkpoints import load_checkpoint as load
 from xmoe_fairseq_compat.errors import CheckpointError, FlagError, UserError
 from xmoe_fairseq_compat.files import from_all_ranks, mapped, raise_on_all_ranks
-from xmoe_fairseq_compat.misfits import WeightsError, as_dict, misfit, other_sizes, settings_of
+from xmoe_fairseq_compat.misfits import (
+    SILENT,
+    WeightsError,
+    as_dict,
+    check_left_out,
+    misfit,
+    other_sizes,
+    settings_of,
+)
 from xmoe_fairseq_compat.registry import mend
 
 DEFAULT = "checkpoint_last.pt"
@@ -57,6 +65,14 @@ def refuse_a_missing_checkpoint(module: Any) -> None:
     module.load_checkpoint = load_checkpoint
 
 
+def check_model(filename: str, state: dict[str, Any], cfg: Any) -> None:
+    """Raises CheckpointError if the weights would fit, and the model compute something else."""
+    saved, here = settings_of(state), as_dict(cfg.model)
+    names = [name for name in saved if SILENT.fullmatch(name) and None not in (saved[name], here.get(name))]
+    changed = {name: (saved[name], here[name]) for name in names if str(saved[name]) != str(here[name])}
+    check_left_out(filename, changed)
+
+
 def check_scheduler(filename: str, state: dict[str, Any], cfg: Any) -> None:
     """Raises CheckpointError if the learning rate would go on by another rule than the checkpoint's."""
     saved = ((state.get("cfg") or {}).get("lr_scheduler") or {}).get("_name")
@@ -80,6 +96,7 @@ def look_at_a_checkpoint_first(module: Any) -> None:
         state = load(path, **mapped(path))  # no tensor is read
         if keep_scheduler:
             check_scheduler(filename, state, self.cfg)
+        check_model(filename, state, self.cfg)
         if hasattr(self, "check_checkpoint"):
             self.check_checkpoint(filename, state)
 

@@ -17,10 +17,10 @@ from fairseq import checkpoint_utils
 
 import xmoe_fairseq  # noqa: F401  (what a checkpoint of its models holds)
 from xmoe_fairseq.parallel.whole import check_tensors
-from xmoe_fairseq.saved_settings import as_flag, counting
+from xmoe_fairseq.saved_settings import counting
 from xmoe_fairseq_compat.errors import CheckpointError
 from xmoe_fairseq_compat.files import write_atomically
-from xmoe_fairseq_compat.misfits import settings_of
+from xmoe_fairseq_compat.misfits import as_flag, settings_of
 
 
 def load(path: Path) -> dict[str, Any]:

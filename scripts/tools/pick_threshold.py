@@ -15,6 +15,7 @@ from rich.table import Table
 from threshold_meter import Meter, Point
 
 import xmoe_fairseq  # noqa: F401  (registers the models)
+from xmoe_fairseq_compat.files import write_atomically
 
 STEPS = 10  # of bisection
 ROUNDS = 6  # a layer's t changes what the layers above it see
@@ -144,12 +145,7 @@ def save(checkpoint: Path, output: Path, picked: Point) -> None:
     state["model"] = {
         name: value for name, value in state["model"].items() if not name.endswith(".router.budget.threshold")
     }
-    partial = output.with_name(output.name + ".partial")
-    try:
-        torch.save(state, partial)
-        partial.replace(output)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_atomically(output, lambda file: torch.save(state, file))
 
 
 def parse() -> argparse.Namespace:

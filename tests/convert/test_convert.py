@@ -1,5 +1,6 @@
 """xmoe-convert from end to end: the same outputs at t = 1, what it writes, and what it says of bad input."""
 
+import errno
 import json
 import sys
 from collections.abc import Callable
@@ -196,8 +197,8 @@ def test_other_models_are_refused(
 def test_an_interruption_leaves_no_file(
     stock: Stock, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted(_: Any, path: Path) -> None:
-        path.write_bytes(b"half of it")
+    def interrupted(_: Any, file: Any) -> None:
+        file.write(b"half of it")
         raise KeyboardInterrupt
 
     path, data = stock("lm")
@@ -205,4 +206,61 @@ def test_an_interruption_leaves_no_file(
     said = said_by(
         monkeypatch, capsys, path, tmp_path / "sparse.pt", "--split", 8, "--calibration", data, *SMALL
     )
-    assert "stopped" in said and not list(tmp_path.iterdir())
+    assert said.endswith("xmoe-convert: interrupted; run it again to go on\n")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_leaves_no_file(
+    stock: Stock, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: Any, file: Any) -> None:
+        file.write(b"half of it")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    path, data = stock("lm")
+    monkeypatch.setattr(torch, "save", full)
+    said = said_by(
+        monkeypatch, capsys, path, tmp_path / "sparse.pt", "--split", 8, "--calibration", data, *SMALL
+    )
+    assert said.splitlines()[-1].endswith(f"cannot write {tmp_path}/sparse.pt: no space left on device")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("grouping", ["coactivation", "clustering", "random"])
+@pytest.mark.parametrize("name", ["fc1.weight", "fc2.weight"])
+def test_weights_beyond_all_measure(
+    grouping: str, name: str, stock: Stock, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    path, data = stock("lm")
+    state = torch.load(path, weights_only=True)
+    state["model"][f"decoder.layers.0.{name}"].fill_(1e38)
+    torch.save(state, tmp_path / "huge.pt")
+    said = said_by(
+        monkeypatch, capsys, tmp_path / "huge.pt", tmp_path / "sparse.pt", "--split", 8, "--calibration",
+        data, *SMALL, "--grouping", grouping,
+    )  # fmt: skip
+    assert "huge.pt: what decoder.layers.0 computes is beyond fp32, with weights of up to 1e+38" in said
+
+
+def test_weights_that_do_not_fit_take_one_line(
+    stock: Stock, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, data = stock("lm")
+    state = torch.load(path, weights_only=True)
+    state["model"]["decoder.layers.0.fc1.bias"] = torch.zeros(3)
+    state["model"]["decoder.layers.1.fc1.bias"] = "text"
+    torch.save(state, tmp_path / "other.pt")
+    said = said_by(
+        monkeypatch,
+        capsys,
+        tmp_path / "other.pt",
+        tmp_path / "sparse.pt",
+        "--split",
+        8,
+        "--calibration",
+        data,
+    )
+    (line,) = [line for line in said.splitlines() if "xmoe-convert: " in line]
+    assert "other.pt: its weights do not fit the model: decoder.layers.0.fc1.bias is [3], not [64]" in line
+    assert "decoder.layers.1.fc1.bias is no tensor" in line

@@ -122,16 +122,16 @@ def test_one_line_where_a_run_goes_on_otherwise(
 def test_settings_that_a_command_line_leaves_out_are_not_changed_silently(
     trained: Any, corpus: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    source = trained("--moe-threshold", 0.586, "--moe-router-temperature", 0.5)
-    flags = (corpus[1], *LM, *SHORT, 1, "--finetune-from-model", source)
+    source = trained("--moe-threshold", 0.586, "--activation-fn", "gelu", "--moe-router-temperature", 0.5)
+    lacks_activation = said(1, corpus[1], *LM, *SHORT, 1, "--restore-file", source, folder=tmp_path)
+    assert "add --activation-fn gelu to keep them, or --activation-fn relu to" in lacks_activation[0]
+    flags = (corpus[1], *LM, *SHORT, 1, "--activation-fn", "gelu", "--finetune-from-model", source)
     keep, change = (
         f"--moe-router-temperature {value} --moe-threshold {t}" for value, t in ((0.5, 0.586), (1.0, 0.9))
     )
-    line = (
-        f"cannot load checkpoint {source}: it was trained or converted with other settings than this run's;"
-    )
-    assert (
-        said(2, *flags, folder=tmp_path)[0] == f"{line} add {keep} to keep them, or {change} to change them"
+    assert said(2, *flags, folder=tmp_path)[0] == (
+        f"cannot load checkpoint {source}: it was trained or converted with other settings than this run's, "
+        f"which its weights do not show; add {keep} to keep them, or {change} to change them"
     )
     for given in (keep, change):
         assert said(1, *flags, *given.split(), folder=tmp_path) == [""]

@@ -39,6 +39,10 @@ class CoActivation:
         self.tokens += hidden_TF.size(0)
         self.hidden_F += hidden_TF.sum(dim=0)
 
+    def is_finite(self) -> bool:
+        sums = [self.hidden_F] if self.pairs_FF is None else [self.hidden_F, self.pairs_FF]
+        return all(bool(torch.isfinite(sum_).all()) for sum_ in sums) and self.scale_F.isfinite().all().item()
+
     def mean_hidden(self) -> Tensor:
         return (self.hidden_F / max(self.tokens, 1)).float()
 

@@ -1,13 +1,12 @@
 """A table (Markdown, JSON) and a plot of what a converted model costs and loses."""
 
 import json
-import os
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from xmoe_fairseq.convert.measure import Quality
+from xmoe_fairseq_compat.files import write_atomically
 
 HEAD = ("setting", "t", "experts per token", "FFN FLOPs", "loss", "perplexity", "FFN us per token", "time")
 
@@ -35,7 +34,7 @@ def shorten(thresholds: list[float]) -> str:
 def write_report(
     path: Path, about: dict[str, Any], dense: Quality, rows: dict[str, Quality], curve: list[Quality]
 ) -> list[Path]:
-    """Beside the checkpoint `path`: its name with .md, .json and .png."""
+    """Beside the checkpoint `path`: its name with .md, .json and .png. Raises WriteError."""
     settings = "\n".join(f"- {key}: {value}" for key, value in about.items())
     text = f"# {path.name}\n\n{settings}\n\n{table(dense, rows)}\n"
     record = {
@@ -44,9 +43,9 @@ def write_report(
         "curve": [entry(quality) for quality in curve],
     }  # fmt: skip
     written = [path.with_suffix(suffix) for suffix in (".md", ".json", ".png")]
-    replace_with(written[0], lambda file: file.write_text(text, encoding="utf-8"))
-    replace_with(written[1], lambda file: file.write_text(json.dumps(record, indent=1), encoding="utf-8"))
-    replace_with(written[2], lambda file: plot(file, dense, list(rows.values()), curve))
+    write_atomically(written[0], lambda file: file.write(text.encode()))
+    write_atomically(written[1], lambda file: file.write(json.dumps(record, indent=1).encode()))
+    write_atomically(written[2], lambda file: plot(file, dense, list(rows.values()), curve))
     return written
 
 
@@ -54,16 +53,7 @@ def entry(quality: Quality) -> dict[str, Any]:
     return {**asdict(quality), "perplexity": quality.perplexity}
 
 
-def replace_with(path: Path, write: Callable[[Path], Any]) -> None:
-    temporary = path.with_name(f"{path.name}.tmp")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def plot(path: Path, dense: Quality, rows: list[Quality], curve: list[Quality]) -> None:
+def plot(file: IO[bytes], dense: Quality, rows: list[Quality], curve: list[Quality]) -> None:
     """Quality against FLOPs of all that was measured, and against time of the rows, which were timed well."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # takes a second to import
     from matplotlib.figure import Figure
@@ -87,4 +77,4 @@ def plot(path: Path, dense: Quality, rows: list[Quality], curve: list[Quality]) 
         axis.set_xlim(left=0)
     axes[0].set_ylabel("validation perplexity")
     axes[0].legend(frameon=False)
-    figure.savefig(path, dpi=120, format="png")
+    figure.savefig(file, dpi=120, format="png")

@@ -1,6 +1,5 @@
 """The sparse model: built by the plugin, filled with the parts of the dense one, written as a checkpoint."""
 
-import os
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from xmoe_fairseq.model_config import complete_namespace
 from xmoe_fairseq.models import XMoETransformerLanguageModel, XMoETransformerModel
 from xmoe_fairseq.models.language_model import XMoETransformerLanguageModelConfig
 from xmoe_fairseq.models.translation import XMoETransformerConfig
+from xmoe_fairseq_compat.files import write_atomically
 
 MODELS: dict[str, tuple[Any, Any]] = {
     "transformer": (XMoETransformerModel, XMoETransformerConfig),
@@ -74,7 +74,7 @@ def build_sparse(dense: Dense, config: Namespace, layers: dict[str, dict[str, Te
 
 
 def write_sparse(dense: Dense, model: nn.Module, config: Namespace, path: Path) -> None:
-    """As fairseq's trainer would; written to a temporary name, so that no broken file is left."""
+    """As fairseq's trainer would. Raises WriteError."""
     cfg = plain_config(dense.cfg)
     cfg["model"] = config if isinstance(cfg["model"], Namespace) else vars(config)
     cfg["task"]["data"] = dense.state["cfg"]["task"]["data"]
@@ -83,13 +83,7 @@ def write_sparse(dense: Dense, model: nn.Module, config: Namespace, path: Path) 
         **dense.state, "args": None, "cfg": cfg, "model": model.state_dict(), "extra_state": extra,
         "last_optimizer_state": None,
     }  # fmt: skip
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        torch.save(state, temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_atomically(path, lambda file: torch.save(state, file))
 
 
 def read_sparse(path: Path, task: Any) -> nn.Module:

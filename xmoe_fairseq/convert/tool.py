@@ -28,6 +28,7 @@ from xmoe_fairseq.convert.sparse import (
     write_sparse,
 )
 from xmoe_fairseq.convert.thresholds import Dial, make_dial, set_thresholds
+from xmoe_fairseq_compat.errors import UserError
 
 ROUTER_PASSES = 2  # over the calibration data
 BUDGETS = (0.15, 0.25, 0.5, 1.0)  # in the table, as far as they can be met
@@ -40,10 +41,10 @@ def main() -> None:
     arguments = parser.parse_args()
     try:
         convert(arguments)
-    except (ConvertError, OSError, RuntimeError) as error:
-        parser.exit(1, f"xmoe-convert: {error}\n")
+    except (UserError, ConvertError, OSError, RuntimeError) as error:
+        parser.exit(1, f"xmoe-convert: {str(error).splitlines()[0]}\n")
     except KeyboardInterrupt:
-        parser.exit(130, "xmoe-convert: stopped, nothing is written\n")
+        parser.exit(130, "xmoe-convert: interrupted; run it again to go on\n")
 
 
 def convert(args: argparse.Namespace) -> None:
@@ -91,6 +92,13 @@ def calibrate(
     seen = {ffn.name: CoActivation(ffn, args.grouping == "coactivation") for ffn in ffns}
     with bar("neurons", args.calibration_tokens) as progress:
         feed(dense.model, ffns, train, lambda ffn, x: seen[ffn.name].add(ffn.hidden(x)), progress)
+    for ffn in ffns:
+        if not seen[ffn.name].is_finite():
+            largest = max(float(weight.abs().max()) for weight in (ffn.fc1_weight, ffn.fc2_weight))
+            raise ConvertError(
+                f"{args.dense}: what {ffn.name} computes is beyond fp32, with weights of up to {largest:.2g};"
+                " take an earlier checkpoint"
+            )
     parts = {}
     for index, ffn in enumerate(tqdm(ffns, desc="group", unit="layer")):
         neurons_EF = group(args.grouping, ffn, seen[ffn.name], args.split, args.seed + index)
