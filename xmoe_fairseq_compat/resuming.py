@@ -77,7 +77,7 @@ def check_scheduler(filename: str, state: dict[str, Any], cfg: Any) -> None:
     """Raises CheckpointError if the learning rate would go on by another rule than the checkpoint's."""
     saved = ((state.get("cfg") or {}).get("lr_scheduler") or {}).get("_name")
     here = getattr(cfg.lr_scheduler, "_name", None)
-    if state.get("last_optimizer_state") and None not in (saved, here) and saved != here:
+    if None not in (saved, here) and saved != here:
         raise CheckpointError(
             filename,
             f"it was trained with --lr-scheduler {saved}, this run has {here}; add --reset-lr-scheduler to go"
@@ -91,10 +91,13 @@ def look_at_a_checkpoint_first(module: Any) -> None:
     scheduler not at all. A trainer may have a look too, in a method `check_checkpoint`."""
     plain_load = module.Trainer.load_checkpoint
 
-    def look(self: Any, filename: str, keep_scheduler: bool) -> None:
+    def look(self: Any, filename: str, keep_optimizer: bool, keep_scheduler: bool) -> None:
         path = module.PathManager.get_local_path(filename)
         state = load(path, **mapped(path))  # no tensor is read
-        if keep_scheduler:
+        if keep_optimizer and not state.get("last_optimizer_state"):
+            anew = "optimizer, learning rate and number of updates begin anew"
+            module.logger.warning(f"{filename} holds no optimizer's state: {anew}")
+        elif keep_optimizer and keep_scheduler:
             check_scheduler(filename, state, self.cfg)
         check_model(filename, state, self.cfg)
         if hasattr(self, "check_checkpoint"):
@@ -114,7 +117,7 @@ def look_at_a_checkpoint_first(module: Any) -> None:
         error = None
         if is_there[0] and self.data_parallel_rank == 0:
             try:
-                look(self, filename, not (reset_optimizer or reset_lr_scheduler))
+                look(self, filename, not reset_optimizer, not reset_lr_scheduler)
             except UserError as refused:
                 error = refused
         raise_on_all_ranks(error)

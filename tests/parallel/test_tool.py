@@ -16,7 +16,8 @@ from toy import language_model
 
 from xmoe_fairseq.parallel import tool
 from xmoe_fairseq.parallel.shards import remove_orphans
-from xmoe_fairseq_compat.errors import CheckpointError
+from xmoe_fairseq_compat import folder_lock
+from xmoe_fairseq_compat.errors import CheckpointError, FlagError
 from xmoe_fairseq_compat.files import WriteError
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts/tools"))
@@ -189,3 +190,17 @@ def test_a_copy_under_any_name_keeps_its_experts(whole: Path, tmp_path: Path) ->
     (run / "checkpoint_last.pt.bak").unlink()
     remove_orphans(run)
     assert not list((run / "experts").iterdir())
+
+
+def test_a_clean_up_does_not_let_go_of_the_folder(whole: Path, tmp_path: Path) -> None:
+    """The system's lock ends where any file handle on it is closed in the process that holds it."""
+    lock = folder_lock.hold(str(tmp_path))
+    remove_orphans(tmp_path)
+
+    def other() -> str:
+        with pytest.raises(FlagError) as error:
+            folder_lock.hold(str(tmp_path))
+        return str(error.value)
+
+    assert f"in use by process {os.getpid()}" in run_ranks(1, other)[0]
+    lock.release()

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from xmoe_fairseq_compat import folder_lock
 from xmoe_fairseq_compat.checkpoints import load
 from xmoe_fairseq_compat.errors import CheckpointError
 from xmoe_fairseq_compat.files import mapped, write_atomically
@@ -159,7 +160,9 @@ def _join(parts: list[Any]) -> Any:
 def remove_orphans(folder: Path) -> None:
     """Delete the experts that no file in `folder` names any more; none, if a checkpoint cannot be read."""
     try:
-        named = {file for copy in folder.iterdir() if copy.is_file() for file in named_shards(copy)}
+        # To open and close the lock file in the process that holds it would let go of it.
+        copies = [path for path in folder.iterdir() if path.is_file() and path.name != folder_lock.NAME]
+        named = {file for copy in copies for file in named_shards(copy)}
     except Exception as error:  # whatever a damaged or foreign file makes torch raise
         reason = str(error).splitlines()[0]
         logger.warning(

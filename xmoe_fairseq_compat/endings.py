@@ -1,0 +1,55 @@
+"""How a command ends that its user or another process has ended."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from xmoe_fairseq_compat.errors import UserError
+from xmoe_fairseq_compat.registry import mend, mend_around
+
+
+@mend_around("fairseq")
+def end_an_interruption_with_one_line(module: Any) -> Iterator[None]:
+    """Every torch: Ctrl-C ends a command with a page of where it was just then, also while it starts."""
+    plain_hook = sys.excepthook
+
+    def excepthook(kind: Any, error: BaseException, traceback: Any) -> None:
+        command = os.path.basename(sys.argv[0])
+        if isinstance(error, KeyboardInterrupt) and command.startswith(("fairseq-", "xmoe-")):
+            print(f"{command}: interrupted; run it again to go on", file=sys.stderr)
+        else:
+            plain_hook(kind, error, traceback)
+
+    sys.excepthook = excepthook
+    yield
+
+
+def user_error_in(page: str) -> UserError | None:
+    """The UserError that ends the traceback of another process, if it is one."""
+    name, _, text = page.strip().rpartition("\n")[2].partition(": ")
+    module, _, kind = name.rpartition(".")
+    found = getattr(sys.modules.get(module), kind, None)
+    return UserError(text) if isinstance(found, type) and issubclass(found, UserError) else None
+
+
+@mend("fairseq.distributed.utils")
+def one_line_from_spawned_ranks(module: Any) -> None:
+    """Every torch: without torchrun fairseq starts a process for each GPU, and what is wrong in one of them
+    comes as a page of where it was."""
+    from torch.multiprocessing import ProcessRaisedException
+
+    plain_call = module.call_main
+
+    def call_main(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return plain_call(*args, **kwargs)
+        except ProcessRaisedException as error:
+            told = user_error_in(str(error))
+            if told:
+                raise told from None
+            raise
+
+    module.call_main = call_main
