@@ -44,6 +44,37 @@ def test_interactive(corpus: tuple[Path, Path], translation_checkpoint: Path) ->
     assert set(hypotheses(output)) == {0, 1}
 
 
+ALL_UNKNOWN = ("--unkpen", -1000, "--max-len-b", 2, "--min-len", 2)  # and there is one word to copy
+
+
+def test_unknown_words_are_copied_or_looked_up(
+    corpus: tuple[Path, Path], translation_checkpoint: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "words").write_text("foo Fu\n")
+    for language in ("en", "de"):
+        (tmp_path / f"test.{language}").write_text("foo\nbar\n")
+    run(
+        "fairseq-preprocess", "-s", "en", "-t", "de", "--srcdict", corpus[0] / "dict.en.txt", "--tgtdict",
+        corpus[0] / "dict.de.txt", "--testpref", tmp_path / "test", "--destdir", tmp_path / "raw",
+        "--dataset-impl", "raw",
+    )  # fmt: skip
+    flags = (*GENERATE, *ALL_UNKNOWN, "--path", translation_checkpoint, "--replace-unk")
+    raw = run("fairseq-generate", tmp_path / "raw", *flags, tmp_path / "words", "--dataset-impl", "raw")
+    assert {number: text for number, (text, _) in hypotheses(raw).items()} == {0: "Fu Fu", 1: "bar bar"}
+    typed = run("fairseq-interactive", corpus[0], *flags, stdin="foo\nbar\n")
+    assert {number: text for number, (text, _) in hypotheses(typed).items()} == {0: "foo foo", 1: "bar bar"}
+
+
+@pytest.mark.parametrize("kind", ["ordered", "unordered"])
+def test_constraints_are_kept(kind: str, corpus: tuple[Path, Path], translation_checkpoint: Path) -> None:
+    flags = (corpus[0], *GENERATE, "--path", translation_checkpoint, "--constraints", kind)
+    batch = ("--batch-size", 3, "--buffer-size", 3)
+    output = run("fairseq-interactive", *flags, *batch, stdin="w1 w2\tW9\tW8 W7\nw3 w4\nw5\tW3\n")
+    found = {number: text.split() for number, (text, _) in hypotheses(output).items()}
+    assert found[0].index("W8") + 1 == found[0].index("W7") and "W9" in found[0] and "W3" in found[2]
+    assert len(found) == 3 and (kind == "unordered" or found[0].index("W9") < found[0].index("W8"))
+
+
 def validate(corpus: Path, checkpoint: Path, overrides: str, succeeds: bool = True) -> str:
     return run(
         "fairseq-validate", corpus, *PLUGIN, "--cpu", "--num-workers", 0, "--task", "translation",

@@ -1,0 +1,82 @@
+"""What fairseq's tasks need."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from typing import Any
+
+from xmoe_fairseq_compat.errors import FlagError
+from xmoe_fairseq_compat.registry import mend
+
+
+@mend("fairseq.tasks.translation_from_pretrained_bart")
+def fine_tune_bart(module: Any) -> None:
+    """Every torch: translation_from_pretrained_bart reads `args`, which its parent has renamed `cfg`."""
+    kind = module.TranslationFromPretrainedBARTTask
+    plain_init = kind.__init__
+
+    def init(self: Any, args: Any, *dictionaries: Any) -> None:
+        if not args.langs:
+            raise FlagError("--langs must name the languages of pretraining, such as en_XX,de_DE")
+        plain_init(self, args, *dictionaries)
+
+    kind.__init__, kind.args = init, property(lambda self: self.cfg)
+
+
+@mend("fairseq.tasks.translation_from_pretrained_bart")
+def search_with_bart(module: Any) -> None:
+    """Every torch: translation_from_pretrained_bart passes over --sampling, --lm-path and the like."""
+    from fairseq.tasks import FairseqTask
+
+    kind = module.TranslationFromPretrainedBARTTask
+    plain_build = kind.build_generator
+
+    def build_generator(
+        self: Any, models: Any, args: Any, seq_gen_cls: Any = None, extra: Any = None, **rest: Any
+    ) -> Any:
+        if getattr(args, "score_reference", False):
+            return plain_build(self, models, args)
+        eos = self.tgt_dict.index(f"[{self.args.target_lang}]")  # how a sentence of this language ends
+        rest["extra_gen_cls_kwargs"] = {**(extra or rest.get("extra_gen_cls_kwargs") or {}), "eos": eos}
+        generator = FairseqTask.build_generator(self, models, args, seq_gen_cls=seq_gen_cls, **rest)
+        generator.search.eos = eos
+        return generator
+
+    kind.build_generator = build_generator
+
+
+@mend("fairseq.tasks.language_modeling")
+def leave_room_for_bos(module: Any) -> None:
+    """Every torch: --add-bos-token makes blocks one longer than the positions that are learned: IndexError.
+
+    There a block is one token shorter.
+    """
+    from fairseq.modules import LearnedPositionalEmbedding
+
+    kind, logger = module.LanguageModelingTask, logging.getLogger(module.__name__)
+    plain_build, plain_load = kind.build_model, kind.load_dataset
+
+    def build_model(self: Any, *args: Any, **kwargs: Any) -> Any:
+        model = plain_build(self, *args, **kwargs)
+        positions = getattr(getattr(model, "decoder", None), "embed_positions", None)
+        if self.args.add_bos_token and isinstance(positions, LearnedPositionalEmbedding):
+            self.room = model.max_positions() - 1
+        return model
+
+    def load_dataset(self: Any, *args: Any, **kwargs: Any) -> Any:
+        given, room = self.args, getattr(self, "room", None)
+        if room is None or given.tokens_per_sample != room + 1:
+            return plain_load(self, *args, **kwargs)
+        logger.info(
+            f"blocks of {room} tokens: with the one of --add-bos-token they fill the learned positions"
+        )
+        self.args = copy.copy(given)
+        self.args.tokens_per_sample = room
+        try:
+            return plain_load(self, *args, **kwargs)
+        finally:
+            self.args = given
+
+    kind.build_model, kind.load_dataset = build_model, load_dataset
+    kind.max_positions = lambda self: getattr(self, "room", None)
