@@ -80,3 +80,41 @@ def leave_room_for_bos(module: Any) -> None:
 
     kind.build_model, kind.load_dataset = build_model, load_dataset
     kind.max_positions = lambda self: getattr(self, "room", None)
+
+
+@mend("fairseq.tasks.multilingual_translation", "fairseq.tasks.semisupervised_translation")
+def a_model_for_each_pair(module: Any) -> None:
+    """Every torch: a task of several models, given an architecture of one, ends in a traceback."""
+    own = (value for value in vars(module).values() if getattr(value, "__module__", "") == module.__name__)
+    kind: Any = next(value for value in own if isinstance(value, type))
+    plain_build = kind.build_model
+
+    def build_model(self: Any, args: Any, *rest: Any, **kwargs: Any) -> Any:
+        from fairseq.models import ARCH_MODEL_REGISTRY, FairseqMultiModel
+
+        name = getattr(args, "arch", None) or getattr(args, "_name", None)
+        model = ARCH_MODEL_REGISTRY.get(name)
+        if model is not None and not issubclass(model, FairseqMultiModel):
+            task = module.__name__.rpartition(".")[2]
+            raise FlagError(
+                f"--task {task} needs an architecture with a model for each pair, such as"
+                f" multilingual_transformer, got --arch {name}; for one model of all pairs take"
+                " --task translation_multi_simple_epoch"
+            )
+        return plain_build(self, args, *rest, **kwargs)
+
+    kind.build_model = build_model
+
+
+@mend("fairseq.search")
+def constraints_that_arrive(module: Any) -> None:
+    """Every torch: some tasks pass over the constraints that fairseq-interactive reads: TypeError."""
+    kind = module.LexicallyConstrainedBeamSearch
+    plain_init = kind.init_constraints
+
+    def init_constraints(self: Any, batch_constraints: Any, beam_size: int) -> Any:
+        if batch_constraints is None:
+            raise FlagError("--constraints needs a task that hands them on, such as --task translation")
+        return plain_init(self, batch_constraints, beam_size)
+
+    kind.init_constraints = init_constraints

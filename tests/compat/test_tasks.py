@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from fairseq.search import LengthConstrainedBeamSearch, Sampling
+from fairseq.search import LengthConstrainedBeamSearch, LexicallyConstrainedBeamSearch, Sampling
 from fairseq.tasks.language_modeling import LanguageModelingConfig, LanguageModelingTask
+from fairseq.tasks.multilingual_translation import MultilingualTranslationTask
+from fairseq.tasks.semisupervised_translation import SemisupervisedTranslationTask
 from fairseq.tasks.translation_from_pretrained_bart import TranslationFromPretrainedBARTTask
 from omegaconf import OmegaConf
-from toy import sentences, translation_model
+from toy import dictionary, sentences, translation_model
 
 from xmoe_fairseq_compat.errors import FlagError
 
@@ -74,3 +76,19 @@ def test_blocks_with_a_bos_fit_learned_positions(
     assert max(lengths) == longest
     batch = data.collater([data[lengths.index(longest)]])
     model(**batch["net_input"])
+
+
+@pytest.mark.parametrize("kind", [MultilingualTranslationTask, SemisupervisedTranslationTask])
+def test_a_task_of_several_models_names_an_architecture(kind: type) -> None:
+    name = kind.__module__.rpartition(".")[2]
+    message = f"^--task {name} needs an architecture with a model for each pair.*got --arch transformer_lm;"
+    with pytest.raises(FlagError, match=message):
+        kind.build_model(Namespace(), Namespace(arch="transformer_lm"))
+
+
+def test_constraints_that_do_not_arrive_are_refused() -> None:
+    search = LexicallyConstrainedBeamSearch(dictionary(8), "ordered")
+    with pytest.raises(FlagError, match="^--constraints needs a task that hands them on"):
+        search.init_constraints(None, 2)
+    search.init_constraints(torch.tensor([[1, 5, 0]]), 2)
+    assert len(search.constraint_states[0]) == 2
