@@ -18,11 +18,13 @@ from pathlib import Path
 from babel import Locale, UnknownLocaleError, dates, lists, numbers, units
 from counts import new_parser, report
 from digests import DigestSet, digest
-from textio import DataError, atomic_writers, normalize, run
+from outputs import atomic_writers, check_files
+from textio import DataError, in_chunks, normalize, run
 
 Pair = tuple[str, str]
 BABEL_NAMES = {"zh": "zh_Hans"}
 NOT_REAL = {"XA", "XB", "XXX", "ZZ", "mul", "root", "und", "zxx"}  # CLDR's pseudo and unknown codes
+SPLITS = ("train", "valid", "test")
 GIVE_UP_AFTER = 10_000  # draws in a row without a new pair
 
 
@@ -36,7 +38,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--out-prefix", type=Path, required=True, help="PREFIX.{train,valid,test}.LANG")
     args = parser.parse_args()
-    for split in ("train", "valid", "test"):
+    for split in SPLITS:
         if getattr(args, split) < 1:
             raise DataError(f"--{split} must be at least 1, got {getattr(args, split)}")
     write(args)
@@ -129,12 +131,14 @@ class Generator:
 
 def write(args: argparse.Namespace) -> None:
     langs = args.source_lang, args.target_lang
+    names = [Path(f"{args.out_prefix}.{split}.{lang}") for split in SPLITS for lang in langs]
+    check_files([*names, args.counts])
     generator = Generator(*langs, args.seed)
     seen = DigestSet(), DigestSet()
     counts = Counter(drawn=0)
-    # Test and valid first, so that they stay the same whatever the size of train.
-    for split in ("test", "valid", "train"):
-        with atomic_writers([Path(f"{args.out_prefix}.{split}.{lang}") for lang in langs]) as files:
+    with atomic_writers(names) as files:
+        # Test and valid first, so that they stay the same whatever the size of train.
+        for split, sides in reversed([*zip(SPLITS, in_chunks(files, 2), strict=True)]):
             failures = 0
             while counts[split] < getattr(args, split):
                 counts["drawn"] += 1
@@ -148,7 +152,7 @@ def write(args: argparse.Namespace) -> None:
                     continue
                 failures = 0
                 counts[split] += 1
-                for file, side in zip(files, pair, strict=True):
+                for file, side in zip(sides, pair, strict=True):
                     file.write(side + "\n")
     report(counts, args.counts)
 

@@ -16,18 +16,9 @@ from pathlib import Path
 
 from counts import add_workers, check_workers, new_parser, report
 from digests import DigestLog, DigestSet, copy_first, digest
+from outputs import atomic_writers, check_files, scratch
 from parallel import in_order
-from textio import (
-    DataError,
-    atomic_writers,
-    check_distinct,
-    in_chunks,
-    normalize,
-    read_lines,
-    read_parallel,
-    run,
-    scratch,
-)
+from textio import DataError, in_chunks, normalize, read_lines, read_parallel, run
 
 CHUNK = 2000  # pairs given to a process at once
 REASONS = ("empty side", "not decoded", "too long", "length ratio", "in held-out text", "duplicate")
@@ -81,7 +72,8 @@ def main() -> None:
 
 def check(args: argparse.Namespace) -> None:
     check_workers(args)
-    check_distinct([args.source_out, args.target_out])
+    inputs = (*args.source, *args.target, *args.heldout_source, *args.heldout_target)
+    check_files([args.source_out, args.target_out, args.counts], inputs)
     if len(args.source) != len(args.target):
         raise DataError(f"--source has {len(args.source)} files and --target {len(args.target)}; give pairs")
     if args.max_words < 1:

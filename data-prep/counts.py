@@ -8,7 +8,10 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from textio import DataError, write_bytes
+from outputs import write_bytes
+from textio import DataError
+
+MOST_WORKERS = 1024
 
 
 def new_parser(doc: str | None) -> argparse.ArgumentParser:
@@ -23,8 +26,8 @@ def add_workers(parser: argparse.ArgumentParser) -> None:
 
 
 def check_workers(args: argparse.Namespace) -> None:
-    if args.workers < 1:
-        raise DataError(f"--workers must be at least 1, got {args.workers}")
+    if not 1 <= args.workers <= MOST_WORKERS:  # all are started at once
+        raise DataError(f"--workers must be at least 1 and at most {MOST_WORKERS}, got {args.workers}")
 
 
 def report(counts: Counter[str], path: Path | None) -> None:

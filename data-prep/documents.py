@@ -55,7 +55,8 @@ def _json_rows(path: Path) -> Iterator[str]:
             text = json.loads(line)["text"]
             if not isinstance(text, str):
                 raise TypeError
-        except (ValueError, KeyError, TypeError):
+            text.encode()  # JSON can spell half a character
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise DataError(f'{path}:{number}: not an object with a string "text"') from None
         yield text
 

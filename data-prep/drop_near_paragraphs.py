@@ -11,8 +11,9 @@ from pathlib import Path
 
 from counts import add_workers, check_workers, new_parser, report
 from near_duplicates import NearDuplicates
+from outputs import atomic_writers, check_files
 from parallel import in_order
-from textio import DataError, atomic_writers, in_chunks, read_lines, run
+from textio import DataError, in_chunks, read_lines, run
 
 CHUNK = 500  # paragraphs given to a process at once
 
@@ -31,6 +32,7 @@ def main() -> None:
     add_workers(parser)
     args = parser.parse_args()
     check_workers(args)
+    check_files([args.output, args.counts], [args.input, *args.held_out])
     if not 0 < args.similarity <= 1:
         raise DataError(f"--similarity must be above 0 and at most 1, got {args.similarity}")
     drop(args)

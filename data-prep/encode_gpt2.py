@@ -12,7 +12,8 @@ from typing import Any
 
 from counts import new_parser
 from encode_spm import add_arguments, check, encode
-from textio import DataError, run, write_bytes
+from outputs import check_files, write_bytes
+from textio import DataError, run
 from train_spm import padding
 
 REMEMBERED = 200_000  # words whose pieces are kept; fairseq's memory of them has no limit of its own
@@ -27,13 +28,17 @@ def main() -> None:
     args = parser.parse_args()
     if bool(args.dict) == bool(args.input and args.output):
         raise DataError("give --input and --output, or --dict")
-    bpe = load(args.encoder_json, args.vocab_bpe)
+    tables = args.encoder_json, args.vocab_bpe
+    if args.dict:
+        check_files([args.dict], tables)
+    else:
+        check(args, *tables)
+    bpe = load(*tables)
     if args.dict:
         pieces = [str(number) for number in sorted(bpe.encoder.values())]
         pieces += padding(len(pieces))
         write_bytes(args.dict, "".join(f"{piece} 1\n" for piece in pieces).encode())
         return
-    check(args)
 
     def encode_line(line: str) -> list[str]:
         if len(bpe.cache) > REMEMBERED:

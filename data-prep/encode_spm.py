@@ -11,11 +11,13 @@ import argparse
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TextIO
 
 import sentencepiece
 from counts import add_workers, check_workers, new_parser, report
+from outputs import atomic_writers, check_files
 from parallel import in_order
-from textio import DataError, atomic_writers, in_chunks, read_lines, read_parallel, run
+from textio import DataError, in_chunks, read_lines, read_parallel, run
 
 CHUNK = 2000  # lines given to a process at once
 Encoder = Callable[[str], list[str]]
@@ -26,7 +28,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True)
     add_arguments(parser)
     args = parser.parse_args()
-    check(args)
+    check(args, args.model)
     processor = load(args.model)
     unknown = processor.id_to_piece(processor.unk_id())
     encode(args, lambda line: processor.id_to_piece(processor.encode(line, out_type=int)), unknown)
@@ -52,8 +54,10 @@ def add_arguments(parser: argparse.ArgumentParser, needed: bool = True) -> None:
     add_workers(parser)
 
 
-def check(args: argparse.Namespace) -> None:
+def check(args: argparse.Namespace, *pieces: Path) -> None:
+    """`pieces`: files that say how a word is cut."""
     check_workers(args)
+    check_files([*args.output, args.counts], [*args.input, *pieces])
     if len(args.output) % len(args.input) or len(args.input) > 2:
         raise DataError(
             f"--input has {len(args.input)} files and --output {len(args.output)}; give one or two inputs, "
@@ -97,16 +101,17 @@ def encode(args: argparse.Namespace, encode_line: Encoder, unknown: str) -> None
 
     counts = Counter({"read": 0, "kept": 0, "too long": 0, "pieces": 0, "unknown": 0})
     sides = len(args.input)
-    shard = 0
+    shard, written = 0, Counter[TextIO]()
     with atomic_writers(args.output) as files:
         for counted, kept in in_order(work, in_chunks(rows(args.input), CHUNK), args.workers):
             counts.update(counted)
             for row in kept:
                 for file, pieces in zip(files[shard : shard + sides], row, strict=True):
                     file.write(pieces + "\n")
+                    written[file] += 1
                 if sides == 2 or not row[0]:
                     shard = (shard + sides) % len(files)
-        if empty := [str(path) for path, file in zip(args.output, files, strict=True) if not file.tell()]:
+        if empty := [str(path) for path, file in zip(args.output, files, strict=True) if not written[file]]:
             raise DataError(f"nothing is left for {', '.join(empty)} ({dict(counts)}); fewer shards?")
     report(counts, args.counts)
 

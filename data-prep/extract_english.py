@@ -27,8 +27,9 @@ from formats.docstrings import read_docstrings
 from formats.manpage import read_manpage
 from formats.markup import read_docbook, read_html
 from formats.plain import read_glosses, read_pod, read_text
+from outputs import atomic_writers, check_files, write_bytes
 from parallel import in_order
-from textio import DataError, atomic_writers, in_chunks, normalize, read_lines, run, write_bytes
+from textio import DataError, in_chunks, normalize, read_entries, read_lines, run
 
 File = tuple[str, str, Any]  # source, reader, and what that reads: a path, or texts
 STANDARD_LIBRARY = "python"
@@ -64,6 +65,7 @@ def main() -> None:
     add_workers(parser)
     args = parser.parse_args()
     check_workers(args)
+    check_files([args.output, args.sources_out, args.counts], [args.list, args.sources])
     extract(args)
 
 
@@ -150,7 +152,7 @@ class Packages:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.list, self.tiers = args.list, args.tiers
-        self.entries = json.loads(args.sources.read_text("utf-8"))
+        self.entries = read_entries(args.sources, "name", "folder")
         self.folders = {entry["name"]: args.folder / entry["folder"] for entry in self.entries}
         for folder in self.folders.values():
             if not folder.is_dir():

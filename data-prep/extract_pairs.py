@@ -8,7 +8,6 @@ Memory: the largest document, the translated package descriptions, and 30 to 60 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections import Counter
 from functools import partial
@@ -18,10 +17,11 @@ from typing import NamedTuple
 from counts import add_workers, check_workers, new_parser, report
 from digests import DigestSet, digest
 from languages import Language, language
+from outputs import atomic_writers, check_files
 from pair_rules import REASONS, anchors_agree, clean, reason_to_refuse, sentences
 from parallel import in_order
 from parallel_sources import Part, Tree, find_all
-from textio import DataError, atomic_writers, in_chunks, run
+from textio import DataError, in_chunks, read_entries, run
 
 CHUNK = 20  # documents given to a process at once
 
@@ -43,19 +43,22 @@ def main() -> None:
     add_workers(parser)
     args = parser.parse_args()
     check_workers(args)
+    check_files([args.output, args.counts], [args.sources])
     extract(args, language(args.lang))
 
 
 def tree(sources: Path, folder: Path) -> Tree:
-    entries = json.loads(sources.read_text("utf-8"))
+    entries = read_entries(sources, "name", "folder")
     for entry in entries:
         if not (folder / entry["folder"]).is_dir():
             raise DataError(f"{folder / entry['folder']}: folder is missing; run fetch_packages.py again")
     packages = [entry for entry in entries if "version" in entry]
-    (indexes,) = (entry for entry in entries if "version" not in entry)
+    indexes = [entry for entry in entries if "version" not in entry]
+    if len(indexes) != 1 or not all("source" in entry for entry in packages):
+        raise DataError(f"{sources}: not the JSON file of fetch_packages.py; run it again")
     return Tree(
         packages={entry["name"]: folder / entry["folder"] for entry in packages},
-        indexes=folder / indexes["folder"],
+        indexes=folder / indexes[0]["folder"],
         sources={entry["name"]: entry["source"] for entry in packages},
     )
 

@@ -17,7 +17,8 @@ from apt import Apt, Package
 from counts import new_parser, report
 from languages import language
 from licences import licences
-from textio import DataError, read_lines, run, write_bytes
+from outputs import check_files, write_bytes
+from textio import DataError, read_lines, run
 
 APT_NAMES = {"zh": "zh_CN"}  # of description indexes
 
@@ -35,6 +36,7 @@ def main() -> None:
     )
     parser.add_argument("--refresh", action="store_true", help="get the package indexes anew")
     args = parser.parse_args()
+    check_files([args.sources_out, args.counts], [args.list])
     if args.lang:
         language(args.lang)  # known, or an error
     fetch(args)

@@ -7,7 +7,8 @@ import json
 from pathlib import Path
 
 from manifest import sha256
-from textio import DataError, run, write_bytes
+from outputs import check_files, write_bytes
+from textio import DataError, run
 
 
 def main() -> None:
@@ -18,6 +19,9 @@ def main() -> None:
     args = parser.parse_args()
     if not args.files:
         raise DataError(f"{args.folder}: no .txt, .jsonl, .json (plain or .gz, .xz) or .parquet in it")
+    check_files([args.output], args.files)
+    if outside := [path for path in args.files if not path.is_relative_to(args.folder)]:
+        raise DataError(f"--files {outside[0]}: is not in --folder {args.folder}")
     hashes = {str(path.relative_to(args.folder)): sha256(path) for path in args.files}
     source = {"task": "folder", "source": args.folder.name, "licence": "not recorded", "sha256": hashes}
     write_bytes(args.output, (json.dumps([source], indent=1, ensure_ascii=False) + "\n").encode())

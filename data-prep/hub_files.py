@@ -18,7 +18,8 @@ from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import disable_progress_bars
 from manifest import sha256
-from textio import DataError, run, write_bytes
+from outputs import check_files, write_bytes
+from textio import DataError, run
 
 
 def main() -> None:
@@ -34,6 +35,7 @@ def main() -> None:
     parser.add_argument("--licence", required=True, help="for sources.json")
     parser.add_argument("--workers", type=int, default=1, help="downloads at the same time (default: 1)")
     args = parser.parse_args()
+    check_files([args.folder / "sources.json", args.folder / "files.txt", args.counts])
     if args.first < 0:
         raise DataError(f"--first must be at least 0, got {args.first}")
     if not sys.stderr.isatty():

@@ -20,8 +20,9 @@ from counts import add_workers, check_workers, new_parser, report
 from detokenize import wikitext
 from digests import DigestLog, DigestSet, copy_first, digest
 from documents import FORMS, read_documents
+from outputs import atomic_writers, check_files, scratch
 from parallel import in_order
-from textio import DataError, atomic_writers, in_chunks, normalize, run, scratch
+from textio import DataError, in_chunks, normalize, run
 
 SPLITS = ("test", "valid", "train")  # what is held out must be known before train is read
 CHUNK = 100  # documents given to a process at once
@@ -44,6 +45,8 @@ def main() -> None:
     add_workers(parser)
     args = parser.parse_args()
     check_workers(args)
+    outputs = [Path(f"{args.out_prefix}.{name}") for name in SPLITS]
+    check_files([*outputs, args.counts], [*args.input, *args.valid_input, *args.test_input])
     if bool(args.valid_input) != bool(args.test_input):
         raise DataError("--valid-input and --test-input: give both or neither")
     for flag, percent in (("--valid-percent", args.valid_percent), ("--test-percent", args.test_percent)):

@@ -8,7 +8,8 @@ import json
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from textio import DataError, run, write_bytes
+from outputs import check_files, write_bytes
+from textio import DataError, read_entries, read_json, run
 
 
 def main() -> None:
@@ -44,9 +45,12 @@ def package_version(name: str) -> str:
 
 def write(args: argparse.Namespace) -> None:
     folder = args.output.parent
-    sources = [
-        s for path in args.sources for s in json.loads(path.read_text("utf-8")) if s["task"] == args.task
-    ]
+    check_files([args.output], [*args.sources, *args.counts, *args.files])
+    if wrong := [setting for setting in args.settings if "=" not in setting]:
+        raise DataError(f"--settings must be NAME=VALUE, got {wrong[0]}")
+    if outside := [path for path in args.files if not path.is_relative_to(folder)]:
+        raise DataError(f"--files {outside[0]}: is not in the manifest's folder {folder}")
+    sources = [s for path in args.sources for s in read_entries(path, "task") if s["task"] == args.task]
     if not sources:
         raise DataError(f"{args.sources[0]}: no source has the task {args.task!r}")
     manifest = {
@@ -54,7 +58,7 @@ def write(args: argparse.Namespace) -> None:
         "settings": dict(setting.split("=", 1) for setting in args.settings),
         "packages": {name: package_version(name) for name in args.packages},
         "sources": sources,
-        "counts": {path.stem: json.loads(path.read_text("utf-8")) for path in args.counts},
+        "counts": {path.stem: read_json(path) for path in args.counts},
         "sha256": {str(p.relative_to(folder)): sha256(p) for p in sorted(args.files)},
     }
     write_bytes(args.output, (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode())

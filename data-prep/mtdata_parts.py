@@ -20,7 +20,8 @@ from typing import Any
 import yaml
 from counts import new_parser, report
 from manifest import sha256
-from textio import DataError, read_parallel, run, write_bytes
+from outputs import check_files, write_bytes
+from textio import DataError, read_parallel, run
 
 LICENCE = "the publisher's, see the URL; mtdata records none"
 
@@ -36,7 +37,9 @@ def main() -> None:
     parser.add_argument("--iso", nargs=2, required=True, metavar=("SRC", "TGT"), help="as mtdata says")
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--jobs", type=int, default=1)
-    get(parser.parse_args())
+    args = parser.parse_args()
+    check_files([args.folder / "sources.json", args.folder / "parts.txt", args.counts], [args.recipes])
+    get(args)
 
 
 def dataset_ids(recipes: Path, name: str, skip: list[str]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import threading
 import time
 from collections import deque
@@ -28,12 +29,16 @@ def in_order(function: Callable[[Item], Result], items: Iterable[Item], workers:
     waiting: deque[Future[Result]] = deque()
     try:
         with pool:
-            for item in items:
-                waiting.append(pool.submit(_call, item))
-                if len(waiting) > 2 * workers:
+            try:
+                for item in items:
+                    waiting.append(pool.submit(_call, item))
+                    if len(waiting) > 2 * workers:
+                        yield waiting.popleft().result()
+                while waiting:
                     yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
+            except BaseException:  # Ctrl-C too: what waits need not be done any more
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
     except BrokenProcessPool:
         raise DataError(
             f"one of {workers} processes was killed; out of memory? give fewer --workers"
@@ -43,6 +48,7 @@ def in_order(function: Callable[[Item], Result], items: Iterable[Item], workers:
 def _install(function: Callable[[Any], Any], parent: int) -> None:
     global _function
     _function = function
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent says so
 
     def follow() -> None:  # a parent that is killed cannot tell its workers
         while os.getppid() == parent:

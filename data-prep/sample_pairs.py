@@ -8,7 +8,8 @@ from collections import Counter
 from pathlib import Path
 
 from counts import new_parser, report
-from textio import DataError, atomic_writers, read_parallel, run
+from outputs import atomic_writers, check_files
+from textio import DataError, read_parallel, run
 
 
 def main() -> None:
@@ -20,6 +21,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, required=True, help="pairs to take; all if there are fewer")
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
+    check_files([args.source_out, args.target_out, args.counts], [args.source, args.target])
     if args.size < 1:
         raise DataError(f"--size must be at least 1, got {args.size}")
     sample(args)

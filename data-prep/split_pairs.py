@@ -18,8 +18,9 @@ from typing import TextIO
 from counts import add_workers, check_workers, new_parser, report
 from digests import digest
 from near_duplicates import NearDuplicates
+from outputs import atomic_writers, check_files
 from parallel import in_order
-from textio import DataError, atomic_writers, in_chunks, read_lines, run
+from textio import DataError, in_chunks, read_lines, run
 
 Row = tuple[str, str, str, str, str]  # source, group, kind, English, other
 LARGEST_GROUP = 1 / 8  # of a split
@@ -54,6 +55,7 @@ def main() -> None:
         raise DataError(f"--similarity must be above 0 and at most 1, got {args.similarity}")
     if not 0 <= args.prose_percent <= 100:
         raise DataError(f"--prose-percent must be in 0 to 100, got {args.prose_percent}")
+    check_files([*output_names(args), args.counts], [args.input])
     split(args)
 
 
@@ -105,6 +107,10 @@ class Splitter:
         return (row for row in self.rows() if row[1] in groups and self.fits(row))
 
 
+def output_names(args: argparse.Namespace) -> list[Path]:
+    return [Path(f"{args.out_prefix}.{s}.{x}") for s in ("train", "valid", "test") for x in ("en", args.lang)]
+
+
 def split(args: argparse.Namespace) -> None:
     splitter = Splitter(args)
     counts = Counter({"read": sum(1 for _ in splitter.rows()), "groups": len(splitter.groups)})
@@ -115,10 +121,7 @@ def split(args: argparse.Namespace) -> None:
     near_test = NearDuplicates((row[3:] for row in test), args.similarity)
     valid = [row for row in splitter.held_out(splitter.valid) if row[3:] not in near_test]
     near_any = NearDuplicates((row[3:] for row in (*test, *valid)), args.similarity)
-    names = [
-        Path(f"{args.out_prefix}.{s}.{x}") for s in ("train", "valid", "test") for x in ("en", args.lang)
-    ]
-    with atomic_writers(names) as files:
+    with atomic_writers(output_names(args)) as files:
         for row in test:
             write(row, files[4:], "test", counts)
         for row in valid:

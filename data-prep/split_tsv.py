@@ -7,7 +7,8 @@ from collections import Counter
 from pathlib import Path
 
 from counts import new_parser, report
-from textio import DataError, atomic_writers, read_lines, run
+from outputs import atomic_writers, check_files
+from textio import DataError, read_lines, run
 
 
 def main() -> None:
@@ -31,6 +32,9 @@ def main() -> None:
 def split(args: argparse.Namespace) -> None:
     if min(args.columns) < 1:
         raise DataError(f"--columns must be at least 1, got {min(args.columns)}")
+    if args.group_column < 0:
+        raise DataError(f"--group-column must be at least 0, got {args.group_column}")
+    check_files([args.source_out, args.target_out, args.counts], [args.tsv])
     width = max(*args.columns, args.group_column)
     source_column, target_column = args.columns
     counts: Counter[str] = Counter(rows=0)

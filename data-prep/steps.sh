@@ -24,7 +24,7 @@ fingerprint() { # path, size and modification time of each file; fails if one is
 
 step() {
   local name=$1; shift
-  local inputs=() outputs=() scripts=() word stamp seen started
+  local inputs=() outputs=() scripts=() word stamp seen started status
   while [ "$1" != -- ]; do inputs+=("$1"); shift; done; shift
   while [ "$1" != -- ]; do outputs+=("$1"); shift; done; shift
   for word in "$@"; do
@@ -47,10 +47,12 @@ step() {
   rm -f "$stamp"
   started=$SECONDS
   echo "$STEP_PREFIX $name"
-  if ! "$@"; then
+  "$@" || {
+    status=$?
+    [ $status -ne 130 ] || { echo "$STEP_PREFIX $name was interrupted; run this again to go on" >&2; return $status; }
     echo "$STEP_PREFIX $name failed; mend the cause and run this again, finished steps are kept" >&2
     return 1
-  fi
+  }
   seen+=$'\n'$(fingerprint "${outputs[@]}") || { echo "$STEP_PREFIX $name left no ${outputs[*]}" >&2; return 1; }
   printf '%s\n' "$seen" >"$stamp.partial" && mv "$stamp.partial" "$stamp"
   [ $((SECONDS - started)) -lt 2 ] || echo "$STEP_PREFIX $name took $((SECONDS - started)) s"

@@ -1,28 +1,24 @@
-"""Reading and writing text that may be larger than memory: what every script here shares.
+"""Reading text that may be larger than memory, and how a script ends: what every script here shares.
 
-Readers check the encoding and name file and line. Writers write beside the target and rename at the
-end, so that a file under its final name is always whole. Errors a user can mend are DataError: one line.
+Readers check the encoding and name file and line. Errors a user can mend are DataError: one line.
 """
 
 from __future__ import annotations
 
 import gzip
+import json
 import lzma
-import shutil
 import sys
 import unicodedata
 import zlib
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import IO, TextIO, TypeVar, cast
+from typing import IO, Any, TypeVar, cast
 
 Item = TypeVar("Item")
 
 MAX_LINE_BYTES = 1 << 20  # a longer "line" is a wrong file; reading it whole could fill the memory
-PARTIAL = ".partial"  # a fixed suffix, so that the next run overwrites what a killed one left
 
 # Invisible characters without meaning for translation, and control characters: they only split
 # otherwise equal words. Whitespace among them (tab, NBSP, ...) is handled by str.split.
@@ -37,17 +33,21 @@ class DataError(Exception):
 
 
 def run(main: Callable[[], None]) -> None:
-    """Call main; turn an expected failure into one line and exit status 1."""
+    """Call main; turn an expected failure into one line and exit status 1, Ctrl-C into one and 130."""
+    name = Path(sys.argv[0]).name
     try:
         main()
-    except (DataError, FileNotFoundError, IsADirectoryError, PermissionError) as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: error: {describe(error)}")
+    except (DataError, OSError) as error:
+        sys.exit(f"{name}: error: {describe(error)}")
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted; run it again to go on", file=sys.stderr)
+        sys.exit(130)
 
 
 def describe(error: Exception) -> str:
-    if isinstance(error, OSError):
-        return f"{error.filename}: {error.strerror}"
-    return str(error)
+    if isinstance(error, OSError) and error.strerror:
+        return ": ".join(map(str, filter(None, (error.filename2 or error.filename, error.strerror))))
+    return " ".join(str(error).split())
 
 
 def normalize(text: str) -> str:
@@ -63,6 +63,9 @@ def _open_bytes(path: Path) -> IO[bytes]:
     return path.open("rb")
 
 
+UNREADABLE = (EOFError, lzma.LZMAError, gzip.BadGzipFile, zlib.error)
+
+
 def read_lines(path: Path, most: int = MAX_LINE_BYTES) -> Iterator[str]:
     """The lines of a plain, .gz or .xz file, without their ends. Only \\n ends a line."""
     number = 0
@@ -70,7 +73,7 @@ def read_lines(path: Path, most: int = MAX_LINE_BYTES) -> Iterator[str]:
         while True:
             try:
                 line = file.readline(most + 1)
-            except (EOFError, lzma.LZMAError, gzip.BadGzipFile, zlib.error) as error:
+            except UNREADABLE as error:
                 raise DataError(f"{path}: cannot unpack after line {number}: {error}; get it again") from None
             if not line:
                 break
@@ -103,42 +106,6 @@ def read_parallel(source: Path, target: Path) -> Iterator[tuple[str, str]]:
         raise DataError(f"{short} has {count} lines, but {long} has more; parallel files need equal counts")
 
 
-def check_distinct(outputs: Iterable[Path]) -> None:
-    for path, times in Counter(output.resolve() for output in outputs).items():
-        if times > 1:
-            raise DataError(f"{path.name}: named for two outputs; give each a file of its own")
-
-
-@contextmanager
-def atomic_writers(paths: Iterable[Path]) -> Iterator[list[TextIO]]:
-    """Text files that get their names only when the block ends without an exception."""
-    targets = [Path(path) for path in paths]
-    check_distinct(targets)
-    partials = [target.with_name(target.name + PARTIAL) for target in targets]
-    try:
-        with ExitStack() as stack:
-            for target in targets:
-                target.parent.mkdir(parents=True, exist_ok=True)
-            yield [stack.enter_context(p.open("w", encoding="utf-8", newline="\n")) for p in partials]
-        for partial, target in zip(partials, targets, strict=True):
-            partial.replace(target)
-    finally:
-        for partial in partials:
-            partial.unlink(missing_ok=True)
-
-
-@contextmanager
-def scratch(beside: Path) -> Iterator[Path]:
-    """An empty folder for what does not fit in memory; it goes when the block ends."""
-    folder = beside.with_name(beside.name + ".work" + PARTIAL)
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
 def in_chunks(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
     """Lists of so many items, the last one shorter."""
     stream = iter(items)
@@ -146,9 +113,21 @@ def in_chunks(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
         yield chunk
 
 
-def write_bytes(path: Path, data: bytes) -> None:
-    """As atomic_writers, for data that is already whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + PARTIAL)
-    partial.write_bytes(data)
-    partial.replace(path)
+def read_json(path: Path) -> Any:
+    """Of a plain, .gz or .xz file."""
+    with _open_bytes(path) as file:
+        try:
+            return json.loads(file.read())
+        except (*UNREADABLE, ValueError, RecursionError) as error:
+            raise DataError(f"{path}: not JSON ({error}); make it again") from None
+
+
+def read_entries(path: Path, *names: str) -> list[dict[str, Any]]:
+    """A JSON file with a list of objects, each of which has these names, with strings."""
+    entries = read_json(path)
+    if not isinstance(entries, list) or not all(
+        isinstance(entry, dict) and all(isinstance(entry.get(name), str) for name in names)
+        for entry in entries
+    ):
+        raise DataError(f"{path}: not a list of objects with {', '.join(names)} in each; make it again")
+    return entries

@@ -17,7 +17,8 @@ from pathlib import Path
 
 import sentencepiece
 from counts import new_parser, report
-from textio import DataError, read_lines, run, write_bytes
+from outputs import atomic_files, check_files
+from textio import DataError, read_lines, run
 
 
 def main() -> None:
@@ -60,12 +61,18 @@ def main() -> None:
 
 
 def check(args: argparse.Namespace) -> None:
+    check_files([*output_names(args), args.counts], args.input)
     if not 0 < args.character_coverage <= 1:
         raise DataError(f"--character-coverage must be in (0, 1], got {args.character_coverage}")
     for name, least in (("vocab_size", 2), ("padding_factor", 1), ("seed", 0), ("max_sentences", 101)):
-        value = getattr(args, name)
-        if value < least:
-            raise DataError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
+        value, most = getattr(args, name), 65_536 if name == "padding_factor" else 2**31 - 1
+        if not least <= value <= most:
+            flag = f"--{name.replace('_', '-')}"
+            raise DataError(f"{flag} must be at least {least} and at most {most}, got {value}")
+
+
+def output_names(args: argparse.Namespace) -> list[Path]:
+    return [Path(f"{args.model_prefix}.{kind}") for kind in ("model", "dict.txt")]
 
 
 def train(args: argparse.Namespace) -> None:
@@ -113,8 +120,9 @@ def train(args: argparse.Namespace) -> None:
     pieces = dictionary(model.getvalue(), args.padding_factor)
     counts["pieces"] = args.vocab_size
     counts["dictionary"] = len(pieces)
-    write_bytes(Path(f"{args.model_prefix}.model"), model.getvalue())
-    write_bytes(Path(f"{args.model_prefix}.dict.txt"), "".join(f"{piece} 1\n" for piece in pieces).encode())
+    with atomic_files(output_names(args)) as (model_out, dict_out):
+        model_out.write(model.getvalue())
+        dict_out.write("".join(f"{piece} 1\n" for piece in pieces).encode())
     report(counts, args.counts)
 
 

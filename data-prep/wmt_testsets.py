@@ -13,7 +13,8 @@ from pathlib import Path
 import sacrebleu.dataset
 import sacrebleu.utils
 from counts import new_parser, report
-from textio import DataError, atomic_writers, read_parallel, run
+from outputs import atomic_writers, check_files
+from textio import DataError, read_parallel, run
 
 
 def main() -> None:
@@ -23,6 +24,7 @@ def main() -> None:
     parser.add_argument("--source-out", type=Path, required=True)
     parser.add_argument("--target-out", type=Path, required=True)
     args = parser.parse_args()
+    check_files([args.source_out, args.target_out, args.counts])
     for name in args.sets:
         if args.langpair not in sacrebleu.utils.get_langpairs_for_testset(name):
             raise DataError(f"--sets: sacrebleu has no {args.langpair} in {name!r}; see sacrebleu --list")

@@ -1,15 +1,11 @@
 from __future__ import annotations
 
 import gzip
-import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
-from commands import DEADLINE
 from prep_scripts import PREP, Scripts
 
 
@@ -139,35 +135,35 @@ def test_damaged_archive(scripts: Scripts) -> None:
     assert "in.gz: cannot unpack after line" in message
 
 
-def test_a_kill_leaves_nothing_under_the_final_name(scripts: Scripts) -> None:
-    options = arguments(scripts, [], ["x"] * 50_000)
-    (scripts.folder / "in.en").unlink()
-    os.mkfifo(scripts.folder / "in.en")
-    command = [sys.executable, str(PREP / "clean_pairs.py"), *map(str, options)]
-    with (
-        subprocess.Popen(command, stdout=subprocess.DEVNULL) as process,
-        (scripts.folder / "in.en").open("w") as fifo,
-    ):
-        fifo.writelines(f"line {i}\n" for i in range(20_000))
-        fifo.flush()
-        wait_for(lambda: (scripts.folder / "out.en.work.partial" / "source.partial").stat().st_size > 0)
-        process.send_signal(signal.SIGKILL)
+KILLED = """
+import os, signal, sys
+sys.argv, sys.path[0] = sys.argv[1:], sys.argv[1].rpartition("/")[0]
+import clean_pairs
+plain = clean_pairs.copy_first
+def copy_first(side, file, bits):
+    for number, line in enumerate(plain(side, file, bits)):
+        if (side.name, number) == ("target", 1000):
+            file.flush()
+            os.kill(os.getpid(), signal.{})
+        yield line
+clean_pairs.copy_first = copy_first
+clean_pairs.run(clean_pairs.main)
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGKILL", "SIGINT"])
+def test_a_kill_leaves_nothing_under_the_final_name(scripts: Scripts, name: str) -> None:
+    lines = [f"line {i}" for i in range(2000)]
+    options = arguments(scripts, lines, lines)
+    command = [sys.executable, "-c", KILLED.format(name), str(PREP / "clean_pairs.py"), *map(str, options)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=scripts.folder)
     assert not (scripts.folder / "out.en").exists() and not (scripts.folder / "out.de").exists()
-    (scripts.folder / "in.en").unlink()
+    assert bool(list(scripts.folder.glob("*.partial"))) == (name == "SIGKILL")
+    if name == "SIGINT":
+        assert (done.returncode, done.stdout) == (130, "")
+        assert done.stderr == "clean_pairs.py: interrupted; run it again to go on\n"
     scripts.run("clean_pairs.py", *arguments(scripts, ["a"], ["x"]))
     assert output(scripts) == [("a", "x")] and not list(scripts.folder.glob("*.partial"))
-
-
-def wait_for(condition: object) -> None:
-    end = time.monotonic() + DEADLINE
-    while time.monotonic() < end:
-        try:
-            if condition():  # type: ignore[operator]
-                return
-        except FileNotFoundError:
-            pass
-        time.sleep(0.02)
-    raise AssertionError("waited in vain")
 
 
 PEAK = """
