@@ -1,6 +1,7 @@
 """A model's configuration as one complete flat namespace, wherever fairseq got it from."""
 
 from argparse import Namespace
+from collections.abc import Iterable
 from dataclasses import MISSING, Field, field, fields, make_dataclass
 from typing import Any, Optional
 
@@ -10,6 +11,8 @@ from omegaconf import II, DictConfig, OmegaConf
 from omegaconf.errors import InterpolationKeyError
 
 from xmoe_fairseq.config import read_field
+from xmoe_fairseq_compat.errors import FlagError
+from xmoe_fairseq_compat.override_rules import did_you_mean
 
 
 def complete_namespace(cfg: Any, dataclass: type[FairseqDataclass], task: Any) -> Namespace:
@@ -18,10 +21,22 @@ def complete_namespace(cfg: Any, dataclass: type[FairseqDataclass], task: Any) -
     fairseq itself merges the defaults only if the architecture is named like the model: with a sized
     architecture, fairseq-hydra-train hands over just what was typed, and a checkpoint just what the
     version that wrote it knew. A copy, so that fairseq's `build_model` may write to it.
+
+    Raises:
+        FlagError: hydra's `+model.moe_...` names no flag; it takes any name.
     """
     given = {name: _get(cfg, name) for name in cfg} if OmegaConf.is_config(cfg) else vars(cfg)
+    if OmegaConf.is_config(cfg):  # a namespace holds the flags of the criterion too
+        _check_names(given, {f.name for f in fields(dataclass)})
     values = {f.name: read_field(given, f.name, _default(f)) for f in fields(dataclass)}
     return Namespace(**given | {name: _resolve(value, values, task) for name, value in values.items()})
+
+
+def _check_names(given: Iterable[str], known: set[str]) -> None:
+    for name in given:
+        if name.startswith("moe_") and name not in known:
+            hint = did_you_mean(name, known) or f"; of a criterion: +criterion.{name}"
+            raise FlagError(f"+model.{name}: the model has no setting {name}{hint}")
 
 
 def _get(cfg: DictConfig, name: str) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from enum import Enum
 from typing import Any
 
@@ -91,15 +91,19 @@ def check_overrides(overrides: Mapping[str, Any], cfg: Any, path: Any) -> None:
     check_moe(flat, groups["model"] | flat)
 
 
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """To end a line that says that a name is unknown."""
+    close = difflib.get_close_matches(name, known, 1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
 def check_known(name: str, known: Mapping[str, Any], cfg: Any, path: Any) -> None:
     if name in known:
         return
     plain = name.strip("-").replace("-", "_")
     if any(plain in settings_of(cfg[group]) for group in cfg if group not in GROUPS):
         refuse_flag(name, plain)
-    close = difflib.get_close_matches(plain, known, 1)
-    hint = f"; did you mean {close[0]}?" if close else ""
-    refuse(f"the model of {path} has no setting {name}{hint}")
+    refuse(f"the model of {path} has no setting {name}{did_you_mean(plain, known)}")
 
 
 def check_kind(name: str, value: Any, present: Any) -> None:

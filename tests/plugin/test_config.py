@@ -14,6 +14,7 @@ from xmoe_fairseq.config import MoEConfig, read_moe_config
 from xmoe_fairseq.model_config import complete_namespace
 from xmoe_fairseq.models.language_model import XMoETransformerLanguageModelConfig
 from xmoe_fairseq.models.translation import XMoETransformerConfig, XMoETransformerModel
+from xmoe_fairseq_compat.errors import FlagError
 
 BAD = [
     ({"moe_freq": -1}, "--moe-freq must be 0 (dense) or more, got -1"),
@@ -133,6 +134,21 @@ def test_what_a_checkpoint_or_hydra_brings_is_checked(arch: str, flags: dict, me
     with pytest.raises(ValueError) as error:
         build_model(OmegaConf.create({"model": model | flags}).model, task(), from_checkpoint=True)
     assert str(error.value) == message
+
+
+@pytest.mark.parametrize(
+    "name, hint",
+    [
+        ("moe_treshold", "; did you mean moe_threshold?"),
+        ("moe_loss_coeff", "; of a criterion: +criterion.moe_loss_coeff"),
+    ],
+)
+def test_a_name_that_hydra_adds_is_a_setting(name: str, hint: str) -> None:
+    """With a sized architecture fairseq merges nothing, and `+` takes any name."""
+    model = {"_name": "xmoe_transformer_tiny", "encoder_layers": 2, "decoder_layers": 2, name: 0.5}
+    with pytest.raises(FlagError) as error:
+        build_model(OmegaConf.create({"model": model}).model, task(), from_checkpoint=True)
+    assert str(error.value) == f"+model.{name}: the model has no setting {name}{hint}"
 
 
 def test_a_dense_model_ignores_what_concerns_experts_only() -> None:

@@ -134,6 +134,21 @@ def test_hydra_trains_a_language_model(arch: str, corpus: tuple[Path, Path], tmp
     assert logged(output, "train")[-1]["train_moe_decoder_experts_per_token"] >= 1
 
 
+def test_the_readmes_hydra_command(corpus: tuple[Path, Path], tmp_path: Path) -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    printed = re.search(r"`fairseq-hydra-train\s([^`]+) \.\.\.`", readme)
+    assert printed and "+criterion.moe_loss_coeff=" in printed[1]
+    command = (
+        "fairseq-hydra-train", f"hydra.run.dir={tmp_path}", *HYDRA, *printed[1].split(),
+        "task=language_modeling", f"task.data={corpus[1]}", "task.tokens_per_sample=16",
+        "dataset.batch_size=4", "+model.decoder_embed_dim=32", "+model.decoder_input_dim=32",
+        "+model.decoder_output_dim=32", "+model.decoder_layers=2",
+    )  # fmt: skip
+    assert logged(run(*command), "train")[-1]["train_moe_decoder_experts_per_token"] >= 1
+    output = run(*command, "criterion.moe_loss_coeff=-1", succeeds=False)
+    assert "--moe-loss-coeff must be" in output and "got -1" in output  # it reaches the criterion
+
+
 def test_hydra_trains_a_translation_model_and_checks_flags(corpus: tuple[Path, Path], tmp_path: Path) -> None:
     flags = (
         f"hydra.run.dir={tmp_path}", *HYDRA, "task=translation", f"task.data={corpus[0]}",
