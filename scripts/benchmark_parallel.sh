@@ -10,7 +10,7 @@
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 folder=${1:-$root/runs/benchmark_parallel}
-PATH=${VENV:-$root/.venv}/bin:$PATH
+. "$root/scripts/find_environment.sh"
 export OMP_NUM_THREADS=1
 UPDATES=${UPDATES:-30}
 backend=gloo device=--cpu

@@ -11,7 +11,7 @@
 # of Debian or Ubuntu.
 set -euo pipefail
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-PATH=$(cd "${VENV:-$ROOT/.venv}" && pwd)/bin:$PATH
+. "$ROOT/scripts/find_environment.sh"
 case ${1:-} in
   mt) task=wmt DATA=${DATA:-$ROOT/data/claims-mt} prepare=(prepare_packages_mt.sh de) ;;
   lm) task=lm DATA=${DATA:-$ROOT/data/claims-lm} prepare=(prepare_docs_lm.sh small) ;;

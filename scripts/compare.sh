@@ -6,5 +6,5 @@
 #   QUALITY="test ppl"                      what the picture shows (default: test BLEU, or test ppl)
 set -euo pipefail
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-PATH=${VENV:-$ROOT/.venv}/bin:$PATH
+. "$ROOT/scripts/find_environment.sh"
 exec python "$ROOT/scripts/tools/compare.py" "$@" --out "${OUT:-$ROOT/runs/compare}" --scores "${SCORES:-best}" --quality "${QUALITY:-}"

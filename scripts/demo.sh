@@ -22,7 +22,7 @@ esac
 MT_UPDATES=${MT_UPDATES:-1800} LM_UPDATES=${LM_UPDATES:-1900}   # fewer for a quick look; the models then learn less
 
 bash "$ROOT/scripts/setup.sh"
-PATH=$(cd "${VENV:-$ROOT/.venv}" && pwd)/bin:$PATH
+. "$ROOT/scripts/find_environment.sh"
 export OMP_NUM_THREADS=1 PYTHONWARNINGS=ignore
 # Keep freed memory, instead of asking the kernel for new pages in every update (docs/performance.md).
 export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=8000000000

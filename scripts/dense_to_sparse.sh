@@ -12,7 +12,7 @@
 set -euo pipefail
 task=${1:?lm or mt} data=${2:?folder of data-prep} out=${3:?folder}
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-PATH=$(cd "${VENV:-$root/.venv}" && pwd)/bin:$PATH
+. "$root/scripts/find_environment.sh"
 layers=${LAYERS:-} width=${WIDTH:-128} ffn=${FFN:-1024} lr=${LR:-4e-3}
 updates=${UPDATES:-1000} tuning=${FINETUNE:-150} split=${SPLIT:-16} calibration=${CALIBRATION:-200000} seed=${SEED:-1}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}

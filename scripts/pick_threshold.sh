@@ -13,5 +13,5 @@
 # The model is loaded once; each t tried is one pass over the validation set. Prints a table of them all.
 set -euo pipefail
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-PATH=${VENV:-$ROOT/.venv}/bin:$PATH
+. "$ROOT/scripts/find_environment.sh"
 PYTHONWARNINGS=ignore exec python "$ROOT/scripts/tools/pick_threshold.py" "$@"

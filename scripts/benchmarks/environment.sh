@@ -1,7 +1,7 @@
 # shellcheck shell=bash
 # What all benchmarks run in; to be sourced. Sets $root, and puts the virtual environment on the PATH.
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
-PATH=$(cd "${VENV:-$root/.venv}" && pwd)/bin:$PATH
+. "$root/scripts/find_environment.sh"
 export OMP_NUM_THREADS=1   # the threads are set per measurement
 # Keep freed memory: glibc gives blocks above 32 MiB back to the kernel at once, and a new page costs more than
 # the numbers that are written to it (docs/performance.md).

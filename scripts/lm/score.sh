@@ -8,5 +8,5 @@
 # 1,024), paper all of them. A word is what white space delimits, or the end of a line.
 set -euo pipefail
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
-PATH=${VENV:-$ROOT/.venv}/bin:$PATH
+. "$ROOT/scripts/find_environment.sh"
 PYTHONWARNINGS=ignore exec python "$ROOT/scripts/tools/score.py" lm "$@"

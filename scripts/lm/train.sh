@@ -18,5 +18,5 @@
 # 19.81, xmoe-s2 19.57, xmoe-s4 19.49, xmoe-s8 19.46, dense 22.61.
 set -euo pipefail
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
-PATH=${VENV:-$ROOT/.venv}/bin:$PATH
+. "$ROOT/scripts/find_environment.sh"
 PYTHONWARNINGS=ignore exec python "$ROOT/scripts/tools/train.py" lm "$@"

@@ -5,5 +5,5 @@
 #   bash scripts/wmt/score.sh RUN --average 5     the mean of the last 5 -> RUN/scores.average5.json
 set -euo pipefail
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
-PATH=${VENV:-$ROOT/.venv}/bin:$PATH
+. "$ROOT/scripts/find_environment.sh"
 PYTHONWARNINGS=ignore exec python "$ROOT/scripts/tools/score.py" wmt "$@"

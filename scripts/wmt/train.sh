@@ -18,5 +18,5 @@
 # timed it. As published (paper, mean of 5 pairs): topk-s2 28.2 BLEU, xmoe-s2 28.7, xmoe-s4 28.7.
 set -euo pipefail
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
-PATH=${VENV:-$ROOT/.venv}/bin:$PATH
+. "$ROOT/scripts/find_environment.sh"
 PYTHONWARNINGS=ignore exec python "$ROOT/scripts/tools/train.py" wmt "$@"
