@@ -60,11 +60,17 @@ sys.exit(not all(map(u.find_spec, ("fairseq", "torch", "xmoe_fairseq"))))' 2>/de
 
 # Runs a command with its output in the log; where it fails, shows the one line of it that matters.
 logged() {
-    local what=$1 reason
+    local what=$1 reason missing
     shift
     echo "$what: $*" >"$log"
     if ! "$@" >>"$log" 2>&1; then
         reason=$(grep -E '^ *[A-Za-z.]*([Ee]rror|ERROR): ' "$log" | tail -n 1 || true)
+        # Of a package that the registry does not offer pip says, far below, that it conflicts with others.
+        missing=$(sed -nE '/no matching distributions available/{n;s/^ *//p;}
+            s/.*No matching distribution found for ([^ ;]+).*/\1/p' "$log" | tail -n 1)
+        if [ -n "$missing" ]; then
+            reason="the package registry offers no $missing; is there a network, and is pip's index the right one?"
+        fi
         if grep -qE 'NewConnectionError|NameResolutionError|ConnectTimeout|ProxyError' "$log"; then
             reason="no connection to the package registry; is there a network?"
         fi
