@@ -7,18 +7,19 @@ number stands beside what fairseq-eval-lm prints. Chen and Goodman 1999, section
 """
 
 import argparse
-import json
 import math
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+from results import ResultError, check_output, lines, write_json
+
 END = "</s>"
 
 
 def pieces(path: Path) -> Iterator[str]:
-    with path.open(encoding="utf-8") as lines:
-        for line in lines:
+    with path.open(encoding="utf-8") as file:
+        for line in file:
             yield from line.split()
             yield END
 
@@ -69,11 +70,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     args = parser.parse_args()
     special = 4  # fairseq adds <s>, <pad>, </s>, <unk>
-    vocab_size = special + len(args.dict.read_text(encoding="utf-8").splitlines())
-    perplexity, tokens = Bigram(pieces(args.train), vocab_size).perplexity(pieces(args.test))
-    partial = args.out.with_suffix(".partial")
-    partial.write_text(json.dumps({"perplexity": perplexity, "tokens": tokens}) + "\n")
-    partial.rename(args.out)
+    try:
+        check_output(args.out, args.train, args.test, args.dict)
+        for path in (args.train, args.test):
+            if not path.stat().st_size:
+                raise ResultError(f"{path}: file is empty; expected at least one line")
+        vocab_size = special + len(lines(args.dict))
+        perplexity, tokens = Bigram(pieces(args.train), vocab_size).perplexity(pieces(args.test))
+    except (ResultError, OSError, UnicodeDecodeError) as error:
+        raise SystemExit(f"bigram: {error}") from None
+    write_json(args.out, {"perplexity": perplexity, "tokens": tokens})
 
 
 if __name__ == "__main__":

@@ -6,11 +6,11 @@ Writes {layer: [tokens that took 0 experts, 1 expert, ...]}.
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import torch
 from fairseq import checkpoint_utils
+from results import ResultError, check_output, write_json
 from torch import Tensor
 
 from xmoe_fairseq.moe import Routing, record_routing
@@ -48,10 +48,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    counts = count(args.path, args.data, args.subset)
-    partial = args.out.with_suffix(".partial")
-    partial.write_text(json.dumps(counts, indent=1) + "\n")
-    partial.rename(args.out)
+    try:
+        check_output(args.out, Path(args.path))
+    except ResultError as error:
+        raise SystemExit(f"count_experts: {error}") from None
+    write_json(args.out, count(args.path, args.data, args.subset))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from fairseq import checkpoint_utils
 from omegaconf import OmegaConf
-from results import ResultError
+from results import ResultError, check_output
 from rich.console import Console
 from rich.table import Table
 from threshold_meter import Meter, Point
@@ -165,8 +165,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     args = parse()
     try:
-        if args.output.resolve() == args.checkpoint.resolve():
-            raise ResultError(f"--output must be another file than CHECKPOINT, got {args.output}")
+        check_output(args.output, args.checkpoint)
         if not args.output.parent.is_dir():
             raise ResultError(f"--output: there is no folder {args.output.parent}")
         meter = Meter(args.checkpoint, args.data)

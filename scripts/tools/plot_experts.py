@@ -14,6 +14,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (after the backend)
+from results import ResultError, check_output  # noqa: E402
 
 COLUMNS = 3
 
@@ -48,7 +49,11 @@ def main() -> None:
     parser.add_argument("inputs", nargs="+", metavar="TITLE=JSON")
     parser.add_argument("--out", type=Path, required=True, help="PNG file to write")
     args = parser.parse_args()
-    wanted = panels(args.inputs)
+    try:
+        check_output(args.out, *(Path(argument.partition("=")[2]) for argument in args.inputs))
+        wanted = panels(args.inputs)
+    except (ResultError, OSError, ValueError, AttributeError) as error:
+        raise SystemExit(f"plot_experts: {' '.join(map(str, args.inputs))}: {error}") from None
     columns, rows = min(COLUMNS, len(wanted)), math.ceil(len(wanted) / COLUMNS)
     size = (4 * columns, 3.2 * rows)
     figure, grid = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")

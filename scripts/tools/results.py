@@ -89,6 +89,17 @@ def markdown(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([*head, *("| " + " | ".join(row) + " |" for row in rows)]) + "\n"
 
 
+def check_output(output: Path, *inputs: Path) -> None:
+    """Raises ResultError if the output is one of the inputs, by this name or another."""
+    for path in inputs:
+        if output.resolve() == path.resolve() or (
+            output.exists() and path.exists() and output.samefile(path)
+        ):
+            raise ResultError(
+                f"{output}: is the input {path}, which would be overwritten; name another output"
+            )
+
+
 def write(path: Path, content: str) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_text(content, encoding="utf-8")

@@ -109,7 +109,7 @@ def test_errors(
             "--data must be a folder of data-prep with bin/valid",
         ),
         ((topk, *here), "CHECKPOINT must be of a model with --moe-router threshold"),
-        ((checkpoint, *here, "--output", checkpoint), "--output must be another file than CHECKPOINT"),
+        ((checkpoint, *here, "--output", checkpoint), "which would be overwritten; name another"),
         ((checkpoint, *here, "--output", tmp_path / "no/new.pt"), "--output: there is no folder"),
         (
             (checkpoint, "--data", data, "--budget", 9),

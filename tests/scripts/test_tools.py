@@ -108,6 +108,35 @@ def test_plot_draws_a_panel_per_layer(tmp_path: Path) -> None:
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "bigram.py --train IN --test b --dict b --out OUT",
+        "bigram.py --train b --test IN --dict b --out OUT",
+        "count_experts.py . --path IN --out OUT",
+        "plot_experts.py T=IN --out OUT",
+        "bigram.py --train /dev/null --test b --dict b --out c",
+        "bigram.py --train c --test b --dict b --out c",
+        "plot_experts.py T=b --out c",
+    ],
+)
+def test_an_input_that_is_the_output_or_wrong_ends_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b"):
+        (tmp_path / name).write_text("text\n")
+    (tmp_path / "soft").symlink_to("a")
+    name, *flags = words.replace("IN", "a").replace("OUT", "soft").split()
+    with pytest.raises(subprocess.CalledProcessError) as error:
+        tool(name, *flags)
+    assert error.value.stderr.startswith(f"{name.removesuffix('.py')}: ")
+    assert error.value.stderr.count("\n") == 1
+    assert ("is the input a, which would be overwritten" in error.value.stderr) == ("IN" in words)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "soft"]
+    assert (tmp_path / "a").read_text() == "text\n"
+
+
 def test_watch_ends_with_its_processes_and_prints_progress(tmp_path: Path) -> None:
     log = tmp_path / "log"
     log.write_text('x | INFO | train_inner | {"num_updates": "25", "ppl": "9.5"}\n')
