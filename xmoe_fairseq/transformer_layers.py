@@ -38,6 +38,9 @@ def install_experts(model: nn.Module, config: MoEConfig, sides: tuple[str, ...])
     parallel = expert_parallel(config) if any(config.has_experts(side) for side in sides) else None
     for side in sides:
         install_moe_layers(getattr(model, side), config, side, parallel)
+    for layer in moe_layers(model):
+        for parameter in layer.expert_parameters():
+            parameter.is_expert = True  # type: ignore[attr-defined]  # see xmoe_fairseq_compat
     if config.moe_layer_thresholds:
         for layer, threshold in zip(moe_layers(model), config.layer_thresholds, strict=True):
             layer.router.threshold = threshold  # type: ignore[assignment]

@@ -162,6 +162,20 @@ def autocast_on_cpu(module: Any) -> None:
 
 
 @mend("fairseq_cli.train")
+def count_experts(module: Any) -> None:
+    """Every torch: parameters of experts are counted by a mark that also keeps them out of DDP and out of the
+    gradient norm. Where every rank holds all experts, which so have none, the log says that there are 0.
+
+    `is_expert` is a mark for the count alone.
+    """
+
+    def has_mark(thing: Any, name: str, *default: Any) -> Any:
+        return (name == "expert" and hasattr(thing, "is_expert")) or getattr(thing, name, *default)
+
+    module.getattr = has_mark
+
+
+@mend("fairseq_cli.train")
 def stop_where_the_run_has_ended(module: Any) -> None:
     """Every torch: a run that has made all its --max-update updates makes one more whenever it is resumed."""
     plain_train = module.train

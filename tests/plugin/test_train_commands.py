@@ -101,6 +101,8 @@ def test_low_precision_trains(precision: str, corpus: tuple[Path, Path], tmp_pat
     losses = [record["loss"] for record in logged(output, "train_inner")]
     assert losses[-1] < losses[0] - 0.3
     assert logged(output, "train")[-1]["train_moe_decoder_load_balance_loss"] >= 0.99
+    experts = 8 * (2 * 32 * 16 + 32 + 16)
+    assert f"num. expert model params: {experts} (num. trained: {experts})" in output
 
 
 @pytest.mark.parametrize("backend", ["legacy_ddp", "pytorch_ddp"])

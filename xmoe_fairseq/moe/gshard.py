@@ -90,6 +90,9 @@ class GShardLayer(MoELayer):
             z_loss_of=partial(z_loss, logits_TE),
         )
 
+    def expert_parameters(self) -> Iterator[nn.Parameter]:
+        return self.gshard.experts.parameters()  # type: ignore[no-any-return]
+
     def rows_computed(self, stats: RoutingStats) -> Tensor:
         """All slots, used or not: E experts of 2S/E rows each, S tokens after filling up."""
         return TOP * self.num_experts * (stats.tokens / self.num_experts).ceil()

@@ -162,6 +162,10 @@ class MoELayer(nn.Module):
             if "dropout_in_evaluation" in vars(module):
                 vars(module)["dropout_in_evaluation"] = True
 
+    def expert_parameters(self) -> Iterator[nn.Parameter]:
+        """Of the experts held here."""
+        return self.experts.parameters()
+
     def rows_computed(self, stats: RoutingStats) -> Tensor:
         """Rows that the experts computed in a call with these statistics."""
         return stats.rows_kept
