@@ -13,7 +13,7 @@ from torch import nn
 from xmoe_fairseq.config import read_field
 from xmoe_fairseq.criterions.moe_loss import MoELossMixin
 from xmoe_fairseq.moe import Budget, step_budgets
-from xmoe_fairseq.parallel.failure import explain
+from xmoe_fairseq.parallel.failure import explain, introduce
 from xmoe_fairseq.saved_settings import check_saved_settings
 
 logger = logging.getLogger(__name__)
@@ -26,6 +26,8 @@ class MoETrainer(Trainer):
 
     def __init__(self, cfg: Any, task: Any, model: nn.Module, criterion: Any, quantizer: Any = None) -> None:
         super().__init__(cfg, task, model, criterion, quantizer)
+        if dist.is_initialized():
+            introduce()
         is_balanced = read_field(cfg.model, "moe_router", None) not in ("threshold", "topk", "gshard")
         if not is_balanced and not isinstance(criterion, MoELossMixin):
             name = read_field(cfg.criterion, "_name", type(criterion).__name__)

@@ -67,6 +67,26 @@ def test_others_end_and_say_who_is_missing(
     assert not (tmp_path / "crash.pt").exists()
 
 
+def test_ranks_that_wait_are_not_taken_for_dead(corpus: tuple[Path, Path], tmp_path: Path) -> None:
+    """Rank 3 loses its partner at once; rank 0 waits for ranks that wait for the dead one."""
+    plain_step = FairseqTask.train_step
+
+    def step(self: Any, update_num: int, **kwargs: Any) -> Any:
+        if dist.get_rank() == 2 and update_num == 2:
+            os._exit(1)
+        return plain_step(self, update_num=update_num, **kwargs)
+
+    def ranks() -> str:
+        with patch.object(FairseqTask, "train_step", step):
+            return last_words(corpus[0], tmp_path, 2)
+
+    said = run_ranks(4, ranks)
+    assert said[2] is None
+    for rank in (0, 1, 3):
+        assert said[rank].startswith(f"rank {rank} of 4, update 3: lost connection (")
+        assert said[rank].endswith("no answer from ranks [2]")
+
+
 def test_a_death_while_saving_is_named_too(corpus: tuple[Path, Path], tmp_path: Path) -> None:
     plain_gather = ExpertParallelTrainer._gather
 
