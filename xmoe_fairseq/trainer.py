@@ -13,6 +13,7 @@ from torch import nn
 from xmoe_fairseq.config import read_field
 from xmoe_fairseq.criterions.moe_loss import MoELossMixin
 from xmoe_fairseq.moe import Budget, step_budgets
+from xmoe_fairseq.parallel.check import check_backend
 from xmoe_fairseq.parallel.failure import explain, introduce
 from xmoe_fairseq.saved_settings import check_saved_settings
 
@@ -25,6 +26,7 @@ class MoETrainer(Trainer):
     """Steers thresholds to a budget, and says where and on which rank a run failed."""
 
     def __init__(self, cfg: Any, task: Any, model: nn.Module, criterion: Any, quantizer: Any = None) -> None:
+        check_backend(cfg)
         super().__init__(cfg, task, model, criterion, quantizer)
         if dist.is_initialized():
             introduce()

@@ -11,7 +11,7 @@ from tolerances import assert_same
 from toy import language_model, translation_model
 
 from xmoe_fairseq.config import MoEConfig, expert_parallel_size
-from xmoe_fairseq.parallel.check import check_optimizer, check_training
+from xmoe_fairseq.parallel.check import check_backend, check_optimizer, check_training
 
 
 @pytest.mark.parametrize("flag, ranks, size", [(1, 4, 1), (-1, 4, 4), (2, 4, 2), (-1, 1, 1)])
@@ -42,6 +42,14 @@ def test_sizes_that_never_fit_are_refused_when_the_model_is_built(size: Any) -> 
 
 def configuration(*flags: str) -> Any:
     return configured("folder", *MT, *map(str, TRAIN), *flags)
+
+
+def test_backends_that_nobody_has_tried_with_experts() -> None:
+    check_backend(configuration("--ddp-backend", "legacy_ddp"))
+    with pytest.raises(
+        ValueError, match="--ddp-backend slowmo cannot be combined with MoE layers: use legacy"
+    ):
+        check_backend(configuration("--ddp-backend", "slowmo"))
 
 
 REFUSED = [

@@ -105,6 +105,27 @@ def test_low_precision_trains(precision: str, corpus: tuple[Path, Path], tmp_pat
     assert f"num. expert model params: {experts} (num. trained: {experts})" in output
 
 
+@pytest.mark.parametrize("metric", ["bleu", "accuracy"])
+def test_a_metric_that_nobody_logs_is_refused_before_the_first_update(
+    metric: str, corpus: tuple[Path, Path], tmp_path: Path
+) -> None:
+    flags = (*TINY_MT, *TRAIN, "--max-epoch", 1, "--save-dir", tmp_path, "--best-checkpoint-metric")
+    output = run("fairseq-train", corpus[0], *flags, metric, succeeds=False)
+    said = output.strip().splitlines()[-1]
+    assert said.startswith(
+        "fairseq-train: error: --best-checkpoint-metric must be one that validation logs ("
+    )
+    assert "moe_encoder_load_cv, " in said and f"got {metric}" in said
+    assert said.endswith("; add --eval-bleu") == (metric == "bleu")
+    assert not logged(output, "train_inner") and "Traceback" not in output
+
+
+def test_any_metric_that_is_logged_chooses_the_best(corpus: tuple[Path, Path], tmp_path: Path) -> None:
+    flags = (*TINY_MT, *TRAIN, "--max-epoch", 1, "--save-dir", tmp_path, "--best-checkpoint-metric")
+    run("fairseq-train", corpus[0], *flags, "moe_decoder_load_cv")
+    assert (tmp_path / "checkpoint_best.pt").exists()
+
+
 @pytest.mark.parametrize("backend", ["legacy_ddp", "pytorch_ddp"])
 def test_two_processes_train(backend: str, corpus: tuple[Path, Path], tmp_path: Path) -> None:
     output = run_as_torchrun(

@@ -1,0 +1,48 @@
+"""What is refused when a training starts."""
+
+from typing import Any
+
+import pytest
+from fairseq.distributed import utils
+from omegaconf import OmegaConf
+
+from xmoe_fairseq_compat import starting
+
+
+def configuration(**given: Any) -> Any:
+    common = {"tpu": False, "model_parallel_size": 1, "cpu": True}
+    ranks = {
+        "ddp_backend": "pytorch_ddp",
+        "distributed_world_size": 1,
+        "distributed_init_method": None,
+        "tpu": False,
+        "pipeline_model_parallel": False,
+        "distributed_port": -1,
+        "distributed_no_spawn": True,
+    }
+    for group in (common, ranks):
+        group.update({name: value for name, value in given.items() if name in group})
+    return OmegaConf.create({"common": common, "distributed_training": ranks})
+
+
+@pytest.mark.parametrize(
+    "given, line",
+    [
+        ({"tpu": True}, "--tpu needs torch_xla; leave it out"),
+        ({"model_parallel_size": 2}, "--model-parallel-size above 1 needs Megatron"),
+        ({"ddp_backend": "slowmo"}, "--ddp-backend slowmo needs GPUs; use --ddp-backend legacy_ddp or"),
+        ({"ddp_backend": "fully_sharded"}, "--ddp-backend fully_sharded needs GPUs; use"),
+    ],
+)
+def test_flags_that_need_what_is_not_there(given: dict[str, Any], line: str) -> None:
+    ran: list[Any] = []
+    with pytest.raises(ValueError, match=f"^{line}"):
+        utils.call_main(configuration(**given), ran.append)
+    assert not ran
+    utils.call_main(configuration(), ran.append)
+    assert len(ran) == 1
+
+
+def test_modules_that_are_there() -> None:
+    assert starting.has_module("fairseq.trainer")
+    assert not starting.has_module("fairseq.no_such") and not starting.has_module("no_such.thing")

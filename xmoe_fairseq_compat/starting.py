@@ -1,0 +1,96 @@
+"""What is refused when a training starts, and would fail later, after an epoch, or not at all."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+from xmoe_fairseq_compat.errors import FlagError
+from xmoe_fairseq_compat.registry import mend
+
+
+def has_module(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:  # of a package that holds it
+        return False
+
+
+def has_gpu(cfg: Any) -> bool:
+    import torch
+
+    return torch.cuda.is_available() and not cfg.common.cpu
+
+
+def is_backend(name: str) -> Callable[[Any], bool]:
+    return lambda cfg: str(cfg.distributed_training.ddp_backend) == name
+
+
+INSTEAD = "use --ddp-backend legacy_ddp or pytorch_ddp"
+# Flag, whether it is given, whether it can work, and what it needs.
+NEEDS: tuple[tuple[str, Callable[[Any], bool], Callable[[Any], bool], str], ...] = (
+    ("--tpu", lambda cfg: cfg.common.tpu, lambda cfg: has_module("torch_xla"), "torch_xla; leave it out"),
+    (
+        "--model-parallel-size above 1",
+        lambda cfg: cfg.common.model_parallel_size > 1,
+        lambda cfg: has_module("fairseq.model_parallel.megatron.mpu"),
+        "Megatron, which fairseq's package leaves out; leave it out too",
+    ),
+    ("--ddp-backend fully_sharded", is_backend("fully_sharded"), has_gpu, f"GPUs; {INSTEAD}"),
+    ("--ddp-backend slowmo", is_backend("slowmo"), has_gpu, f"GPUs; {INSTEAD}"),
+    (
+        "--ddp-backend fully_sharded",
+        is_backend("fully_sharded"),
+        lambda cfg: (
+            cfg.distributed_training.distributed_world_size > 1 or has_module("fairscale.utils.testing")
+        ),
+        f"several GPUs, or fairscale below 0.4.6; {INSTEAD}",
+    ),
+)  # fmt: skip
+
+
+@mend("fairseq.distributed.utils")
+def refuse_what_is_not_installed(module: Any) -> None:
+    """Every torch: a flag for which a library or a GPU is missing ends in an exception of whatever it meets
+    first, or is passed over in one process (--ddp-backend slowmo)."""
+    plain_call = module.call_main
+
+    def call_main(cfg: Any, main: Any, **kwargs: Any) -> Any:
+        for flag, is_given, can_work, need in NEEDS:
+            if is_given(cfg) and not can_work(cfg):
+                raise FlagError(f"{flag} needs {need}")
+        return plain_call(cfg, main, **kwargs)
+
+    module.call_main = call_main
+
+
+@mend("fairseq_cli.train")
+def refuse_a_metric_that_nobody_logs(module: Any) -> None:
+    """Every torch: a --best-checkpoint-metric that validation does not log fails after the first epoch, where
+    nothing has been saved yet. One batch is validated to see what there is."""
+    plain_train = module.train
+
+    def check(cfg: Any, trainer: Any) -> None:
+        metric, (subset, *_) = cfg.checkpoint.best_checkpoint_metric, cfg.dataset.valid_subset.split(",")
+        batches = trainer.get_valid_iterator(subset).next_epoch_itr(shuffle=False, set_dataset_epoch=False)
+        if len(batches) == 0:
+            return
+        with module.metrics.aggregate(new_root=True) as logged:
+            trainer.valid_step(next(iter(batches)))
+        names = sorted({*logged.get_smoothed_values(), "num_updates"})
+        if metric not in names:
+            how = "; add --eval-bleu" if metric == "bleu" else ""
+            raise FlagError(
+                f"--best-checkpoint-metric must be one that validation logs ({', '.join(names)}), "
+                f"got {metric}{how}"
+            )
+
+    def train(cfg: Any, trainer: Any, task: Any, *args: Any) -> Any:
+        is_sure = cfg.checkpoint.best_checkpoint_metric == "loss" or hasattr(task, "post_validate")
+        if not (is_sure or cfg.dataset.disable_validation or hasattr(trainer, "metric_is_checked")):
+            check(cfg, trainer)
+            trainer.metric_is_checked = True
+        return plain_train(cfg, trainer, task, *args)
+
+    module.train = train
