@@ -38,6 +38,8 @@ class Finder:
         for finder in sys.meta_path:
             find = getattr(finder, "find_spec", None)
             spec: Any = find(name, path, target) if find and finder is not cls else None
+            if spec is not None and spec.loader is None:
+                return spec  # type: ignore[no-any-return]  # a folder without __init__.py runs nothing
             if spec is not None:
                 spec.loader.exec_module = registry.mended(name, spec.loader.exec_module)
                 return spec  # type: ignore[no-any-return]

@@ -6,9 +6,11 @@ import argparse
 import collections
 import re
 import typing
+from collections.abc import Mapping
 from typing import Any
 
-from xmoe_fairseq_compat.errors import CheckpointError
+from xmoe_fairseq_compat.errors import CheckpointError, UserError
+from xmoe_fairseq_compat.reading import DAMAGED, check_claims, check_configuration, check_zip
 from xmoe_fairseq_compat.registry import has, mend, stand_in
 
 
@@ -33,37 +35,71 @@ def allow_plain_types_in_checkpoints(module: Any) -> None:
     torch.serialization.add_safe_globals(types)
 
 
-def load(file: Any, *args: Any, **kwargs: Any) -> Any:
+def load(file: Any, *args: Any, sums: bool = True, **kwargs: Any) -> Any:
     """torch.load that never runs code, whatever the caller or an environment variable says.
 
+    Args:
+        file: a path, or an open file.
+        sums: compare the checksums of all tensors, for which the whole file is read (some 2 GB/s). Without,
+            a file that is mapped is read only where somebody asks for its tensors.
+
     Raises:
-        CheckpointError: the file is damaged, or holds what is not on the list of safe types.
+        CheckpointError: the file is damaged, holds what is not on the list of safe types, or claims to be
+            larger than it is.
         OSError: there is no such file, or it may not be read.
     """
     import torch
 
+    size, may_be_mapped = check_zip(file, sums)
+    mmap = {"mmap": kwargs["mmap"] and may_be_mapped} if "mmap" in kwargs else {}
     try:
-        return torch.load(file, *args, **{**kwargs, "weights_only": True})
-    except (MemoryError, FileNotFoundError, IsADirectoryError, PermissionError):
+        state = torch.load(file, *args, **{**kwargs, **mmap, "weights_only": True})
+    except OSError:
         raise
     except Exception as error:
-        refused = re.search(r"GLOBAL (\S+) (?:was not an allowed|whose module)", str(error))
-        problem = "it is damaged or no checkpoint; copy it again or use another"
-        if refused:
-            problem = (
-                f"it holds {refused[1]}, which is not on the list of types that are safe to load; save it"
-                " again without, or if you trust it allow the type in a --user-dir with"
-                " torch.serialization.add_safe_globals"
-            )
-        raise CheckpointError(file, problem) from error
+        raise CheckpointError(file, _problem(error)) from error
+    check_claims(file, state, size)
+    return state
+
+
+def _problem(error: Exception) -> str:
+    refused = re.search(r"GLOBAL (\S+) (?:was not an allowed|whose module)", str(error))
+    if refused:
+        return (
+            f"it holds {refused[1]}, which is not on the list of types that are safe to load; save it"
+            " again without, or if you trust it allow the type in a --user-dir with"
+            " torch.serialization.add_safe_globals"
+        )
+    if isinstance(error, MemoryError) or re.search(
+        "not enough memory|can't allocate|out of memory", str(error)
+    ):
+        return "it claims more memory than this machine has"
+    return DAMAGED
+
+
+# What a checkpoint must hold, or fairseq's of old: the entry's name, its types.
+ENTRIES: tuple[tuple[tuple[str, ...], tuple[type, ...]], ...] = (
+    (("model",), (dict,)),
+    (("cfg", "args"), (Mapping, argparse.Namespace)),
+    (("optimizer_history", "best_loss"), (list, int, float)),
+    (("extra_state", "epoch"), (dict, int)),
+)
 
 
 def load_checkpoint(file: Any, *args: Any, **kwargs: Any) -> Any:
     """A file that must be a checkpoint. Raises what `load` raises."""
     state = load(file, *args, **kwargs)
-    for names in (("model",), ("cfg", "args"), ("optimizer_history", "best_loss")):  # or of old
-        if not isinstance(state, dict) or not any(name in state for name in names):
+    for names, types in ENTRIES:
+        entries = [state[name] for name in names if name in state] if isinstance(state, dict) else []
+        if not entries:
             raise CheckpointError(file, f"it has no entry {names[0]!r}; name a file that fairseq-train saved")
+        if not any(isinstance(entry, types) and entry != [] for entry in entries):
+            raise CheckpointError(
+                file,
+                f"its entry {names[0]!r} is {str(entries[0])[:60]!r}; name a file that fairseq-train saved",
+            )
+    for name in ("cfg", "args"):
+        check_configuration(file, state.get(name))
     return state
 
 
@@ -73,6 +109,24 @@ def say_why_a_checkpoint_is_refused(module: Any) -> None:
     import torch
 
     module.torch = stand_in(torch, load=load_checkpoint)
+
+
+@mend("fairseq.checkpoint_utils")
+def say_what_a_checkpoint_lacks(module: Any) -> None:
+    """Every torch: fairseq brings a checkpoint up to date as if it were whole, or ends in a traceback."""
+    plain_load = module.load_checkpoint_to_cpu
+
+    def load_checkpoint_to_cpu(path: Any, arg_overrides: Any = None, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return plain_load(path, arg_overrides, *args, **kwargs)
+        except (UserError, OSError):
+            raise
+        except Exception as error:
+            reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+            what = "it, or what overrides it," if arg_overrides else "it"
+            raise CheckpointError(path, f"{what} cannot be read as fairseq's: {reason}") from error
+
+    module.load_checkpoint_to_cpu = load_checkpoint_to_cpu
 
 
 @mend("fairseq.checkpoint_utils")

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ast
 import dataclasses
-import operator
 import os
 import sys
 import warnings
@@ -72,36 +70,6 @@ def hashable_configs(module: Any) -> Iterator[None]:
         yield
     finally:
         dataclasses.dataclass = plain_dataclass
-
-
-@mend(
-    "fairseq.models.fconv",
-    "fairseq.models.fconv_lm",
-    "fairseq.models.fconv_self_att",
-    "fairseq.models.hubert.hubert",
-    "fairseq.models.lightconv_lm",
-    "fairseq.models.speech_to_text.s2t_wav_transformer",
-    "fairseq.models.transformer_lm",
-    "fairseq.models.wav2vec.wav2vec",
-    "fairseq.models.wav2vec.wav2vec2",
-    "fairseq.utils",
-)
-def evaluate_literals_only(module: Any) -> None:
-    """Every torch: fairseq calls eval on strings of a model's configuration, which a checkpoint brings along.
-
-    A name in the module hides the builtin. Sums and products of literals stay, as in `[(512, 3)] * 20`.
-    """
-    operators: dict[type, Any] = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul}
-
-    def value(node: ast.AST) -> Any:
-        if isinstance(node, ast.BinOp) and type(node.op) in operators:
-            return operators[type(node.op)](value(node.left), value(node.right))
-        return ast.literal_eval(node)
-
-    def evaluate(text: Any) -> Any:  # a checkpoint may hold what was once evaluated
-        return value(ast.parse(text.strip(), mode="eval").body) if isinstance(text, str) else text
-
-    module.eval = evaluate
 
 
 @mend("fairseq.utils")

@@ -16,6 +16,8 @@ When = Callable[[], bool]
 Mend = Callable[[Any], None]  # takes the module
 MendAround = Callable[[Any], Iterator[None]]
 
+EVERY = "*"  # in the place of a name: every module of fairseq
+
 # To run after a module, or around it (what is before a mend's `yield` runs before the module).
 after: dict[str, list[tuple[When, Mend]]] = {}
 around: dict[str, list[tuple[When, MendAround]]] = {}
@@ -55,9 +57,16 @@ def read_all() -> None:
         importlib.import_module(f"{package}.{file}")
 
 
+@functools.cache
+def is_their_fairseq() -> bool:
+    """Whether the fairseq that is installed is the one that the mends are for."""
+    return has("fairseq", 0, 12) and not has("fairseq", 0, 13)
+
+
 def concerns(name: str) -> bool:
-    """Whether a module has mends, and the fairseq that is installed is the one they are for."""
-    return (name in after or name in around) and has("fairseq", 0, 12) and not has("fairseq", 0, 13)
+    """Whether a module of fairseq has mends."""
+    names = {name, EVERY}
+    return not (names.isdisjoint(after) and names.isdisjoint(around)) and is_their_fairseq()
 
 
 def mended(name: str, exec_module: Callable[[Any], None]) -> Callable[[Any], None]:
@@ -65,11 +74,11 @@ def mended(name: str, exec_module: Callable[[Any], None]) -> Callable[[Any], Non
 
     def exec_mended_module(module: Any) -> None:
         with contextlib.ExitStack() as stack:
-            for when, mend_around in around.get(name, []):
+            for when, mend_around in around.get(EVERY, []) + around.get(name, []):
                 if when():
                     stack.enter_context(contextlib.contextmanager(mend_around)(module))
             exec_module(module)
-        for when, mend in after.get(name, []):
+        for when, mend in after.get(EVERY, []) + after.get(name, []):
             if when():
                 mend(module)
 

@@ -88,6 +88,7 @@ print(runpy.run_path({str(COMPAT)!r})["is_active"]())
 @pytest.mark.parametrize("version", ["0.11.1", "0.13.0", "1.0.0"])
 def test_another_fairseq_is_left_alone(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert compat.Finder.find_spec("fairseq") is not None
+    monkeypatch.setattr(registry, "is_their_fairseq", registry.is_their_fairseq.__wrapped__)
     monkeypatch.setattr(metadata, "version", lambda package: version)
     assert compat.Finder.find_spec("fairseq") is None
 

@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from xmoe_fairseq.config import read_field
+from xmoe_fairseq_compat.components import check_components
 
 SPARSE_NAME = {"transformer": "xmoe_transformer", "transformer_lm": "xmoe_transformer_lm"}
 SIDES = {"transformer": ("encoder", "decoder"), "transformer_lm": ("decoder",)}
@@ -51,6 +52,7 @@ def read_dense(path: Path, binarised: str) -> Dense:
     if cfg is None or "model" not in state:
         raise ConvertError(f"{path} is no fairseq checkpoint: it has no configuration or no model")
     kind = check_model(path, cfg.model)
+    check_components(path, cfg)
     task = tasks.setup_task(cfg.task)
     (model,), _, task = checkpoint_utils.load_model_ensemble_and_task([str(path)], task=task, state=state)
     for name, parameter in model.named_parameters():  # not the buffers: fairseq leaves one uninitialised

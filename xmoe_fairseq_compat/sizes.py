@@ -1,0 +1,119 @@
+"""A model that a checkpoint describes is built within what the checkpoint holds.
+
+Its mend is to come after those of checkpoints.py, which put a checkpoint's files together.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from contextvars import ContextVar
+from typing import Any
+
+from xmoe_fairseq_compat.errors import CheckpointError
+from xmoe_fairseq_compat.registry import mend
+
+# As many times as large may a model be as its checkpoint: some parameters are built to be replaced or shared.
+VALUES, PARAMETERS = 8, 4
+# And so much more: tables of positions, say, are not saved.
+MORE_VALUES, MORE_PARAMETERS = 2**28, 1000
+COUNTS = ("arange", "randperm")  # these take a number, not a size
+
+
+# Open while fairseq opens checkpoints to build their models; entered anew for each of them.
+_building: ContextVar[ExitStack | None] = ContextVar("building", default=None)
+
+
+@contextmanager
+def within(path: Any, state: Any) -> Iterator[None]:
+    """In this block a tensor or model that is far larger than a checkpoint is not built.
+
+    Args:
+        state: what the checkpoint at `path` holds.
+
+    Raises:
+        CheckpointError: names the checkpoint, and both sizes.
+    """
+    from torch.nn.modules.module import register_module_parameter_registration_hook
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    held = [value.numel() for value in state["model"].values() if hasattr(value, "numel")]
+    most_values = VALUES * sum(held) + MORE_VALUES
+    most_parameters = PARAMETERS * len(held) + MORE_PARAMETERS
+    seen = {"values": 0, "parameters": 0}
+
+    def refuse_more(values: int) -> None:
+        if values > most_values or seen["parameters"] > most_parameters:
+            raise CheckpointError(
+                path,
+                "its configuration, or what overrides it, asks for more than"
+                f" {max(values, seen['values']):,} values in {seen['parameters']:,} parameters, and it holds"
+                f" {sum(held):,} in {len(held):,}; do not use it",
+            )
+
+    def count(module: Any, name: str, parameter: Any) -> None:
+        if parameter is not None:
+            seen["values"] += parameter.numel()
+            seen["parameters"] += 1
+            refuse_more(seen["values"])
+
+    class Within(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            refuse_more(size_of_result(func, args))
+            return func(*args, **(kwargs or {}))
+
+    hook = register_module_parameter_registration_hook(count)
+    try:
+        with Within():  # type: ignore[no-untyped-call]
+            yield
+    finally:
+        hook.remove()
+
+
+def size_of_result(func: Any, args: Any) -> int:
+    """How many values an operation of torch will make: at least, as far as its arguments tell."""
+    import torch
+
+    shapes = [value.shape for value in args if isinstance(value, torch.Tensor)]
+    sizes = [
+        value for value in args if isinstance(value, (list, tuple)) and all(type(n) is int for n in value)
+    ]
+    if func._schema.name.partition("::")[2] in COUNTS:
+        sizes += [[abs(int(value))] for value in args[:2] if isinstance(value, (int, float))]
+    with suppress(RuntimeError):  # of shapes that do not fit: a product of matrices, say
+        sizes.append(torch.broadcast_shapes(*shapes))
+    return max((math.prod(size) for size in sizes), default=0)
+
+
+@mend("fairseq.checkpoint_utils")
+def build_within_what_a_checkpoint_holds(module: Any) -> None:
+    """Every torch: a model is built as its checkpoint's configuration says, of 10^6 layers if it says so."""
+    plain_load, plain_ensemble = module.load_checkpoint_to_cpu, module.load_model_ensemble_and_task
+
+    def begin(building: ExitStack, path: Any, state: Any) -> None:
+        if "fsdp_metadata" not in state:  # whose parameters are flattened into few, those of one rank
+            building.enter_context(within(path, state))
+
+    def load_checkpoint_to_cpu(path: Any, *args: Any, **kwargs: Any) -> Any:
+        building = _building.get()
+        if building is None:  # whoever reads it builds nothing of it
+            return plain_load(path, *args, **kwargs)
+        building.close()
+        state = plain_load(path, *args, **kwargs)
+        begin(building, path, state)
+        return state
+
+    def load_model_ensemble_and_task(filenames: Any, *args: Any, **kwargs: Any) -> Any:
+        state = kwargs.get("state", dict(enumerate(args)).get(5))  # where it was read before
+        with ExitStack() as building:
+            token = _building.set(building)
+            try:
+                if state is not None:
+                    begin(building, filenames[0], state)
+                return plain_ensemble(filenames, *args, **kwargs)
+            finally:
+                _building.reset(token)
+
+    module.load_checkpoint_to_cpu = load_checkpoint_to_cpu
+    module.load_model_ensemble_and_task = load_model_ensemble_and_task
