@@ -264,25 +264,6 @@ def test_training_without_an_architecture_is_refused_with_one_line(
     assert end.value.code == 2 and "error: --arch must be given" in capsys.readouterr().err
 
 
-def test_strings_of_a_configuration_are_literals_not_code(tmp_path: Path) -> None:
-    """evaluate_literals_only"""
-    from fairseq import utils
-    from fairseq.models import fconv, transformer_lm
-
-    assert utils.eval_str_list("20000,60000", type=int) == [20000, 60000]
-    assert utils.eval_str_dict("{'a': 1}") == {"a": 1}
-    assert utils.eval_bool("True") is True
-    assert utils.eval_bool(True) is True  # a task's, read from a checkpoint
-    assert utils.eval_bool(False) is False and utils.eval_bool(None, default=True) is True
-    assert fconv.eval("[(512, 3)] * 2 + [(8, 1)]") == [(512, 3), (512, 3), (8, 1)]
-    assert transformer_lm.eval("[(1, 64), (2, 128)]") == [(1, 64), (2, 128)]
-    made = tmp_path / "made"
-    for evaluate in (utils.eval_str_list, fconv.eval, transformer_lm.eval):
-        with pytest.raises(ValueError):
-            evaluate(f"__import__('os').mkdir({str(made)!r}) or [1]")
-    assert not made.exists()
-
-
 def test_development_versions_of_torch_can_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
     """read_development_versions"""
     monkeypatch.setattr(torch, "__version__", "2.14.0a0+git1234")
