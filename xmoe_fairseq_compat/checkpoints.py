@@ -77,6 +77,8 @@ def _problem(error: Exception) -> str:
     return DAMAGED
 
 
+EXTRA = "_extra_state"  # torch's name for what a module saves that is no tensor
+
 # What a checkpoint must hold, or fairseq's of old: the entry's name, its types.
 ENTRIES: tuple[tuple[tuple[str, ...], tuple[type, ...]], ...] = (
     (("model",), (dict,)),
@@ -97,6 +99,11 @@ def load_checkpoint(file: Any, *args: Any, **kwargs: Any) -> Any:
             raise CheckpointError(
                 file,
                 f"its entry {names[0]!r} is {str(entries[0])[:60]!r}; name a file that fairseq-train saved",
+            )
+    for name, value in state["model"].items():
+        if not (isinstance(name, str) and (hasattr(value, "numel") or value is None or name.endswith(EXTRA))):
+            raise CheckpointError(
+                file, f"its model holds {str(value)[:60]!r} under {name!r}, where a tensor belongs"
             )
     for name in ("cfg", "args"):
         check_configuration(file, state.get(name))
@@ -123,6 +130,10 @@ def say_what_a_checkpoint_lacks(module: Any) -> None:
             raise
         except Exception as error:
             reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+            if isinstance(
+                error, KeyError
+            ):  # in checkpoints of old fairseq looks names up while it reads them
+                reason += " (if that is a model or task, add its --user-dir)"
             what = "it, or what overrides it," if arg_overrides else "it"
             raise CheckpointError(path, f"{what} cannot be read as fairseq's: {reason}") from error
 

@@ -154,3 +154,19 @@ def test_eval_lm(corpus: tuple[Path, Path], language_checkpoint: Path) -> None:
     assert alone == printed(together, 2)
     assert 1 < alone < 60
     assert perplexity("--batch-size", "8", "--model-overrides", "{'moe_threshold': 0.0}") != alone
+
+
+@pytest.mark.parametrize("tool", ["fairseq-generate", "fairseq-eval-lm", "fairseq-validate"])
+def test_a_checkpoint_opened_without_user_dir(
+    tool: str, corpus: tuple[Path, Path], translation_checkpoint: Path, language_checkpoint: Path
+) -> None:
+    is_lm = tool == "fairseq-eval-lm"
+    checkpoint = language_checkpoint if is_lm else translation_checkpoint
+    flags = ("--cpu", "--batch-size", 4, "--task", "language_modeling" if is_lm else "translation")
+    output = run(tool, corpus[is_lm], *flags, "--path", checkpoint, succeeds=False)
+    name = "xmoe_transformer_lm_tiny" if is_lm else "xmoe_transformer_tiny"
+    assert output.splitlines()[-1] == (
+        f"{tool}: error: cannot load checkpoint {checkpoint}: no model is known by the name {name!r}; add"
+        " --user-dir xmoe_fairseq"
+    )
+    assert "Traceback" not in output
