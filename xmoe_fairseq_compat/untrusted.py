@@ -23,9 +23,10 @@ LONGEST = 10**6  # of a list that is written as a product
 def literal(text: Any) -> Any:
     """What fairseq evaluates: literals, their sums and products, as in `[(512, 3)] * 20 + [(1024, 3)]`.
 
+    What is no text is a value already, which a checkpoint may hold: tasks put `True` where "True" was.
+
     Raises:
         FlagError: it is anything else.
-        TypeError: it is no text, as eval does.
     """
     operators: dict[type, Any] = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul}
 
@@ -38,7 +39,7 @@ def literal(text: Any) -> Any:
         return operators[type(node.op)](left, right)
 
     if not isinstance(text, str):
-        raise TypeError(f"must be text, got {text!r}")
+        return text
     try:
         return value(ast.parse(text.strip(), mode="eval").body)
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:

@@ -178,7 +178,8 @@ def test_strings_of_a_configuration_are_literals_not_code(tmp_path: Path) -> Non
     assert utils.eval_str_list("20000,60000", type=int) == [20000, 60000]
     assert utils.eval_str_dict("{'a': 1}") == {"a": 1}
     assert utils.eval_bool("True") is True
-    assert utils.eval_bool(True) is False, "as stock: no text is the default"
+    assert utils.eval_bool(True) is True  # a task's, read from a checkpoint
+    assert utils.eval_bool(False) is False and utils.eval_bool(None, default=True) is True
     assert fconv.eval("[(512, 3)] * 2 + [(8, 1)]") == [(512, 3), (512, 3), (8, 1)]
     assert fconv.eval("1024 * 2048 - 1") == 1024 * 2048 - 1
     assert transformer_lm.eval("[(1, 64), (2, 128)]") == [(1, 64), (2, 128)]
