@@ -8,6 +8,7 @@ from typing import Any
 from fairseq.dataclass import FairseqDataclass
 
 from xmoe_fairseq.moe.layer import COMBINE
+from xmoe_fairseq_compat.errors import flag
 
 __all__ = [
     "COMBINE",
@@ -117,7 +118,3 @@ def read_field(model_cfg: Any, name: str, default: Any) -> Any:
     value = model_cfg.get(name) if isinstance(model_cfg, Mapping) else getattr(model_cfg, name, None)
     value = default if value is None else value
     return value.value if isinstance(value, Enum) else value
-
-
-def flag(name: str) -> str:
-    return "--" + name.replace("_", "-")

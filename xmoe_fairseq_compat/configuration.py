@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from typing import Any
 
-from xmoe_fairseq_compat.errors import UserError
+from xmoe_fairseq_compat.errors import one_line
 from xmoe_fairseq_compat.registry import mend, mend_around
 
 
@@ -32,13 +32,14 @@ def quiet_deprecations(module: Any) -> Iterator[None]:
 
 @mend("fairseq")
 def end_with_one_line(module: Any) -> None:
-    """Every torch: a wrong flag or checkpoint, or numbers that overflow, end a command with a page of where
-    fairseq was just then."""
+    """Every torch: a wrong flag, path or checkpoint, or numbers that overflow, end a command with a page of
+    where fairseq was just then."""
     plain_hook = sys.excepthook
 
     def excepthook(kind: Any, error: BaseException, traceback: Any) -> None:
-        if isinstance(error, (UserError, FloatingPointError)):
-            print(f"{os.path.basename(sys.argv[0]) or 'fairseq'}: error: {error}", file=sys.stderr)
+        line = one_line(error)
+        if line:
+            print(f"{os.path.basename(sys.argv[0]) or 'fairseq'}: error: {line}", file=sys.stderr)
         else:
             plain_hook(kind, error, traceback)
 

@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 from typing import Any
+
+
+def flag(name: str) -> str:
+    """A setting as on the command line."""
+    return "--" + name.replace("_", "-")
 
 
 class UserError(Exception):
@@ -20,3 +26,17 @@ class CheckpointError(UserError, RuntimeError):
     def __init__(self, file: Any, problem: str) -> None:
         name = file if isinstance(file, (str, os.PathLike)) else getattr(file, "name", file)
         super().__init__(f"cannot load checkpoint {name}: {problem}")
+
+
+def one_line(error: BaseException) -> str | None:
+    """What a command that ends with this error has to say; None where only a traceback helps.
+
+    Beside the errors above, a file that cannot be opened is a user's to mend, and so is what fairseq itself
+    checks of its flags and files (by assert or ValueError, and naming them).
+    """
+    if isinstance(error, (UserError, FloatingPointError)):
+        return str(error)
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    names_it = re.fullmatch(r"(.* )?--[a-z][a-z-]+\b.*|.* does not exist", str(error))
+    return str(error) if names_it and isinstance(error, (AssertionError, ValueError)) else None

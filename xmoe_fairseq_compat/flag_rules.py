@@ -1,0 +1,124 @@
+"""What fairseq's own settings must satisfy, as one table; flags.py checks it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+Holds = Callable[[Any, Mapping[str, Any]], bool]
+# Names of settings, the rule, and whether it holds for a value (or each in a list) beside the other settings.
+Rule = tuple[str, str, Holds]
+INFINITY = float("inf")
+MOST = 2**63 - 1  # what fairseq's batching in C takes
+
+
+def whole(least: int, most: int = MOST) -> Holds:
+    return lambda value, _: least <= value <= most and float(value).is_integer()
+
+
+def between(least: float, below: float) -> Holds:
+    return lambda value, _: least <= value < below
+
+
+def betas(name: str) -> Rule:
+    rule = "must be two numbers in [0, 1), such as (0.9, 0.98)"
+    return name, rule, lambda value, given: 0 <= value < 1 and len(given[name]) == 2
+
+
+COUNT, COUNT_OR_0 = "must be a whole number in [1, 2^63)", "must be a whole number in [0, 2^63)"
+POSITIONS: Rule = ("tokens_per_sample max_source_positions max_target_positions", COUNT, whole(1))
+
+RUN: tuple[Rule, ...] = (
+    POSITIONS,
+    (
+        "batch_size max_tokens batch_size_valid max_tokens_valid update_freq required_batch_size_multiple "
+        "required_seq_len_multiple log_interval save_interval validate_interval distributed_world_size "
+        "num_shards beam nbest softmax_batch workers padding_factor iter_decode_with_beam "
+        "ema_update_freq localsgd_frequency nprocs_per_node max_valid_steps fp16_init_scale",
+        COUNT,
+        whole(1),
+    ),
+    (
+        "num_workers max_update max_epoch warmup_updates save_interval_updates validate_interval_updates "
+        "validate_after_updates curriculum data_buffer_size no_repeat_ngram_size prefix_size context_window "
+        "iter_decode_max_iter thresholdsrc thresholdtgt ema_start_update amp_batch_retries shard_id min_len "
+        "force_anneal empty_cache_freq max_len_b buffer_size",
+        COUNT_OR_0,
+        whole(0),
+    ),
+    ("seed fixed_validation_seed", "must be in [0, 2^32)", whole(0, 2**32 - 1)),
+    (
+        "keep_interval_updates keep_interval_updates_pattern keep_last_epochs keep_best_checkpoints "
+        "nwordssrc nwordstgt",
+        "must be -1 (all) or more",
+        whole(-1),
+    ),
+    (
+        "patience sampling_topk diverse_beam_groups",
+        "must be -1 (off) or at least 1",
+        lambda value, _: value == -1 or whole(1)(value, _),
+    ),
+    ("sampling_topp", "must be -1 (off) or in (0, 1]", lambda value, _: value == -1 or 0 < value <= 1),
+    (
+        "lr clip_norm weight_decay adam_eps adafactor_eps end_learning_rate max_len_a stop_time_hours "
+        "min_loss_scale diverse_beam_strength lr_shrink",
+        "must be a number, 0 or more",
+        between(0, INFINITY),
+    ),
+    (
+        "warmup_init_lr",
+        "must be -1 (the scheduler's own) or a number, 0 or more",
+        lambda value, _: value == -1 or 0 <= value < INFINITY,
+    ),
+    (
+        "lenpen unkpen lm_weight diversity_rate stop_min_lr",
+        "must be a number",
+        lambda v, _: abs(v) < INFINITY,
+    ),
+    ("temperature power", "must be above 0", lambda value, _: 0 < value < INFINITY),
+    ("label_smoothing momentum", "must be in [0, 1)", between(0, 1)),
+    ("ema_decay fp16_scale_tolerance", "must be in [0, 1]", lambda value, _: 0 <= value <= 1),
+    betas("adam_betas"),
+    betas("adamax_betas"),
+    betas("lamb_betas"),
+    ("nbest", "must be at most --beam {beam}", lambda value, given: value <= given["beam"]),
+    (
+        "diverse_beam_groups",
+        "must divide --beam {beam}",
+        lambda value, given: value == -1 or given["beam"] % value == 0,
+    ),
+    ("shard_id", "must be below --num-shards {num_shards}", lambda value, given: value < given["num_shards"]),
+)
+
+
+def divides(side: str) -> Rule:
+    width = f"{side}_embed_dim"
+    rule = f"must divide --{side}-embed-dim {{{width}}}"
+    return f"{side}_attention_heads", rule, lambda value, given: given[width] % value == 0
+
+
+TRANSFORMER: tuple[Rule, ...] = (
+    POSITIONS,
+    (
+        "encoder_layers decoder_layers encoder_embed_dim decoder_embed_dim encoder_ffn_embed_dim "
+        "decoder_ffn_embed_dim encoder_attention_heads decoder_attention_heads decoder_input_dim "
+        "decoder_output_dim quant_noise_pq_block_size",
+        COUNT,
+        whole(1),
+    ),
+    (
+        "dropout attention_dropout activation_dropout relu_dropout adaptive_softmax_dropout "
+        "encoder_layerdrop decoder_layerdrop",
+        "must be in [0, 1)",
+        between(0, 1),
+    ),
+    ("quant_noise_pq quant_noise_scalar", "must be in [0, 1]", lambda value, _: 0 <= value <= 1),
+    ("adaptive_input_factor adaptive_softmax_factor", "must be above 0", lambda v, _: 0 < v < INFINITY),
+    divides("encoder"),
+    divides("decoder"),
+    (
+        "adaptive_input",
+        "needs --adaptive-input-cutoff, such as 20000,60000",
+        lambda value, given: not value or bool(given.get("adaptive_input_cutoff")),
+    ),
+)

@@ -1,0 +1,121 @@
+"""The rules of flag_rules.py, wherever a setting comes from: command line, hydra, checkpoint, overrides."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterable, Mapping
+from typing import Any, cast
+
+from xmoe_fairseq_compat.errors import FlagError, flag
+from xmoe_fairseq_compat.flag_rules import RUN, TRANSFORMER, Holds, Rule
+from xmoe_fairseq_compat.registry import mend
+
+
+def check(settings: Mapping[str, Any], rules: Iterable[Rule]) -> None:
+    """Raises FlagError for the first setting that breaks a rule; one that is not given, or that refers to
+    another (`${...}`), breaks none."""
+    given = {name: value for name, value in settings.items() if value is not None}
+    given = {name: value for name, value in given.items() if not str(value).startswith("${")}
+    for names, rule, holds in rules:
+        for name in names.split():
+            if name in given:
+                try:
+                    given[name] = literal(given[name])
+                    holds_for_each = _each(given[name], given, holds)
+                except KeyError:  # a rule between two settings, of which one is not given
+                    continue
+                if not holds_for_each:
+                    raise FlagError(f"{flag(name)} {rule.format(**given)}, got {settings[name]}")
+
+
+def literal(value: Any) -> Any:
+    """Numbers that fairseq keeps as a string, such as "(0.9, 0.98)"."""
+    try:
+        return ast.literal_eval(value) if isinstance(value, str) else value
+    except (ValueError, SyntaxError):
+        return value
+
+
+def _each(value: Any, given: Mapping[str, Any], holds: Holds) -> bool:
+    if isinstance(value, (str, Mapping)):
+        return False
+    values = value if isinstance(value, Iterable) else [value]
+    try:
+        return bool(values) and all(holds(each, given) for each in values)
+    except TypeError:  # something that is no number
+        return False
+
+
+def plain_settings(cfg: Any) -> dict[str, Any]:
+    """Of a DictConfig (references as they are), a Namespace or a dataclass."""
+    from omegaconf import OmegaConf
+
+    if OmegaConf.is_dict(cfg):
+        return cast(dict[str, Any], OmegaConf.to_container(cfg))
+    return dict(cfg if isinstance(cfg, Mapping) else vars(cfg))
+
+
+@mend("fairseq.options")
+def check_flags(module: Any) -> None:
+    """Every torch: fairseq checks next to no value, so nonsense ends in a traceback or, worse, trains."""
+    plain_parse = module.parse_args_and_arch
+
+    def parse_args_and_arch(parser: Any, *args: Any, **kwargs: Any) -> Any:
+        parsed = plain_parse(parser, *args, **kwargs)
+        namespace = parsed[0] if isinstance(parsed, tuple) else parsed
+        for name, value in vars(namespace).items():
+            if isinstance(value, str) and "${" in value and value != parser.get_default(name):
+                raise FlagError(
+                    f"{flag(name)} must not hold ${{, which stands for another setting, got {value}"
+                )
+        check(vars(namespace), RUN)
+        return parsed
+
+    module.parse_args_and_arch = parse_args_and_arch
+
+
+@mend("fairseq_cli.preprocess")
+def check_flags_of_preprocessing(module: Any) -> None:
+    """Every torch: as of the other commands, which parse theirs in another way."""
+    plain_main = module.main
+
+    def main(args: Any) -> Any:
+        check(vars(args), RUN)
+        return plain_main(args)
+
+    module.main = main
+
+
+@mend("fairseq_cli.hydra_train")
+def check_settings_of_hydra(module: Any) -> None:
+    """Every torch: as on the command line."""
+    from omegaconf import OmegaConf
+
+    plain_main = module._hydra_main
+
+    def _hydra_main(cfg: Any, **kwargs: Any) -> Any:
+        for group in cfg:
+            if OmegaConf.is_dict(cfg[group]):
+                check(plain_settings(cfg[group]), RUN)
+        return plain_main(cfg, **kwargs)
+
+    module._hydra_main = _hydra_main
+
+
+@mend("fairseq.models.transformer.transformer_base", "fairseq.models.transformer_lm")
+def check_sizes_of_a_model(module: Any) -> None:
+    """Every torch: widths, heads and the like fail somewhere inside, dropout is not checked at all; what a
+    checkpoint, hydra or --model-overrides says passes here too."""
+    name = {"transformer_base": "TransformerModelBase", "transformer_lm": "TransformerLanguageModel"}
+    model = getattr(module, name[module.__name__.rpartition(".")[2]])
+    plain_build = model.build_model.__func__
+
+    def build_model(cls: Any, cfg: Any, task: Any) -> Any:
+        settings = plain_settings(cfg)
+        for side in ("encoder", "decoder"):  # fairseq's TransformerConfig is nested
+            inner = plain_settings(settings.get(side) or {})
+            settings |= {f"{side}_{name}": value for name, value in inner.items()}
+        check(settings, TRANSFORMER)
+        return plain_build(cls, cfg, task)
+
+    model.build_model = classmethod(build_model)

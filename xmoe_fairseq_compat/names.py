@@ -1,0 +1,98 @@
+"""Whether the --task, --arch and --criterion that a user names go together."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from xmoe_fairseq_compat.errors import FlagError
+from xmoe_fairseq_compat.registry import mend
+from xmoe_fairseq_compat.usage import hint
+
+# fairseq's criterions for a sequence of tokens; the others want speech, classes, masks or lengths.
+OF_TOKENS = {"cross_entropy", "label_smoothed_cross_entropy", "adaptive_loss", "composite_loss", "model"}
+OF_TOKENS |= {"vocab_parallel_cross_entropy"}
+OF_TRANSLATIONS = {
+    "label_smoothed_cross_entropy_with_alignment",
+    "latency_augmented_label_smoothed_cross_entropy",
+}
+
+
+def check_names(task: Any, arch: Any, criterion: Any) -> None:
+    """Raises FlagError for a model that cannot do the task, or a criterion that wants other data. A task or
+    criterion that a user adds is left alone, and a name that is not known (yet)."""
+    from fairseq.criterions import CRITERION_REGISTRY
+    from fairseq.models import ARCH_MODEL_REGISTRY, FairseqLanguageModel
+    from fairseq.tasks import TASK_REGISTRY
+    from fairseq.tasks.language_modeling import LanguageModelingTask
+    from fairseq.tasks.multilingual_translation import MultilingualTranslationTask
+    from fairseq.tasks.translation import TranslationTask
+
+    kind, model = TASK_REGISTRY.get(task), ARCH_MODEL_REGISTRY.get(arch)
+    if kind is None or model is None:
+        return
+    is_language_model = issubclass(model, FairseqLanguageModel)
+    if is_language_model and issubclass(kind, (TranslationTask, MultilingualTranslationTask)):
+        raise FlagError(
+            f"--arch must be a model that translates with --task {task}, got the language model {arch}"
+        )
+    if not is_language_model and issubclass(kind, LanguageModelingTask):
+        raise FlagError(
+            f"--arch must be a language model (such as transformer_lm) with --task {task}, got {arch}"
+        )
+    fairseqs = getattr(CRITERION_REGISTRY.get(criterion), "__module__", "").startswith("fairseq.")
+    fitting = {LanguageModelingTask: OF_TOKENS, TranslationTask: OF_TOKENS | OF_TRANSLATIONS}.get(kind)
+    if fairseqs and fitting and criterion not in fitting:
+        raise FlagError(
+            f"--criterion must be one for tokens with --task {task}, such as cross_entropy, got {criterion}"
+        )
+
+
+@mend("fairseq.options")
+def check_names_on_the_command_line(module: Any) -> None:
+    """Every torch: a task and a model that do not go together fail somewhere inside, in as many ways."""
+    plain_parse = module.parse_args_and_arch
+
+    def parse_args_and_arch(*args: Any, **kwargs: Any) -> Any:
+        parsed = plain_parse(*args, **kwargs)
+        namespace = parsed[0] if isinstance(parsed, tuple) else parsed
+        check_names(*(getattr(namespace, name, None) for name in ("task", "arch", "criterion")))
+        return parsed
+
+    module.parse_args_and_arch = parse_args_and_arch
+
+
+def names_of(cfg: Any) -> list[Any]:
+    groups = [cfg.get(group) for group in ("task", "model", "criterion")]
+    return [getattr(group, "_name", group) for group in groups]
+
+
+@mend("fairseq_cli.hydra_train")
+def check_names_of_hydra(module: Any) -> None:
+    """Every torch: as on the command line. References between them are followed here, where names of a
+    --user-dir are not known yet."""
+    plain_main = module._hydra_main
+
+    def _hydra_main(cfg: Any, **kwargs: Any) -> Any:
+        check_names(*names_of(cfg))
+        return plain_main(cfg, **kwargs)
+
+    module._hydra_main = _hydra_main
+
+
+@mend("fairseq_cli.train")
+def check_names_of_a_user_dir(module: Any) -> None:
+    """Every torch: as on the command line; hydra takes any name for a model, and fails in a KeyError."""
+    plain_main = module.main
+
+    def main(cfg: Any) -> Any:
+        from fairseq.models import ARCH_MODEL_REGISTRY
+
+        if hasattr(cfg, "keys"):
+            module.utils.import_user_module(cfg.common)
+            task, arch, criterion = names_of(cfg)
+            if arch not in ARCH_MODEL_REGISTRY:
+                raise FlagError(f"there is no model {arch!r}{hint(str(arch), ARCH_MODEL_REGISTRY)}")
+            check_names(task, arch, criterion)
+        return plain_main(cfg)
+
+    module.main = main

@@ -1,0 +1,142 @@
+"""Folders and files that a user names: what is wrong with one is said in a line."""
+
+from __future__ import annotations
+
+import os
+import traceback
+from typing import Any
+
+from xmoe_fairseq_compat.errors import FlagError, UserError
+from xmoe_fairseq_compat.registry import mend
+
+NEEDS_PATH = "--path must name a checkpoint, such as checkpoints/checkpoint_best.pt"
+
+
+@mend("fairseq.checkpoint_utils")
+def name_a_missing_checkpoint(module: Any) -> None:
+    """Every torch: --path that is missing, a folder or not given ends in a traceback."""
+    plain_load = module.load_model_ensemble_and_task
+
+    def load_model_ensemble_and_task(
+        filenames: Any, arg_overrides: Any = None, task: Any = None, strict: bool = True, suffix: str = "",
+        num_shards: int = 1, state: Any = None,
+    ) -> Any:  # fmt: skip
+        for name in filenames if state is None else []:
+            if name is None:
+                raise FlagError(NEEDS_PATH)
+            if os.path.isdir(name):
+                inside = os.path.join(name, "checkpoint_best.pt")
+                hint = f"; name a file in it, such as {inside}" if os.path.exists(inside) else ""
+                raise FlagError(f"--path must name a checkpoint, and {name} is a folder{hint}")
+            for shard in range(num_shards):
+                file = module.get_maybe_sharded_checkpoint_filename(name, suffix, shard, num_shards)
+                if not module.PathManager.exists(file):
+                    raise FlagError(f"--path: there is no checkpoint {file}")
+        return plain_load(filenames, arg_overrides, task, strict, suffix, num_shards, state)
+
+    module.load_model_ensemble_and_task = load_model_ensemble_and_task
+
+
+@mend("fairseq_cli.interactive")
+def ask_for_a_checkpoint(module: Any) -> None:
+    """Every torch: without --path fairseq-interactive ends in a TypeError."""
+    plain_main = module.main
+
+    def main(cfg: Any) -> Any:
+        if getattr(getattr(cfg, "common_eval", cfg), "path", None) is None:
+            raise FlagError(NEEDS_PATH)
+        return plain_main(cfg)
+
+    module.main = main
+
+
+@mend("fairseq.checkpoint_utils")
+def name_a_save_dir_that_cannot_be_written(module: Any) -> None:
+    """Every torch: --save-dir that is a file, or lies in one, ends in a traceback about a file `dummy`."""
+    plain_verify = module.verify_checkpoint_directory
+
+    def verify_checkpoint_directory(save_dir: str) -> None:
+        try:
+            plain_verify(save_dir)
+        except OSError as error:
+            raise FlagError(
+                f"--save-dir must be a folder that can be written, got {save_dir}: {error.strerror}"
+            ) from error
+
+    module.verify_checkpoint_directory = verify_checkpoint_directory
+
+
+@mend("fairseq.utils")
+def name_what_is_wrong_with_a_user_dir(module: Any) -> None:
+    """Every torch: --user-dir that is missing, or whose import fails, ends in a traceback through fairseq."""
+    plain_import = module.import_user_module
+
+    def import_user_module(args: Any) -> Any:
+        folder = getattr(args, "user_dir", None)
+        try:
+            return plain_import(args)
+        except UserError:
+            raise
+        except FileNotFoundError as error:
+            if os.path.exists(str(folder)):
+                raise
+            raise FlagError(f"--user-dir must be a folder or an installed package, got {folder}") from error
+        except Exception as error:
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            text = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise UserError(f"--user-dir {folder}: {text} ({where.filename}:{where.lineno})") from error
+
+    module.import_user_module = import_user_module
+
+
+@mend("fairseq.tasks")
+def name_a_missing_data_folder(module: Any) -> None:
+    """Every torch: a data folder that is missing or a file ends in a traceback about a dictionary in it."""
+    plain_setup = module.setup_task
+
+    def setup_task(cfg: Any, **kwargs: Any) -> Any:
+        name = getattr(cfg, "task", None) or getattr(cfg, "_name", None)
+        own = getattr(module.TASK_REGISTRY.get(name), "__module__", "").startswith("fairseq.")
+        data = getattr(cfg, "data", None)
+        if own and hasattr(cfg, "data"):
+            if not data:
+                raise FlagError("the folder of binarised data must be given (what fairseq-preprocess wrote)")
+            from fairseq.utils import split_paths
+
+            for path in split_paths(data):
+                if "://" not in path and not os.path.isdir(path):
+                    state = "is a file" if os.path.exists(path) else "does not exist"
+                    raise FlagError(
+                        f"data must be a folder that fairseq-preprocess wrote, and {path} {state}"
+                    )
+        return plain_setup(cfg, **kwargs)
+
+    module.setup_task = setup_task
+
+
+@mend("fairseq.tasks.translation")
+def languages_of_the_data(module: Any) -> None:
+    """Every torch: of --source-lang and --target-lang, one given alone is passed over, and languages that the
+    data does not have end in a traceback."""
+    plain_setup = module.TranslationTask.setup_task.__func__
+
+    def setup_task(cls: Any, /, cfg: Any, **kwargs: Any) -> Any:
+        from fairseq.data.data_utils import infer_language_pair
+
+        folder = module.utils.split_paths(cfg.data)[0]
+        pair = infer_language_pair(folder)
+        given = [cfg.source_lang, cfg.target_lang]
+        if None in pair and None in given:
+            raise FlagError(f"--source-lang and --target-lang must be given: {folder} holds no language pair")
+        if given.count(None) == 1:
+            known = given[0] or given[1]
+            if known in pair:
+                other = pair[1 - pair.index(known)]
+                cfg.source_lang, cfg.target_lang = (known, other) if given[0] else (other, known)
+        for flag, language in (("--source-lang", cfg.source_lang), ("--target-lang", cfg.target_lang)):
+            if language and not os.path.exists(os.path.join(folder, f"dict.{language}.txt")):
+                holds = "" if None in pair else f", which has {pair[0]} and {pair[1]}"
+                raise FlagError(f"{flag} must have a dictionary dict.{language}.txt in {folder}{holds}")
+        return plain_setup(cls, cfg, **kwargs)
+
+    module.TranslationTask.setup_task = classmethod(setup_task)

@@ -1,0 +1,103 @@
+"""What a command says that was called with a name it does not know."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import re
+import sys
+from collections.abc import Iterable
+from typing import Any, NoReturn
+
+from xmoe_fairseq_compat.errors import UserError, one_line
+from xmoe_fairseq_compat.registry import mend, stand_in
+
+FEW = 12  # so many names are listed
+
+
+def hint(name: str, known: Iterable[str]) -> str:
+    """Which of the names that there are was meant."""
+    known = [str(each) for each in known]
+    prefix = re.match("x?moe_", name)
+    if prefix and not any(each.startswith(prefix[0]) for each in known):
+        return "; it comes with --user-dir xmoe_fairseq"
+    if len(known) <= FEW:
+        return f"; choose from {', '.join(known)}"
+    close = difflib.get_close_matches(name, known, 3)
+    return f"; did you mean {' or '.join(close)}?" if close else "; --help lists what there is"
+
+
+def hint_of_flags(flags: list[str], known: Iterable[str]) -> str:
+    known = list(known)
+    if any(name.startswith("--moe-") for name in flags) and not any(
+        name.startswith("--moe-") for name in known
+    ):
+        return "; the --moe-* flags come with --user-dir xmoe_fairseq and --arch xmoe_transformer or _lm"
+    close = [each for name in flags for each in difflib.get_close_matches(name, known, 1, 0.75)]
+    if close:
+        return f"; did you mean {' and '.join(close)}?"
+    return "; --help lists the flags of this --task, --arch and the like"
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's, whose errors are one line each."""
+
+    def error(self, message: str) -> NoReturn:
+        unknown = re.match("unrecognized arguments: (.*)", message, re.S)
+        if unknown:
+            flags = [word.partition("=")[0] for word in unknown[1].split() if word.startswith("--")]
+            message += hint_of_flags(flags, self._option_string_actions)
+        message = re.sub("invalid <lambda> value", "not a number or a list such as 1 or [1,2]", message)
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            text = f"there is no {value!r}{hint(str(value), action.choices)}"
+            raise argparse.ArgumentError(action, text)
+
+
+@mend("fairseq.options", "fairseq_cli.score")
+def errors_without_usage(module: Any) -> None:
+    """Every torch: one misspelt flag prints 197 lines of usage, one misspelt name a list of 150."""
+    module.argparse = stand_in(argparse, ArgumentParser=Parser)
+
+
+def in_one_line(error: Exception) -> str:
+    """hydra's and omegaconf's errors take some lines, of which the first names the key or value."""
+    lines = [line.strip() for line in f"{error}\n{error.__cause__ or ''}".splitlines()]
+    return "; ".join(line for line in lines if line and not re.match("object_type|reference_type", line))
+
+
+@mend("fairseq_cli.hydra_train")
+def hydra_errors_in_one_line(module: Any) -> None:
+    """Every torch: hydra reports any error in a block of lines, a misspelt task in all that there are."""
+    plain_main, plain_cli = module._hydra_main, module.cli_main
+    from hydra.errors import HydraException, MissingConfigException
+    from omegaconf.errors import OmegaConfBaseException
+
+    def explained(error: Exception) -> Exception:
+        if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
+            group, _, name = error.missing_cfg_file.rpartition("/")
+            return UserError(f"{group}={name}: there is no {name!r}{hint(name, error.options)}")
+        known = isinstance(error, (HydraException, OmegaConfBaseException))
+        return UserError(in_one_line(error)) if known else error
+
+    def _hydra_main(cfg: Any, **kwargs: Any) -> Any:
+        """Ends here what a user can mend: hydra would precede it by all that it was called with."""
+        try:
+            return plain_main(cfg, **kwargs)
+        except Exception as error:
+            if one_line(explained(error)) is None:
+                raise
+            sys.excepthook(type(error), explained(error), None)
+            sys.exit(1)
+
+    def cli_main() -> None:
+        os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # let errors through
+        try:
+            plain_cli()
+        except Exception as error:
+            raise explained(error) from error
+
+    module._hydra_main, module.cli_main = _hydra_main, cli_main
