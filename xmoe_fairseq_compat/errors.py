@@ -31,12 +31,21 @@ class CheckpointError(UserError, RuntimeError):
 def one_line(error: BaseException) -> str | None:
     """What a command that ends with this error has to say; None where only a traceback helps.
 
-    Beside the errors above, a file that cannot be opened is a user's to mend, and so is what fairseq itself
-    checks of its flags and files (by assert or ValueError, and naming them).
+    Beside the errors above these are a user's to mend: a file that cannot be opened, a package to install, a
+    setting that is missing, and what fairseq itself checks of its flags (assert, ValueError; it names them).
     """
+    text = str(error)
     if isinstance(error, (UserError, FloatingPointError)):
-        return str(error)
+        return text
     if isinstance(error, OSError) and error.filename and error.strerror:
         return f"{error.filename}: {error.strerror}"
-    names_it = re.fullmatch(r"(.* )?--[a-z][a-z-]+\b.*|.* does not exist", str(error))
-    return str(error) if names_it and isinstance(error, (AssertionError, ValueError)) else None
+    if type(error).__name__ == "MissingMandatoryValue":  # omegaconf's
+        return f"{flag(str(vars(error)['full_key']).rpartition('.')[2])} must be given"
+    if not text or "\n" in text:
+        return None
+    if isinstance(error, OSError) and error.errno is None:  # in fairseq's own words
+        return text if " " in text else f"{text}: {type(error).__name__}"
+    if isinstance(error, ImportError) and re.search("[Pp]lease install|pip install", text):
+        return text
+    names_it = re.fullmatch(r"(.* )?--[a-z][a-z-]+\b.*|.* does not exist", text)
+    return text if names_it and isinstance(error, (AssertionError, ValueError)) else None

@@ -34,7 +34,9 @@ RUN: tuple[Rule, ...] = (
         "batch_size max_tokens batch_size_valid max_tokens_valid update_freq required_batch_size_multiple "
         "required_seq_len_multiple log_interval save_interval validate_interval distributed_world_size "
         "num_shards beam nbest softmax_batch workers padding_factor iter_decode_with_beam "
-        "ema_update_freq localsgd_frequency nprocs_per_node max_valid_steps fp16_init_scale",
+        "ema_update_freq localsgd_frequency nprocs_per_node max_valid_steps fp16_init_scale "
+        "amp_init_scale fp16_scale_window amp_scale_window all_gather_list_size model_parallel_size "
+        "bucket_cap_mb distributed_num_procs checkpoint_shard_count",
         COUNT,
         whole(1),
     ),
@@ -42,7 +44,8 @@ RUN: tuple[Rule, ...] = (
         "num_workers max_update max_epoch warmup_updates save_interval_updates validate_interval_updates "
         "validate_after_updates curriculum data_buffer_size no_repeat_ngram_size prefix_size context_window "
         "iter_decode_max_iter thresholdsrc thresholdtgt ema_start_update amp_batch_retries shard_id min_len "
-        "force_anneal empty_cache_freq max_len_b buffer_size",
+        "force_anneal empty_cache_freq max_len_b buffer_size "
+        "distributed_rank pipeline_chunks",
         COUNT_OR_0,
         whole(0),
     ),
@@ -60,8 +63,8 @@ RUN: tuple[Rule, ...] = (
     ),
     ("sampling_topp", "must be -1 (off) or in (0, 1]", lambda value, _: value == -1 or 0 < value <= 1),
     (
-        "lr clip_norm weight_decay adam_eps adafactor_eps end_learning_rate max_len_a stop_time_hours "
-        "min_loss_scale diverse_beam_strength lr_shrink",
+        "lr clip_norm weight_decay adam_eps adafactor_eps end_learning_rate stop_time_hours "
+        "min_loss_scale threshold_loss_scale diverse_beam_strength lr_shrink",
         "must be a number, 0 or more",
         between(0, INFINITY),
     ),
@@ -71,12 +74,14 @@ RUN: tuple[Rule, ...] = (
         lambda value, _: value == -1 or 0 <= value < INFINITY,
     ),
     (
-        "lenpen unkpen lm_weight diversity_rate stop_min_lr",
+        "unkpen lm_weight stop_min_lr",
         "must be a number",
         lambda v, _: abs(v) < INFINITY,
     ),
     ("temperature power", "must be above 0", lambda value, _: 0 < value < INFINITY),
-    ("label_smoothing momentum", "must be in [0, 1)", between(0, 1)),
+    ("lenpen diversity_rate", "must be in (-100, 100)", lambda value, _: abs(value) < 100),
+    ("max_len_a", "must be in [0, 10^6)", between(0, 1e6)),
+    ("label_smoothing momentum slowmo_momentum", "must be in [0, 1)", between(0, 1)),
     ("ema_decay fp16_scale_tolerance", "must be in [0, 1]", lambda value, _: 0 <= value <= 1),
     betas("adam_betas"),
     betas("adamax_betas"),
@@ -97,6 +102,17 @@ def divides(side: str) -> Rule:
     return f"{side}_attention_heads", rule, lambda value, given: given[width] % value == 0
 
 
+def wide_enough(side: str) -> Rule:
+    """Sinusoidal positions divide by half the width, less one."""
+    rule = f"must be at least 4 without --{side}-learned-pos"
+    learned = f"{side}_learned_pos"
+
+    def holds(value: Any, given: Mapping[str, Any]) -> bool:
+        return value >= 4 or given[learned] or bool(given.get("no_token_positional_embeddings"))
+
+    return f"{side}_embed_dim", rule, holds
+
+
 TRANSFORMER: tuple[Rule, ...] = (
     POSITIONS,
     (
@@ -114,11 +130,19 @@ TRANSFORMER: tuple[Rule, ...] = (
     ),
     ("quant_noise_pq quant_noise_scalar", "must be in [0, 1]", lambda value, _: 0 <= value <= 1),
     ("adaptive_input_factor adaptive_softmax_factor", "must be above 0", lambda v, _: 0 < v < INFINITY),
+    wide_enough("encoder"),
+    wide_enough("decoder"),
     divides("encoder"),
     divides("decoder"),
+    ("adaptive_input_cutoff adaptive_softmax_cutoff", "must be whole numbers, such as 20000,60000", whole(0)),
     (
-        "adaptive_input",
-        "needs --adaptive-input-cutoff, such as 20000,60000",
-        lambda value, given: not value or bool(given.get("adaptive_input_cutoff")),
+        "share_decoder_input_output_embed",
+        "needs --decoder-output-dim {decoder_output_dim} to be the width of the embedding",
+        lambda value, given: (
+            not value
+            or bool(given.get("adaptive_softmax_cutoff"))
+            or given["decoder_output_dim"]
+            == given["decoder_embed_dim" if "encoder_embed_dim" in given else "decoder_input_dim"]
+        ),
     ),
 )

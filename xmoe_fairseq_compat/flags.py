@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterable, Mapping
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
 
 from xmoe_fairseq_compat.errors import FlagError, flag
 from xmoe_fairseq_compat.flag_rules import RUN, TRANSFORMER, Holds, Rule
 from xmoe_fairseq_compat.registry import mend
+
+HYDRAS = re.compile(r"\$\{|\\$|\\'")  # what hydra does not take as it is
+DICTIONARIES: dict[str, tuple[Callable[[str], Any], str]] = {
+    "eval_bleu_args": (json.loads, "'{\"beam\": 4}'"),
+    "eval_bleu_detok_args": (json.loads, '\'{"target_lang": "en"}\''),
+    "optimizer_overrides": (ast.literal_eval, "\"{'lr': 0.1}\""),
+}
 
 
 def check(settings: Mapping[str, Any], rules: Iterable[Rule]) -> None:
@@ -46,6 +55,26 @@ def _each(value: Any, given: Mapping[str, Any], holds: Holds) -> bool:
         return False
 
 
+def check_strings(settings: Mapping[str, Any]) -> None:
+    """Raises FlagError for a setting that must spell a dictionary and does not, or name a detokenizer."""
+    detokenizer = settings.get("eval_bleu_detok")
+    if settings.get("eval_bleu") and detokenizer:
+        from fairseq.data.encoders import TOKENIZER_REGISTRY
+
+        if detokenizer not in TOKENIZER_REGISTRY:
+            known = ", ".join(TOKENIZER_REGISTRY)
+            raise FlagError(f"--eval-bleu-detok must be one of {known}, got {detokenizer}")
+    for name, (read, example) in DICTIONARIES.items():
+        text = settings.get(name)
+        if isinstance(text, str):
+            try:
+                fits = isinstance(read(text), dict)
+            except (ValueError, SyntaxError):
+                fits = False
+            if not fits:
+                raise FlagError(f"{flag(name)} must be a dictionary such as {example}, got {text}")
+
+
 def plain_settings(cfg: Any) -> dict[str, Any]:
     """Of a DictConfig (references as they are), a Namespace or a dataclass."""
     from omegaconf import OmegaConf
@@ -64,11 +93,13 @@ def check_flags(module: Any) -> None:
         parsed = plain_parse(parser, *args, **kwargs)
         namespace = parsed[0] if isinstance(parsed, tuple) else parsed
         for name, value in vars(namespace).items():
-            if isinstance(value, str) and "${" in value and value != parser.get_default(name):
+            if isinstance(value, str) and HYDRAS.search(value) and value != parser.get_default(name):
                 raise FlagError(
-                    f"{flag(name)} must not hold ${{, which stands for another setting, got {value}"
+                    f"{flag(name)} must not hold ${{ (which stands for another setting), nor a backslash at "
+                    f"its end or before a quote, got {value}"
                 )
         check(vars(namespace), RUN)
+        check_strings(vars(namespace))
         return parsed
 
     module.parse_args_and_arch = parse_args_and_arch
@@ -97,6 +128,7 @@ def check_settings_of_hydra(module: Any) -> None:
         for group in cfg:
             if OmegaConf.is_dict(cfg[group]):
                 check(plain_settings(cfg[group]), RUN)
+                check_strings(plain_settings(cfg[group]))
         return plain_main(cfg, **kwargs)
 
     module._hydra_main = _hydra_main

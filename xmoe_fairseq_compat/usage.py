@@ -63,25 +63,59 @@ def errors_without_usage(module: Any) -> None:
     module.argparse = stand_in(argparse, ArgumentParser=Parser)
 
 
+@mend("fairseq_cli.score")
+def order_of_bleu(module: Any) -> None:
+    """Every torch: fairseq-score --order 0 divides by zero, -1 scores 100 (its Scorer knows 1 to 4)."""
+    plain_parser = module.get_parser
+
+    def get_parser() -> Any:
+        parser = plain_parser()
+        parser._option_string_actions["--order"].choices = (1, 2, 3, 4)
+        return parser
+
+    module.get_parser = get_parser
+
+
 def in_one_line(error: Exception) -> str:
     """hydra's and omegaconf's errors take some lines, of which the first names the key or value."""
     lines = [line.strip() for line in f"{error}\n{error.__cause__ or ''}".splitlines()]
     return "; ".join(line for line in lines if line and not re.match("object_type|reference_type", line))
 
 
+def explained(error: Exception) -> Exception:
+    """The same error, or what hydra and omegaconf have to say of a setting, in one line."""
+    from hydra.errors import HydraException, MissingConfigException
+    from omegaconf.errors import OmegaConfBaseException
+
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
+        group, _, name = error.missing_cfg_file.rpartition("/")
+        return UserError(f"{group}={name}: there is no {name!r}{hint(name, error.options)}")
+    if one_line(error):
+        return error
+    known = isinstance(error, (HydraException, OmegaConfBaseException))
+    return UserError(in_one_line(error)) if known else error
+
+
+@mend("fairseq.dataclass.utils")
+def settings_in_one_line(module: Any) -> None:
+    """Every torch: a value that a setting does not take (--tokenizer moses without --source-lang) ends in a
+    page of all settings there are."""
+    plain_convert = module.convert_namespace_to_omegaconf
+
+    def convert_namespace_to_omegaconf(args: Any) -> Any:
+        try:
+            return plain_convert(args)
+        except Exception as error:
+            raise explained(error) from error
+
+    module.convert_namespace_to_omegaconf = convert_namespace_to_omegaconf
+    module.logger.addFilter(lambda record: not record.getMessage().startswith("Error when composing"))
+
+
 @mend("fairseq_cli.hydra_train")
 def hydra_errors_in_one_line(module: Any) -> None:
     """Every torch: hydra reports any error in a block of lines, a misspelt task in all that there are."""
     plain_main, plain_cli = module._hydra_main, module.cli_main
-    from hydra.errors import HydraException, MissingConfigException
-    from omegaconf.errors import OmegaConfBaseException
-
-    def explained(error: Exception) -> Exception:
-        if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
-            group, _, name = error.missing_cfg_file.rpartition("/")
-            return UserError(f"{group}={name}: there is no {name!r}{hint(name, error.options)}")
-        known = isinstance(error, (HydraException, OmegaConfBaseException))
-        return UserError(in_one_line(error)) if known else error
 
     def _hydra_main(cfg: Any, **kwargs: Any) -> Any:
         """Ends here what a user can mend: hydra would precede it by all that it was called with."""

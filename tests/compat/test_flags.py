@@ -23,6 +23,10 @@ POSITIVE = "must be a whole number in [1, 2^63)"
 OR_ZERO = "must be a whole number in [0, 2^63)"
 BETAS = "must be two numbers in [0, 1), such as (0.9, 0.98)"
 
+NOT_HYDRAS = (
+    "must not hold ${ (which stands for another setting), nor a backslash at its end or before a quote"
+)
+
 
 def parse(*arguments: str, parser: Any = options.get_training_parser) -> Namespace:
     return options.parse_args_and_arch(parser(), list(arguments))
@@ -53,7 +57,11 @@ def parse(*arguments: str, parser: Any = options.get_training_parser) -> Namespa
         ("--seed", "4294967296", "must be in [0, 2^32)"),
         ("--ema-decay", "1.5", "must be in [0, 1]"),
         ("--patience", "0", "must be -1 (off) or at least 1"),
-        ("--save-dir", "${a}", "must not hold ${, which stands for another setting"),
+        ("--save-dir", "${a}", NOT_HYDRAS),
+        ("--train-subset", "a\\", NOT_HYDRAS),
+        ("--train-subset", "a\\'b", NOT_HYDRAS),
+        ("--optimizer-overrides", "x", "must be a dictionary such as \"{'lr': 0.1}\""),
+        ("--eval-bleu-args", "x", "must be a dictionary such as '{\"beam\": 4}'"),
     ],
 )
 def test_nonsense_on_the_command_line(flag: str, value: str, rule: str) -> None:
@@ -75,6 +83,16 @@ def test_nonsense_for_what_was_chosen(more: tuple[str, ...], message: str) -> No
     assert message in str(error.value)
 
 
+def test_detokenizer() -> None:
+    with pytest.raises(FlagError, match="^--eval-bleu-detok must be one of .*space.*, got x$"):
+        parse(*TRAIN, "--eval-bleu", "--eval-bleu-detok", "x")
+    parse(*TRAIN, "--eval-bleu-detok", "x")
+
+
+def test_strings_that_look_dangerous() -> None:
+    assert parse(*TRAIN, "--wandb-project", "it's $5 a\\b").wandb_project == "it's $5 a\\b"
+
+
 def test_tokens_per_sample() -> None:
     with pytest.raises(FlagError, match="^--tokens-per-sample must be a whole number .*, got 0$"):
         parse(*LM, "--tokens-per-sample", "0")
@@ -85,7 +103,7 @@ def test_tokens_per_sample() -> None:
     [
         ("--beam", "0", f"--beam {POSITIVE}, got 0"),
         ("--nbest", "6", "--nbest must be at most --beam 5, got 6"),
-        ("--lenpen", "nan", "--lenpen must be a number, got nan"),
+        ("--lenpen", "nan", "--lenpen must be in (-100, 100), got nan"),
         ("--temperature", "0", "--temperature must be above 0, got 0.0"),
         ("--sampling-topp", "1.5", "--sampling-topp must be -1 (off) or in (0, 1], got 1.5"),
         ("--diverse-beam-groups", "2", "--diverse-beam-groups must divide --beam 5, got 2"),
@@ -143,8 +161,17 @@ def test_nonsense_for_preprocessing(tmp_path: Path) -> None:
         ({"activation_dropout": 2.0}, "--activation-dropout must be in [0, 1), got 2.0"),
         ({"decoder_layerdrop": 3}, "--decoder-layerdrop must be in [0, 1), got 3"),
         (
-            {"adaptive_input": True},
-            "--adaptive-input needs --adaptive-input-cutoff, such as 20000,60000, got True",
+            {"decoder_embed_dim": 2},
+            "--decoder-embed-dim must be at least 4 without --decoder-learned-pos, got 2",
+        ),
+        (
+            {"adaptive_input_cutoff": "x"},
+            "--adaptive-input-cutoff must be whole numbers, such as 20000,60000, got x",
+        ),
+        (
+            {"share_decoder_input_output_embed": True, "decoder_output_dim": 16},
+            "--share-decoder-input-output-embed needs --decoder-output-dim 16 to be the width of the "
+            "embedding, got True",
         ),
     ],
 )

@@ -105,6 +105,11 @@ def test_files_and_flags_end_a_command_with_one_line() -> None:
     with pytest.raises(FileNotFoundError) as missing:
         Path("/nowhere").read_text()
     assert one_line(missing.value) == "/nowhere: No such file or directory"
+    assert one_line(FileNotFoundError("Dataset not found: x (folder)")) == "Dataset not found: x (folder)"
+    assert one_line(FileExistsError("folder/dict.txt")) == "folder/dict.txt: FileExistsError"
+    assert one_line(ImportError("Please install sacremoses")) == "Please install sacremoses"
+    assert one_line(ImportError("cannot import name x")) is None
+    assert one_line(ConnectionResetError(104, "Connection reset by peer")) is None
     assert one_line(AssertionError("--path required for generation!")) == "--path required for generation!"
     assert one_line(ValueError("not a flag - but a sentence")) is None
     assert one_line(AssertionError("--flag\nand more")) is None
@@ -126,5 +131,7 @@ def test_commands(corpus: tuple[Path, Path]) -> None:
     assert last_line("fairseq-interactive", mt, "--cpu").startswith(
         "fairseq-interactive: error: --path must name"
     )
+    generate = ("fairseq-generate", mt, "--path", "none.pt", "--cpu")
+    assert "'tokenizer.source_lang' is not Optional" in last_line(*generate, "--tokenizer", "moses")
     missing = last_line("fairseq-score", "--sys", "/nowhere", "--ref", "/nowhere")
     assert missing == "fairseq-score: error: System output file /nowhere does not exist"

@@ -5,7 +5,11 @@ from pathlib import Path
 import pytest
 from commands import PLUGIN, run
 from fairseq import options
+from fairseq.data.encoders.sentencepiece_bpe import SentencepieceConfig
+from fairseq_cli import score
+from omegaconf import MissingMandatoryValue, OmegaConf
 
+from xmoe_fairseq_compat.errors import one_line
 from xmoe_fairseq_compat.usage import hint
 
 TRAIN = ("data", "--arch", "transformer_tiny", "--batch-size", "1")
@@ -45,6 +49,20 @@ def test_a_wrong_call(arguments: tuple[str, ...], message: str, capsys: pytest.C
         options.parse_args_and_arch(options.get_training_parser(), list(arguments))
     (line,) = capsys.readouterr().err.splitlines()
     assert end.value.code == 2 and f": error: {message}" in line
+
+
+@pytest.mark.parametrize("order", ["-1", "0", "5"])
+def test_order_of_bleu(order: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        score.get_parser().parse_args(["-s", "x", "-r", "y", "--order", order])
+    assert f"argument -o/--order: there is no {order}; choose from 1, 2, 3, 4" in capsys.readouterr().err
+
+
+def test_a_required_setting_is_named() -> None:
+    config = OmegaConf.structured(SentencepieceConfig())
+    with pytest.raises(MissingMandatoryValue) as error:
+        config.sentencepiece_model  # noqa: B018
+    assert one_line(error.value) == "--sentencepiece-model must be given"
 
 
 def test_names_of_the_plugin() -> None:
