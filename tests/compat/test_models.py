@@ -9,8 +9,8 @@ import torch
 from fairseq import checkpoint_utils
 from fairseq.dataclass.configs import EMAConfig
 from fairseq.models.ema.ema import EMA
+from tolerances import assert_same
 from torch import Tensor
-from torch.testing import assert_close
 from toy import language_model, sentences, translation_model
 
 from xmoe_fairseq_compat.errors import CheckpointError, FlagError
@@ -63,8 +63,8 @@ def test_the_average_of_a_tied_weight_decays_once(fp32: bool) -> None:
     ema.step(model)
     average = ema.get_model()
     assert average.decoder.output_projection.weight is average.decoder.embed_tokens.weight
-    for name, value in average.named_parameters():
-        assert_close(value, before[name] + 0.5, msg=lambda m, n=name: f"{n}: {m}")
+    averages = dict(average.named_parameters())
+    assert_same(averages, {name: before[name] + 0.5 for name in averages})
 
 
 def test_an_average_saved_without_its_last_norm_takes_the_models(caplog: pytest.LogCaptureFixture) -> None:

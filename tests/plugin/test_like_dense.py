@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 import torch
 from fairseq.modules import FairseqDropout
+from tolerances import assert_same
 from torch import Tensor, nn
-from torch.testing import assert_close
 from toy import language_model, sentences, shift_right, translation_model
 
 from xmoe_fairseq_compat.errors import FlagError
@@ -82,16 +82,15 @@ def run(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 def test_outputs_and_gradients_are_a_dense_models(kind: str, flags: dict[str, Any]) -> None:
     models, batch = pair(kind, **flags), inputs(kind)
     in_training = [run(model.train(), batch) for model in models]
-    assert_close(in_training[1], in_training[0], rtol=1e-4, atol=1e-5)
+    assert_same(in_training[1], in_training[0])
     for output in in_training:
         output.square().sum().backward()
     expected = {name: p.grad for name, p in models[0].named_parameters()}
-    for name, parameter in models[1].named_parameters():
-        if name in expected and expected[name] is not None:
-            assert_close(parameter.grad, expected[name], rtol=1e-3, atol=1e-4, msg=f"gradient of {name}")
+    got = {name: p.grad for name, p in models[1].named_parameters() if expected.get(name) is not None}
+    assert_same(got, {name: expected[name] for name in got}, what="gradient of")
     with torch.no_grad():
         in_evaluation = [run(model.eval(), batch) for model in models]
-    assert_close(in_evaluation[1], in_evaluation[0], rtol=1e-4, atol=1e-5)
+    assert_same(in_evaluation[1], in_evaluation[0])
 
 
 DROPOUTS = {"dropout": 0.2, "attention_dropout": 0.2, "activation_dropout": 0.3}
@@ -113,7 +112,7 @@ def test_dropout_is_retained_where_a_dense_model_retains_it(kind: str, names: st
         model.make_generation_fast_(retain_dropout=True, retain_dropout_modules=asked)
     with torch.no_grad():
         dense, sparse = (run(model, batch) for model in models)
-    assert_close(sparse, dense, rtol=1e-4, atol=1e-5)
+    assert_same(sparse, dense)
 
 
 def test_experts_of_gshard_retain_their_dropout_too() -> None:
