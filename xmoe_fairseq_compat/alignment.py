@@ -53,11 +53,14 @@ def keep_unknown_source_words(module: Any) -> None:
     def make_batches(lines: Any, cfg: Any, task: Any, max_positions: Any, encode_fn: Any) -> Any:
         from fairseq.sequence_generator import SequenceGeneratorWithAlignment
 
-        for batch in plain_batches(lines, cfg, task, max_positions, encode_fn):
-            # It is translated before the next one is asked for.
-            written = [encode_fn(lines[index]).split() for index in batch.ids.tolist()]
-            SequenceGeneratorWithAlignment.written = written
-            yield batch
+        try:
+            for batch in plain_batches(lines, cfg, task, max_positions, encode_fn):
+                # It is translated before the next one is asked for.
+                written = [encode_fn(lines[index]).split() for index in batch.ids.tolist()]
+                SequenceGeneratorWithAlignment.written = written
+                yield batch
+        finally:  # whatever is translated next in this process was not read here
+            SequenceGeneratorWithAlignment.written = None
 
     module.make_batches = make_batches
 

@@ -121,6 +121,7 @@ def test_source_words_reach_the_alignment(monkeypatch: pytest.MonkeyPatch) -> No
         for _ in interactive.make_batches(["a b", "c", "d e"], cfg, Inference(Namespace()), None, str.upper)
     ]
     assert seen == [[["D", "E"], ["A", "B"]], [["C"]]]
+    assert SequenceGeneratorWithAlignment.written is None  # nothing for what this process translates next
 
 
 def test_a_wrapped_data_set_gives_the_text_as_it_was_written() -> None:

@@ -131,4 +131,8 @@ def test_a_beam_search_has_no_steps_to_print(name: str) -> None:
 def test_flags_that_a_command_would_pass_over(command: str, flags: dict[str, Any], message: str) -> None:
     main = import_module(f"fairseq_cli.{command}").main
     with pytest.raises(FlagError, match=f"^{message}"):
-        main(SimpleNamespace(generation=GenerationConfig(**flags)))
+        main(
+            SimpleNamespace(
+                generation=GenerationConfig(**flags), common_eval=SimpleNamespace(path="checkpoint_best.pt")
+            )
+        )
