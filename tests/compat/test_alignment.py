@@ -140,14 +140,15 @@ def test_a_wrapped_data_set_gives_the_text_as_it_was_written() -> None:
     ],
 )
 def test_words_are_replaced_not_pieces(command: str, flags: dict[str, Any], message: str) -> None:
-    from fairseq.dataclass.configs import GenerationConfig
+    from fairseq.dataclass.configs import DistributedTrainingConfig, GenerationConfig
 
     given = {"bpe": None, "tokenizer": None, "post_process": None, "dataset_impl": "raw", **flags}
     cfg = SimpleNamespace(
         generation=GenerationConfig(replace_unk=""),
         bpe=given["bpe"],
         tokenizer=given["tokenizer"],
-        common_eval=SimpleNamespace(post_process=given["post_process"]),
+        common_eval=SimpleNamespace(post_process=given["post_process"], path="checkpoint_best.pt"),
+        distributed_training=DistributedTrainingConfig(),
         dataset=SimpleNamespace(dataset_impl=given["dataset_impl"]),
     )
     with pytest.raises(FlagError, match=f"^{message}"):
