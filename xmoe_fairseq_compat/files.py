@@ -68,14 +68,9 @@ def named_in_errors(path: str | Path) -> Iterator[None]:
 def mapped(path: str | Path) -> dict[str, Any]:
     """For torch.load: tensors are mapped, so that those nobody asks for are not read.
 
-    Not those of a compressed file, which torch would map as they lie there, nor of torch < 1.6, which wrote
-    no zip files.
+    Not those of torch < 1.6, which wrote no zip files. (`load` maps no compressed file.)
     """
-    is_plain = zipfile.is_zipfile(path)
-    if is_plain:
-        with zipfile.ZipFile(path) as parts:
-            is_plain = all(part.compress_type == zipfile.ZIP_STORED for part in parts.infolist())
-    return {"map_location": "cpu", "mmap": is_plain}
+    return {"map_location": "cpu", "mmap": zipfile.is_zipfile(path)}
 
 
 def from_all_ranks(value: Any) -> list[Any]:

@@ -39,7 +39,7 @@ def saved_config(path: str) -> dict[str, dict[str, Any]]:
     from fairseq.dataclass.utils import convert_namespace_to_omegaconf
     from omegaconf import OmegaConf
 
-    state = load_checkpoint(path, map_location="cpu", mmap=zipfile.is_zipfile(path) or None)
+    state = load_checkpoint(path, sums=False, map_location="cpu", mmap=zipfile.is_zipfile(path) or None)
     cfg = state.get("cfg") or convert_namespace_to_omegaconf(state["args"])
     whole: Any = OmegaConf.to_container(cfg) if OmegaConf.is_config(cfg) else cfg
     parts = {
