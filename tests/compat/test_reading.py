@@ -14,6 +14,7 @@ import torch
 from fairseq import checkpoint_utils
 from hostile import checkpoint
 
+from xmoe_fairseq.parallel import shards, whole
 from xmoe_fairseq.parallel.tool import main
 from xmoe_fairseq_compat import reading
 from xmoe_fairseq_compat.checkpoints import load, load_checkpoint
@@ -104,6 +105,19 @@ def test_xmoe_checkpoint_looks_for_flipped_bits(
     assert "is not what was written" in said_by("merge", path, tmp_path / "new.pt")
     assert "holds no experts" in said_by("merge", path, tmp_path / "new.pt", "--skip-checksums")
     assert "0 updates, transformer_lm" in said_by("info", path)
+
+
+def test_ranks_share_out_the_checksums_of_a_sharded_checkpoint(tmp_path: Path) -> None:
+    names = shards.shard_names("1-a", 3)
+    for index in range(3):
+        shards.write_shard({"model": {"w": torch.ones(9)}}, tmp_path, "1-a", index, 3)
+    path = checkpoint(tmp_path, lambda state: state.update(expert_shards={"id": "1-a", "files": names}))
+    assert [whole.damage(path, index, 2) for index in range(2)] == [None, None]
+    flip_a_bit_of_a_tensor(tmp_path / names[1])  # the third of four files
+    first, second = (whole.damage(path, index, 2) for index in range(2))
+    assert str(tmp_path / names[1]) in str(first) and second is None
+    flip_a_bit_of_a_tensor(path)
+    assert str(path) in str(whole.damage(path, 0, 2))
 
 
 def test_each_flipped_bit_is_found_or_does_no_harm(tmp_path: Path) -> None:

@@ -25,10 +25,12 @@ from xmoe_fairseq.parallel.shards import (
     split_experts,
     write_shard,
 )
+from xmoe_fairseq.parallel.whole import damage
 from xmoe_fairseq.trainer import MoETrainer
 from xmoe_fairseq_compat import folder_lock
 from xmoe_fairseq_compat.errors import CheckpointError, FlagError, UserError
 from xmoe_fairseq_compat.files import WriteError, from_all_ranks, raise_on_all_ranks
+from xmoe_fairseq_compat.reading import without_sums
 
 logger = logging.getLogger(__name__)
 
@@ -172,7 +174,9 @@ class ExpertParallelTrainer(MoETrainer):
             )
         # Each rank reads its own experts: no rank could hold them all, and send them to the others.
         self.cfg.checkpoint.load_checkpoint_on_all_dp_ranks = True
-        with reading_part(dist.get_rank(self._parallel.expert_group), self._parallel.size):
+        share = dist.get_rank(self._parallel.expert_group), self._parallel.size
+        raise_on_all_ranks(damage(Path(filename), *share) if self._parallel.in_first_group else None)
+        with reading_part(*share), without_sums():
             return super().load_checkpoint(filename, *args, **kwargs)
 
 

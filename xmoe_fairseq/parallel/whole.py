@@ -1,4 +1,4 @@
-"""Whether a checkpoint's tensors are all there, and numbers."""
+"""Whether a checkpoint's tensors are all there, numbers, and as they were written."""
 
 import re
 from collections import defaultdict
@@ -8,7 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from xmoe_fairseq.parallel.shards import shard_files
+from xmoe_fairseq_compat.checkpoints import load
 from xmoe_fairseq_compat.errors import CheckpointError
+from xmoe_fairseq_compat.files import mapped
+from xmoe_fairseq_compat.reading import check_zip
 
 LAYER = re.compile(r"(?P<side>.*\.layers)\.(?P<number>\d+)\.(?P<name>.+)")
 UNSET = re.compile(r".*_float_tensor$")  # fairseq never sets this buffer, nor reads it
@@ -60,3 +64,18 @@ def _incomplete_stacks(names: set[str]) -> list[str]:
     wanted = [f"moe.experts.fc{i}_{kind}" for i in (1, 2) for kind in ("weight", "bias")]
     is_ours = any(name.startswith("moe.experts.fc") for name in names)
     return [name for name in wanted if name not in names] if is_ours else []
+
+
+def damage(path: Path, index: int, parts: int) -> CheckpointError | None:
+    """What is wrong, by their checksums, with the index-th of so many shares of a sharded checkpoint's files.
+
+    For ranks that each want a part of every file, and together are to look at each byte once.
+    """
+    try:
+        experts = shard_files(load(path, sums=False, **mapped(path)), path)
+        for file in [path, *(path.parent / name for name in experts)][index::parts]:
+            if file.is_file():
+                check_zip(file)
+    except CheckpointError as error:
+        return error
+    return None
