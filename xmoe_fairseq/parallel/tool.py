@@ -43,7 +43,9 @@ def main() -> None:
             "--skip-checksums", action="store_true",
             help="do not read the whole input first to find damaged bytes, at 2 GB/s or so",
         )  # fmt: skip
-    shard.add_argument("--parts", type=int, required=True, help="2 or more files; must divide the experts")
+    shard.add_argument(
+        "--parts", metavar="N", type=int, required=True, help="2 or more files; must divide the experts"
+    )
     arguments = parser.parse_args()
     if arguments.command == "shard" and arguments.parts < 2:
         shard.error(
