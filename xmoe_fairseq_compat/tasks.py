@@ -57,8 +57,9 @@ def leave_room_for_bos(module: Any) -> None:
     kind, logger = module.LanguageModelingTask, logging.getLogger(module.__name__)
     plain_build, plain_load = kind.build_model, kind.load_dataset
 
-    def build_model(self: Any, *args: Any, **kwargs: Any) -> Any:
-        model = plain_build(self, *args, **kwargs)
+    # by this name: fairseq looks whether there is one, and else keeps settings that the model does not have
+    def build_model(self: Any, args: Any, from_checkpoint: bool = False) -> Any:
+        model = plain_build(self, args, from_checkpoint)
         positions = getattr(getattr(model, "decoder", None), "embed_positions", None)
         if self.args.add_bos_token and isinstance(positions, LearnedPositionalEmbedding):
             self.room = model.max_positions() - 1
@@ -89,7 +90,7 @@ def a_model_for_each_pair(module: Any) -> None:
     kind: Any = next(value for value in own if isinstance(value, type))
     plain_build = kind.build_model
 
-    def build_model(self: Any, args: Any, *rest: Any, **kwargs: Any) -> Any:
+    def build_model(self: Any, args: Any, from_checkpoint: bool = False) -> Any:
         from fairseq.models import ARCH_MODEL_REGISTRY, FairseqMultiModel
 
         name = getattr(args, "arch", None) or getattr(args, "_name", None)
@@ -101,7 +102,7 @@ def a_model_for_each_pair(module: Any) -> None:
                 f" multilingual_transformer, got --arch {name}; for one model of all pairs take"
                 " --task translation_multi_simple_epoch"
             )
-        return plain_build(self, args, *rest, **kwargs)
+        return plain_build(self, args, from_checkpoint)
 
     kind.build_model = build_model
 
