@@ -1,4 +1,4 @@
-"""What fairseq's adaptive softmax and adaptive input need: one line for flags that do not fit together."""
+"""What fairseq's adaptive softmax and embeddings need: one line for flags that do not fit together."""
 
 from __future__ import annotations
 
@@ -83,24 +83,40 @@ TIED = (
     ("adaptive_softmax_cutoff", "adaptive_input_cutoff"),
     ("adaptive_softmax_factor", "adaptive_input_factor"),
     ("decoder_output_dim", "decoder_input_dim"),
+    ("decoder_output_dim", "decoder_embed_dim"),
 )
+
+
+SHARE = "--share-decoder-input-output-embed"
+
+
+def flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def check_shared_embedding(cutoff: Any, embedding: tuple[str, int], output_dim: int) -> None:
+    """Raises FlagError if --share-decoder-input-output-embed would share nothing, or not fit."""
+    if cutoff:
+        raise FlagError(
+            "--share-decoder-input-output-embed cannot be combined with --adaptive-softmax-cutoff"
+        )
+    if output_dim != embedding[1]:
+        rule = f"must be {embedding[0]} {embedding[1]} with {SHARE}"
+        raise FlagError(f"--decoder-output-dim {rule}, got {output_dim}")
 
 
 @mend("fairseq.models.transformer_lm")
 def check_adaptive_flags(module: Any) -> None:
-    """Every torch: embeddings that cannot be shared end in an AttributeError, or are not shared."""
+    """Every torch: embeddings that cannot be shared end in a traceback, or are not shared."""
     plain_build = module.TransformerLanguageModel.build_model.__func__
 
-    def flag(name: str) -> str:
-        return f"--{name.replace('_', '-')}"
-
     def build_model(cls: Any, args: Any, task: Any) -> Any:
-        for name in ("adaptive_input", "adaptive_softmax_cutoff"):
-            if args.share_decoder_input_output_embed and getattr(args, name):
-                raise FlagError(
-                    f"--share-decoder-input-output-embed cannot be combined with {flag(name)}:"
-                    " use --tie-adaptive-weights, with --adaptive-input and --adaptive-softmax-cutoff"
-                )
+        if args.share_decoder_input_output_embed:
+            for name in ("adaptive_input", "character_embeddings"):
+                if getattr(args, name):
+                    raise FlagError(f"{SHARE} cannot be combined with {flag(name)}")
+            embedding = ("--decoder-input-dim", args.decoder_input_dim)
+            check_shared_embedding(args.adaptive_softmax_cutoff, embedding, args.decoder_output_dim)
         if args.tie_adaptive_weights and not args.adaptive_input:
             raise FlagError("--tie-adaptive-weights needs --adaptive-input")
         for one, two in TIED if args.tie_adaptive_weights else ():
@@ -113,16 +129,52 @@ def check_adaptive_flags(module: Any) -> None:
     module.TransformerLanguageModel.build_model = classmethod(build_model)
 
 
+NOT_IN_TRANSLATION = ("adaptive_input", "tie_adaptive_weights", "tie_adaptive_proj", "char_inputs")
+
+
 @mend("fairseq.models.transformer.transformer_base")
-def no_adaptive_input_in_translation(module: Any) -> None:
-    """Every torch: a translation model takes --adaptive-input, and has ordinary embeddings all the same."""
+def check_embeddings_of_translation(module: Any) -> None:
+    """Every torch: a translation model takes --adaptive-input and the like, and has ordinary embeddings."""
     plain_build = module.TransformerModelBase.build_model.__func__
 
     def build_model(cls: Any, cfg: Any, task: Any) -> Any:
-        for name in ("adaptive_input", "tie_adaptive_weights"):
+        for name in NOT_IN_TRANSLATION:
             if getattr(cfg, name):
-                flag = f"--{name.replace('_', '-')}"
-                raise FlagError(f"{flag} is for language models: a translation model has no adaptive input")
+                raise FlagError(f"{flag(name)} does nothing in a translation model: leave it out")
+        width, output_dim = int(cfg.decoder.embed_dim), int(cfg.decoder.output_dim)
+        if cfg.share_all_embeddings and not cfg.adaptive_softmax_cutoff:
+            check_shared_embedding(None, ("--decoder-embed-dim", width), output_dim)
+        elif cfg.share_decoder_input_output_embed and not cfg.share_all_embeddings:
+            check_shared_embedding(cfg.adaptive_softmax_cutoff, ("--decoder-embed-dim", width), output_dim)
         return plain_build(cls, cfg, task)
 
     module.TransformerModelBase.build_model = classmethod(build_model)
+
+
+@mend("fairseq.models.transformer.transformer_decoder")
+def load_adaptive_softmax(module: Any) -> None:
+    """Every torch: with --share-all-embeddings a checkpoint with an adaptive softmax is not loaded."""
+    kind = module.TransformerDecoderBase
+    plain_upgrade = kind.upgrade_state_dict_named
+
+    def upgrade_state_dict_named(self: Any, state_dict: Any, name: str) -> Any:
+        upgraded = plain_upgrade(self, state_dict, name)
+        if self.adaptive_softmax is not None:
+            state_dict.pop(f"{name}.output_projection.weight", None)
+        return upgraded
+
+    kind.upgrade_state_dict_named = upgrade_state_dict_named
+
+
+@mend("fairseq.sequence_generator")
+def temperature_of_all_words(module: Any) -> None:
+    """Every torch: --temperature tempers each part of an adaptive softmax by itself."""
+    plain_init = module.SequenceGenerator.__init__
+
+    def init(self: Any, models: Any, *args: Any, **kwargs: Any) -> None:
+        plain_init(self, models, *args, **kwargs)
+        decoders = [getattr(model, "decoder", None) for model in self.model.models]
+        if self.temperature != 1 and any(getattr(d, "adaptive_softmax", None) is not None for d in decoders):
+            raise FlagError(f"--temperature must be 1 with an adaptive softmax, got {self.temperature}")
+
+    module.SequenceGenerator.__init__ = init

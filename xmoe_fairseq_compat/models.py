@@ -8,7 +8,7 @@ from importlib import metadata
 from types import SimpleNamespace
 from typing import Any
 
-from xmoe_fairseq_compat.errors import CheckpointError, FlagError
+from xmoe_fairseq_compat.errors import CheckpointError, FlagError, UserError
 from xmoe_fairseq_compat.registry import has, mend, stand_in
 
 
@@ -135,3 +135,26 @@ def no_encoder_fast_path(module: Any) -> None:
         self.can_use_fastpath = False
 
     module.TransformerEncoderLayerBase.__init__ = __init__
+
+
+@mend("fairseq.utils")
+def read_embeddings(module: Any) -> None:
+    """Every torch: a file of embeddings that is missing or does not fit ends in a traceback."""
+    plain_parse, plain_load = module.parse_embedding, module.load_embedding
+
+    def parse_embedding(embed_path: str) -> Any:
+        try:
+            embeddings = plain_parse(embed_path)
+        except (OSError, StopIteration, ValueError) as error:
+            rule = "must hold a line of two numbers, then a word and its numbers in each line"
+            raise UserError(f"embeddings {embed_path} {rule}: {str(error) or 'it is empty'}") from None
+        return embeddings
+
+    def load_embedding(embed_dict: Any, vocab: Any, embedding: Any) -> Any:
+        for word, vector in embed_dict.items():
+            if len(vector) != embedding.embedding_dim:
+                size = f"{len(vector)} numbers, the model {embedding.embedding_dim}"
+                raise FlagError(f"--encoder-embed-path or --decoder-embed-path: {word!r} has {size}")
+        return plain_load(embed_dict, vocab, embedding)
+
+    module.parse_embedding, module.load_embedding = parse_embedding, load_embedding

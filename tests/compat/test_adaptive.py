@@ -9,11 +9,21 @@ from fairseq.criterions.adaptive_loss import AdaptiveLoss
 from fairseq.criterions.cross_entropy import CrossEntropyCriterion
 from fairseq.modules import AdaptiveSoftmax
 from fairseq.modules.adaptive_input import AdaptiveInput
+from fairseq.sequence_generator import SequenceGenerator
 from tolerances import assert_same
-from toy import language_model, language_sample, sentences, task, translation_model
+from toy import (
+    dictionary,
+    language_model,
+    language_sample,
+    sentences,
+    task,
+    translation_model,
+    translation_sample,
+)
 
 from xmoe_fairseq_compat.errors import FlagError
 
+SHARED = {"share_decoder_input_output_embed": True}
 CUTOFF = {"adaptive_softmax_cutoff": "10,20"}
 TIED = {**CUTOFF, "adaptive_input": True, "adaptive_input_cutoff": "10,20", "tie_adaptive_weights": True}
 
@@ -67,13 +77,16 @@ def test_cutoffs_must_rise_within_the_vocabulary(cutoff: list[int], shown: str) 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        ({**TIED, **SHARED}, "--share-.* be combined with --adaptive-input$"),
+        ({**CUTOFF, **SHARED}, "--share-.* be combined with --adaptive-softmax-cutoff$"),
+        ({**SHARED, "character_embeddings": True}, "--share-.* be combined with --character-embeddings$"),
         (
-            {**TIED, "share_decoder_input_output_embed": True},
-            "--share-.* with --adaptive-input: use",
+            {**SHARED, "decoder_output_dim": 16},
+            "--decoder-output-dim must be --decoder-input-dim 32 with",
         ),
         (
-            {**CUTOFF, "share_decoder_input_output_embed": True},
-            "--share-.* with --adaptive-softmax-cutoff:",
+            {**TIED, "decoder_input_dim": 16, "decoder_output_dim": 16},
+            "--decoder-output-dim must be --decoder-embed-dim 32 with --tie-adaptive-weights, got 16$",
         ),
         ({**CUTOFF, "tie_adaptive_weights": True}, "--tie-adaptive-weights needs --adaptive-input$"),
         (
@@ -90,7 +103,39 @@ def test_adaptive_flags_that_do_not_fit(flags: dict[str, Any], message: str) -> 
         dense_model(**flags)
 
 
-@pytest.mark.parametrize("name", ["adaptive_input", "tie_adaptive_weights"])
-def test_a_translation_model_has_no_adaptive_input(name: str) -> None:
-    with pytest.raises(FlagError, match=f"^--{name.replace('_', '-')} is for language models"):
-        translation_model(moe_freq=0, **{name: True})
+NOTHING = "does nothing in a translation model: leave it out$"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"adaptive_input": True}, f"--adaptive-input {NOTHING}"),
+        ({"tie_adaptive_weights": True}, f"--tie-adaptive-weights {NOTHING}"),
+        ({"char_inputs": True}, f"--char-inputs {NOTHING}"),
+        ({**CUTOFF, **SHARED}, "--share-.* be combined with --adaptive-softmax-cutoff$"),
+        (
+            {**SHARED, "decoder_output_dim": 16},
+            "--decoder-output-dim must be --decoder-embed-dim 32 with",
+        ),
+        ({"share_all_embeddings": True, "decoder_output_dim": 16}, "--decoder-output-dim must be"),
+    ],
+)
+def test_embeddings_that_a_translation_model_has_not(flags: dict[str, Any], message: str) -> None:
+    with pytest.raises(FlagError, match=f"^{message}"):
+        translation_model(moe_freq=0, **flags)
+
+
+def test_an_adaptive_softmax_over_shared_embeddings_is_loaded_again() -> None:
+    flags = {**CUTOFF, "share_decoder_input_output_embed": False, "share_all_embeddings": True}
+    model, again = (translation_model(moe_freq=0, **flags).eval() for _ in range(2))
+    again.load_state_dict(model.state_dict())
+    batch = translation_sample(sentences([5]), sentences([7]))["net_input"]
+    with torch.no_grad():
+        assert torch.equal(again(**batch)[0], model(**batch)[0])
+
+
+def test_an_adaptive_softmax_is_not_tempered() -> None:
+    model = translation_model(moe_freq=0, share_decoder_input_output_embed=False, **CUTOFF)
+    SequenceGenerator([model], dictionary(40))
+    with pytest.raises(FlagError, match="^--temperature must be 1 with an adaptive softmax, got 0.5$"):
+        SequenceGenerator([model], dictionary(40), temperature=0.5)

@@ -13,7 +13,7 @@ from tolerances import assert_same
 from torch import Tensor
 from toy import language_model, sentences, translation_model
 
-from xmoe_fairseq_compat.errors import CheckpointError, FlagError
+from xmoe_fairseq_compat.errors import CheckpointError, FlagError, UserError
 
 
 def pre_norm_model(**overrides: Any) -> Any:
@@ -109,3 +109,19 @@ def test_an_average_that_would_stand_still_is_refused(
             EMA(model, config)
     else:
         EMA(model, config).step(model)
+
+
+def test_embeddings_that_do_not_fit(tmp_path: Path) -> None:
+    file = tmp_path / "vectors"
+    for text, message in (("", "it is empty"), ("1 2\nw 0.5 x\n", "could not convert")):
+        file.write_text(text)
+        with pytest.raises(UserError, match=f"^embeddings .*vectors must hold .*: {message}"):
+            translation_model(moe_freq=0, encoder_embed_path=str(file))
+    with pytest.raises(UserError, match="^embeddings /no/such must hold .*: .*No such file"):
+        translation_model(moe_freq=0, encoder_embed_path="/no/such")
+    file.write_text("1 2\nsymbol0 0.5 0.25\n")
+    with pytest.raises(FlagError, match="'symbol0' has 2 numbers, the model 32"):
+        translation_model(moe_freq=0, encoder_embed_path=str(file))
+    file.write_text("1 32\nsymbol0" + " 0.5" * 32 + "\n")
+    model = translation_model(moe_freq=0, encoder_embed_path=str(file))
+    assert torch.equal(model.encoder.embed_tokens.weight[4], torch.full((32,), 0.5))
