@@ -1,0 +1,45 @@
+"""One test per mend of fairseq's Python interface, which fails where the mend is taken away."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from fairseq.dataclass.configs import GenerationConfig
+from fairseq.hub_utils import GeneratorHubInterface
+from omegaconf import OmegaConf
+
+from xmoe_fairseq_compat.errors import FlagError
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"lenpenn": 2.0}, "generation has no setting lenpenn; did you mean lenpen?"),
+        ({"colour": 2.0}, "generation has no setting colour"),
+        ({"replace_unk": ""}, "replace_unk is for fairseq-generate and fairseq-interactive: leave it out"),
+        (
+            {"print_alignment": "soft", "verbose": True},
+            "print_alignment='soft' cannot be printed: leave",
+        ),
+    ],
+)
+def test_settings_that_would_be_passed_over_are_refused(settings: dict[str, Any], message: str) -> None:
+    hub = SimpleNamespace(cfg=OmegaConf.create({"generation": OmegaConf.structured(GenerationConfig())}))
+    with pytest.raises(FlagError) as error:
+        GeneratorHubInterface.generate(hub, [], **settings)
+    assert str(error.value).startswith(message) and "\n" not in str(error.value)
+
+
+def test_settings_that_are_known_pass() -> None:
+    """As far as the task, which has the last word."""
+
+    def build(models: Any, args: Any, prefix_allowed_tokens_fn: Any) -> Any:
+        raise LookupError(args.lenpen, args.beam, args.keep_inference_langtok)
+
+    generation = OmegaConf.create({"generation": OmegaConf.structured(GenerationConfig())})
+    hub = SimpleNamespace(cfg=generation, task=SimpleNamespace(build_generator=build), models=[])
+    with pytest.raises(LookupError) as error:
+        GeneratorHubInterface.generate(
+            hub, [], 3, lenpen=2.0, keep_inference_langtok=True, skip_invalid_size_inputs=True
+        )
+    assert error.value.args == (2.0, 3, True)

@@ -1,0 +1,39 @@
+"""What fairseq's Python interface (from_pretrained, translate, sample) needs."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+from xmoe_fairseq_compat.errors import FlagError
+from xmoe_fairseq_compat.registry import mend
+
+# Besides the settings of a GenerationConfig: arguments of `generate` itself, and what tasks read.
+ARGUMENTS = {"skip_invalid_size_inputs", "inference_step_args", "prefix_allowed_tokens_fn"}
+OF_TASKS = {"keep_inference_langtok"}
+
+
+@mend("fairseq.hub_utils")
+def refuse_settings_of_nothing(module: Any) -> None:
+    """Every torch: translate() and sample() take any name for a setting, and pass over a misspelt one."""
+    kind = module.GeneratorHubInterface
+    plain_generate = kind.generate
+
+    def generate(
+        self: Any, tokens: Any, beam: int = 5, verbose: bool = False, *args: Any, **kwargs: Any
+    ) -> Any:
+        known = {*self.cfg.generation, *ARGUMENTS, *OF_TASKS}
+        for name in kwargs:
+            if name not in known:
+                close = difflib.get_close_matches(name, known, 1)
+                hint = f"; did you mean {close[0]}?" if close else ""
+                raise FlagError(f"generation has no setting {name}{hint}")
+        if kwargs.get("replace_unk") is not None:
+            raise FlagError("replace_unk is for fairseq-generate and fairseq-interactive: leave it out")
+        if verbose and kwargs.get("print_alignment") == "soft":
+            raise FlagError(
+                "print_alignment='soft' cannot be printed: leave out verbose, read hypo['alignment']"
+            )
+        return plain_generate(self, tokens, beam, verbose, **kwargs)
+
+    kind.generate = generate
