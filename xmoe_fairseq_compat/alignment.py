@@ -32,7 +32,7 @@ def align_what_was_found(module: Any) -> None:
     def generate(self: Any, models: Any, sample: Any, **kwargs: Any) -> Any:
         if any(getattr(model, "full_context_alignment", False) for model in self.model.models):
             return plain_generate(self, models, sample, **kwargs)
-        found = self._generate(sample, **kwargs)
+        found = module.SequenceGenerator.generate(self, models, sample, **kwargs)
         for row, source in enumerate(sample["net_input"]["src_tokens"].cpu()):
             for hypothesis in found[row]:
                 tokens, attention = hypothesis["tokens"].cpu(), hypothesis["attention"].cpu().t()

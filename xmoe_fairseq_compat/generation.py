@@ -57,6 +57,42 @@ def match_the_source_length(module: Any) -> None:
     module.LengthConstrainedBeamSearch.step = step
 
 
+@mend("fairseq.sequence_generator")
+def limit_each_sentence_by_its_own_length(module: Any) -> None:
+    """Every torch: --max-len-a is multiplied by the length of a batch's longest sentence, for all of them.
+
+    So a translation depends on what is translated along with it. Here each sentence ends at its own limit.
+    """
+    import torch
+
+    plain_generate = module.SequenceGenerator.generate  # not _generate, which is compiled to TorchScript
+
+    def generate(self: Any, models: Any, sample: Any, **kwargs: Any) -> Any:
+        source = sample["net_input"].get("src_tokens")
+        if source is None or not self.max_len_a or self.match_source_len:
+            return plain_generate(self, models, sample, **kwargs)
+        longest_B = (self.max_len_a * source.ne(self.pad).sum(dim=1) + self.max_len_b).long()
+        ids = sample["id"].tolist() if isinstance(sample.get("id"), torch.Tensor) else range(len(source))
+        limit_of = dict(zip(ids, longest_B.tolist(), strict=True))
+        plain_step = self.search.step
+
+        def step(step: int, lprobs_BKV: Any, scores: Any, tokens: Any, original_ids_B: Any) -> Any:
+            due = [step >= limit_of[index] for index in original_ids_B.tolist()]
+            ends_BK = lprobs_BKV[:, :, self.eos].isfinite()  # not in a prefix, or below --min-len
+            due_BK = torch.tensor(due, device=lprobs_BKV.device).unsqueeze(1) & ends_BK
+            others_V = torch.arange(lprobs_BKV.size(2), device=lprobs_BKV.device) != self.eos
+            lprobs_BKV = lprobs_BKV.masked_fill(due_BK.unsqueeze(2) & others_V, float("-inf"))
+            return plain_step(step, lprobs_BKV, scores, tokens, original_ids_B)
+
+        self.search.step = step
+        try:
+            return plain_generate(self, models, sample, **kwargs)
+        finally:
+            del self.search.step
+
+    module.SequenceGenerator.generate = generate
+
+
 def check_generation(g: Any) -> None:
     """Raises FlagError where flags of a search (a GenerationConfig) would not do what they say."""
     searches = {

@@ -82,6 +82,23 @@ def test_translations_are_as_long_as_their_sources_and_their_ends_count() -> Non
         assert_same(hypotheses[row][0]["positional_scores"], expected)
 
 
+@pytest.mark.parametrize("flags", [{}, {"sampling": True, "sampling_topk": 1, "nbest": 3}])
+def test_the_length_of_a_translation_depends_on_its_own_source(flags: dict[str, Any]) -> None:
+    torch.manual_seed(3)
+    model, lengths = translation_model(vocab_size=14).eval(), [4, 12, 7]
+    source = sentences(lengths, vocab_size=14, left_pad=True)
+    args = Namespace(beam=3, max_len_a=0.5, max_len_b=1, unnormalized=True, lenpen=1, min_len=2, **flags)
+    generator = Task(Namespace()).build_generator([model], args)
+    together = generator.generate(
+        [model], {"net_input": source_inputs(source), "id": torch.tensor([7, 5, 9])}
+    )
+    for row, length in enumerate(lengths):
+        (alone,) = generator.generate([model], {"net_input": source_inputs(source[row : row + 1, -length:])})
+        for one, other in zip(alone, together[row], strict=True):
+            assert one["tokens"].tolist() == other["tokens"].tolist()
+            assert len(one["tokens"]) <= length // 2 + 2
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
