@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import Any
 
-from xmoe_fairseq_compat.errors import FlagError
+from xmoe_fairseq_compat.errors import FlagError, flag
 from xmoe_fairseq_compat.registry import mend
 
 
@@ -85,24 +85,7 @@ TIED = (
     ("decoder_output_dim", "decoder_input_dim"),
     ("decoder_output_dim", "decoder_embed_dim"),
 )
-
-
 SHARE = "--share-decoder-input-output-embed"
-
-
-def flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
-
-
-def check_shared_embedding(cutoff: Any, embedding: tuple[str, int], output_dim: int) -> None:
-    """Raises FlagError if --share-decoder-input-output-embed would share nothing, or not fit."""
-    if cutoff:
-        raise FlagError(
-            "--share-decoder-input-output-embed cannot be combined with --adaptive-softmax-cutoff"
-        )
-    if output_dim != embedding[1]:
-        rule = f"must be {embedding[0]} {embedding[1]} with {SHARE}"
-        raise FlagError(f"--decoder-output-dim {rule}, got {output_dim}")
 
 
 @mend("fairseq.models.transformer_lm")
@@ -112,11 +95,9 @@ def check_adaptive_flags(module: Any) -> None:
 
     def build_model(cls: Any, args: Any, task: Any) -> Any:
         if args.share_decoder_input_output_embed:
-            for name in ("adaptive_input", "character_embeddings"):
+            for name in ("adaptive_input", "character_embeddings", "adaptive_softmax_cutoff"):
                 if getattr(args, name):
                     raise FlagError(f"{SHARE} cannot be combined with {flag(name)}")
-            embedding = ("--decoder-input-dim", args.decoder_input_dim)
-            check_shared_embedding(args.adaptive_softmax_cutoff, embedding, args.decoder_output_dim)
         if args.tie_adaptive_weights and not args.adaptive_input:
             raise FlagError("--tie-adaptive-weights needs --adaptive-input")
         for one, two in TIED if args.tie_adaptive_weights else ():
@@ -141,11 +122,9 @@ def check_embeddings_of_translation(module: Any) -> None:
         for name in NOT_IN_TRANSLATION:
             if getattr(cfg, name):
                 raise FlagError(f"{flag(name)} does nothing in a translation model: leave it out")
-        width, output_dim = int(cfg.decoder.embed_dim), int(cfg.decoder.output_dim)
-        if cfg.share_all_embeddings and not cfg.adaptive_softmax_cutoff:
-            check_shared_embedding(None, ("--decoder-embed-dim", width), output_dim)
-        elif cfg.share_decoder_input_output_embed and not cfg.share_all_embeddings:
-            check_shared_embedding(cfg.adaptive_softmax_cutoff, ("--decoder-embed-dim", width), output_dim)
+        shared = cfg.share_decoder_input_output_embed and not cfg.share_all_embeddings
+        if shared and cfg.adaptive_softmax_cutoff:
+            raise FlagError(f"{SHARE} cannot be combined with --adaptive-softmax-cutoff")
         return plain_build(cls, cfg, task)
 
     module.TransformerModelBase.build_model = classmethod(build_model)

@@ -94,7 +94,7 @@ def limit_each_sentence_by_its_own_length(module: Any) -> None:
 
 
 def check_generation(g: Any) -> None:
-    """Raises FlagError where flags of a search (a GenerationConfig) would not do what they say."""
+    """Raises FlagError where flags of a search (a GenerationConfig) would not do what they say together."""
     searches = {
         "--sampling": g.sampling,
         "--diverse-beam-groups": g.diverse_beam_groups > 0,
@@ -107,12 +107,7 @@ def check_generation(g: Any) -> None:
         raise FlagError(f"{' and '.join(asked)} are searches that exclude one another: leave one out")
     longest = float("inf") if g.max_len_a or g.match_source_len else g.max_len_b
     for flag, value, rule, holds in (
-        ("--beam", g.beam, "must be at least 1", g.beam >= 1),
-        ("--nbest", g.nbest, f"must be from 1 to --beam {g.beam}", 1 <= g.nbest <= g.beam),
         ("--nbest", g.nbest, f"must be --beam {g.beam} with --sampling", not g.sampling or g.nbest == g.beam),
-        ("--temperature", g.temperature, "must be above 0", 0 < g.temperature < float("inf")),
-        ("--diverse-beam-groups", g.diverse_beam_groups, f"must divide --beam {g.beam}",
-         g.diverse_beam_groups <= 0 or g.beam % g.diverse_beam_groups == 0),
         ("--min-len", g.min_len, f"must be at most --max-len-b {g.max_len_b}", g.min_len <= longest),
         ("--retain-dropout-modules", g.retain_dropout_modules, "needs --retain-dropout",
          not g.retain_dropout_modules or g.retain_dropout),

@@ -14,7 +14,8 @@ from fairseq.sequence_generator import SequenceGeneratorWithAlignment
 from fairseq.tasks import FairseqTask
 from toy import PAD, dictionary, language_model, sentences, translation_model
 
-from xmoe_fairseq_compat.alignment import Alignment
+from xmoe_fairseq_compat import registry
+from xmoe_fairseq_compat.alignment import Alignment, check_what_words_are_replaced_by
 from xmoe_fairseq_compat.errors import FlagError, UserError
 
 
@@ -140,16 +141,21 @@ def test_a_wrapped_data_set_gives_the_text_as_it_was_written() -> None:
     ],
 )
 def test_words_are_replaced_not_pieces(command: str, flags: dict[str, Any], message: str) -> None:
-    from fairseq.dataclass.configs import DistributedTrainingConfig, GenerationConfig
+    given = {"bpe": None, "tokenizer": None, "post_process": None, "dataset_impl": "raw"}
+    module = SimpleNamespace(__name__=f"fairseq_cli.{command}", main=lambda cfg: "ran")
+    assert check_what_words_are_replaced_by in [mend for _, mend in registry.after[module.__name__]]
+    check_what_words_are_replaced_by(module)
 
-    given = {"bpe": None, "tokenizer": None, "post_process": None, "dataset_impl": "raw", **flags}
-    cfg = SimpleNamespace(
-        generation=GenerationConfig(replace_unk=""),
-        bpe=given["bpe"],
-        tokenizer=given["tokenizer"],
-        common_eval=SimpleNamespace(post_process=given["post_process"], path="checkpoint_best.pt"),
-        distributed_training=DistributedTrainingConfig(),
-        dataset=SimpleNamespace(dataset_impl=given["dataset_impl"]),
-    )
+    def run(bpe: Any, tokenizer: Any, post_process: Any, dataset_impl: Any, replace_unk: str | None) -> Any:
+        cfg = SimpleNamespace(
+            generation=SimpleNamespace(replace_unk=replace_unk),
+            bpe=bpe,
+            tokenizer=tokenizer,
+            common_eval=SimpleNamespace(post_process=post_process),
+            dataset=SimpleNamespace(dataset_impl=dataset_impl),
+        )
+        return module.main(cfg)
+
+    assert run(**given, replace_unk="") == run(**given | flags, replace_unk=None) == "ran"
     with pytest.raises(FlagError, match=f"^{message}"):
-        import_module(f"fairseq_cli.{command}").main(cfg)
+        run(**given | flags, replace_unk="")
