@@ -145,7 +145,9 @@ def read_embeddings(module: Any) -> None:
     def parse_embedding(embed_path: str) -> Any:
         try:
             embeddings = plain_parse(embed_path)
-        except (OSError, StopIteration, ValueError) as error:
+        except OSError as error:
+            raise UserError(f"embeddings {embed_path}: {error.strerror}") from None
+        except (StopIteration, ValueError) as error:
             rule = "must hold a line of two numbers, then a word and its numbers in each line"
             raise UserError(f"embeddings {embed_path} {rule}: {str(error) or 'it is empty'}") from None
         return embeddings
