@@ -17,18 +17,33 @@ from xmoe_fairseq_compat.splits import load_with_targets
 
 
 def equal_lines(system: Any, reference: Any) -> Iterator[tuple[Any, Any]]:
-    """Lines of --sys and --ref, which must have as many."""
+    """Lines of --sys and --ref, which must have as many, and one at least."""
+    number = -1
     for number, pair in enumerate(itertools.zip_longest(system, reference)):
         if None in pair:
             short, long = ("--sys", "--ref") if pair[0] is None else ("--ref", "--sys")
             raise UserError(f"{short} ends after line {number}, {long} does not; give as many lines")
         yield pair
+    if number < 0:
+        raise UserError("--sys and --ref are empty: there is nothing to score")
 
 
 @mend("fairseq_cli.score")
 def score_all_lines(module: Any) -> None:
-    """Every torch: fairseq-score passes over the lines that one of its two files has more."""
-    module.zip = equal_lines
+    """Every torch: fairseq-score passes over the lines that one of its two files has more; a file that is
+    missing or empty ends in a traceback."""
+    plain_main, module.zip = module.cli_main, equal_lines
+
+    @functools.wraps(plain_main)
+    def cli_main() -> None:
+        try:
+            plain_main()
+        except AssertionError as error:
+            if "does not exist" not in str(error):
+                raise
+            raise UserError(str(error)) from error
+
+    module.cli_main = cli_main
 
 
 @mend("fairseq_cli.score", when=lambda: has("sacrebleu", 2))

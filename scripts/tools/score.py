@@ -109,6 +109,19 @@ def score_translation(run: Scorer) -> dict[str, Any]:
     return {"splits": results, "signatures": signatures}
 
 
+def words_of(text: Path, printed: str) -> int:
+    """Words and ends of lines in a text, of which `printed` is the score.
+
+    Raises:
+        ResultError: fairseq-eval-lm has read other data.
+    """
+    found = lines(text)
+    loaded = int(re.findall(r"loaded ([\d,]+) examples", printed)[-1].replace(",", ""))
+    if loaded != len(found):
+        raise ResultError(f"{text} has {len(found)} lines, its binarised data {loaded}: binarise it again")
+    return sum(len(line.split()) + 1 for line in found)
+
+
 def score_language_model(run: Scorer) -> dict[str, Any]:
     size, splits = run.plan.size, run.splits or ["valid", "test"]
     rows = run.plan.batch // size.context
@@ -119,7 +132,7 @@ def score_language_model(run: Scorer) -> dict[str, Any]:
         printed = read(run.fairseq("fairseq-eval-lm", f"{split}.out", "--gen-subset", split, *window))
         tokens = int(re.findall(r"Evaluated ([\d,]+) tokens", printed)[-1].replace(",", ""))
         bits = float(re.findall(r"Loss \(base 2\): ([\d.]+)", printed)[-1]) * tokens
-        words = sum(len(line.split()) + 1 for line in lines(run.data / "text" / f"docs.{split}"))
+        words = words_of(run.data / "text" / f"docs.{split}", printed)
         results[split] = {
             "perplexity": 2 ** (bits / tokens), "perplexity_per_word": 2 ** (bits / words), "tokens": tokens,
             "words": words, "routing": routing_of(stats[split]),

@@ -49,7 +49,7 @@ def translation(data: Path, checkpoint: Path, split: str, args: Namespace, log: 
 
 
 def language_model(data: Path, checkpoint: Path, split: str, args: Namespace, log: Path) -> dict[str, float]:
-    # eval-lm's own length is 1,024, and it skips what is longer than the model's.
+    # The same for all checkpoints, whatever each was trained with.
     flags = ["--tokens-per-sample", str(args.context), "--batch-size", "8"]
     printed = read(stock("fairseq-eval-lm", data, checkpoint, split, flags, log))
     if "Evaluated 0 tokens" in printed:

@@ -112,6 +112,17 @@ def test_score_refuses_files_of_unequal_length(
         assert message in output.splitlines()[-1] and "Traceback" not in output
 
 
+@pytest.mark.parametrize("option", [(), ("--sacrebleu",), ("--sentence-bleu",)])
+def test_score_refuses_missing_and_empty_files(option: tuple[str, ...], tmp_path: Path) -> None:
+    for name in ("sys", "ref"):
+        (tmp_path / name).touch()
+    files = ("-s", tmp_path / "sys", "-r", tmp_path / "ref")
+    for problem in ("are empty: there is nothing to score", "sys does not exist"):
+        output = run("fairseq-score", *files, *option, succeeds=False)
+        assert output.splitlines()[-1].endswith(problem) and "Traceback" not in output
+        (tmp_path / "sys").unlink(missing_ok=True)
+
+
 def test_train_language_model_and_eval_lm(corpus: tuple[Path, Path], tmp_path: Path) -> None:
     run("fairseq-train", corpus[1], *LANGUAGE_MODEL, "--max-update", 2, "--save-dir", tmp_path)
     arguments = ("--path", tmp_path / "checkpoint_last.pt", "--cpu", "--tokens-per-sample", 32)
