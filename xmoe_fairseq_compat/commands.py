@@ -10,7 +10,8 @@ from argparse import Namespace
 from collections.abc import Iterator
 from typing import Any
 
-from xmoe_fairseq_compat.errors import UserError
+from xmoe_fairseq_compat.errors import FlagError, UserError
+from xmoe_fairseq_compat.folders import check_language_model
 from xmoe_fairseq_compat.registry import has, mend, stand_in
 from xmoe_fairseq_compat.shares import Names, Turns, shared, with_each_task
 from xmoe_fairseq_compat.splits import load_with_targets
@@ -74,21 +75,44 @@ def score_sentences(module: Any) -> None:
     module.bleu = stand_in(bleu, Scorer=scorer)
 
 
+def refuse_shards(cfg: Any) -> None:
+    """Raises FlagError for what fairseq-generate and fairseq-validate pass over."""
+    if cfg.dataset.num_shards > 1:
+        raise FlagError("--num-shards must be 1 here: it has no effect; run the command under torchrun")
+
+
+def checked_language_model(utils: Any, dictionaries: list[Any]) -> Any:
+    """fairseq's checkpoint_utils; the model of --lm-path, which has its own task, must fit a dictionary."""
+
+    def load_model_ensemble(filenames: list[str], *args: Any, task: Any = None, **kwargs: Any) -> Any:
+        models, saved = utils.load_model_ensemble(filenames, *args, task=task, **kwargs)
+        if task is None:
+            check_language_model(models[0], filenames[0], dictionaries[0])
+        return models, saved
+
+    return stand_in(utils, load_model_ensemble=load_model_ensemble)
+
+
 @mend("fairseq_cli.generate")
 def generate_on_several_ranks(module: Any) -> None:
     """Every torch: under torchrun fairseq-generate joins no ranks, so each translates everything; those that
     are joined score their shares, and print as many results."""
 
     def prepare(turns: Turns, cfg: Any) -> Names:
+        dictionaries: list[Any] = []
+
         def see_to(task: Any) -> None:
             turns.watch(task)
+            dictionaries.append(task.target_dictionary)
             task.inference_step = functools.partial(turns.compute, task.inference_step)
 
+        refuse_shards(cfg)
         if turns.size > 1:
             logging.root.handlers.clear()  # those of joining the ranks; main chooses where to write
         if turns.rank:
             cfg.common_eval.results_path = None
-        return {"tasks": with_each_task(module.tasks, see_to)}
+        utils = checked_language_model(module.checkpoint_utils, dictionaries)
+        return {"tasks": with_each_task(module.tasks, see_to), "checkpoint_utils": utils}
 
     shared_main = shared(module, prepare)
 
@@ -129,6 +153,7 @@ def validate_on_several_ranks(module: Any) -> None:
 
     def prepare(turns: Turns, cfg: Any) -> Names:
         utils = module.checkpoint_utils
+        refuse_shards(cfg)
 
         def load_model_ensemble_and_task(*args: Any, **kwargs: Any) -> Any:
             models, saved, task = utils.load_model_ensemble_and_task(*args, **kwargs)

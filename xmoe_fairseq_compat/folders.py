@@ -1,0 +1,49 @@
+"""Data in several places: all of it was binarised with one dictionary."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from xmoe_fairseq_compat.errors import UserError
+from xmoe_fairseq_compat.registry import mend
+
+
+def check_folders(task: Any, folders: list[str]) -> None:
+    """Raises UserError where a folder's dictionary is another than the one that the task has read."""
+    from fairseq.data import Dictionary
+
+    for dictionary in (task.source_dictionary, task.target_dictionary):
+        file = getattr(dictionary, "file", None)
+        for folder in folders if file else []:
+            other = os.path.join(folder, os.path.basename(file))
+            if os.path.exists(other) and Dictionary.load(other).digest != dictionary.digest:
+                raise UserError(f"{other} is another dictionary than {file}; binarise all folders with one")
+
+
+@mend("fairseq.tasks.language_modeling", "fairseq.tasks.translation")
+def one_dictionary_for_all_folders(module: Any) -> None:
+    """Every torch: of DATA1:DATA2 the first one's dictionary counts, and the other may be of another."""
+    for task in (getattr(module, name, None) for name in ("LanguageModelingTask", "TranslationTask")):
+        if task is not None:
+            check_when_set_up(task)
+
+
+def check_when_set_up(task: Any) -> None:
+    plain_setup = task.setup_task.__func__
+
+    def setup_task(cls: Any, /, cfg: Any, **kwargs: Any) -> Any:
+        from fairseq.utils import split_paths
+
+        ready = plain_setup(cls, cfg, **kwargs)
+        if cfg.data:
+            check_folders(ready, split_paths(cfg.data))
+        return ready
+
+    task.setup_task = classmethod(setup_task)
+
+
+def check_language_model(model: Any, file: str, dictionary: Any) -> None:
+    """Raises UserError where a language model's dictionary is not the one into which is translated."""
+    if model.decoder.dictionary.symbols != dictionary.symbols:
+        raise UserError(f"--lm-path {file}: its dictionary is not the target's, {dictionary.file}")
