@@ -51,16 +51,31 @@ class MoETrainer(Trainer):
         with self.explained("validation after update", self.get_num_updates()):
             return super().valid_step(sample, raise_oom)
 
+    def get_train_iterator(self, *args: Any, **kwargs: Any) -> Any:
+        with self.explained("update", self.get_num_updates() + 1):  # it reads a first batch
+            batches = super().get_train_iterator(*args, **kwargs)
+        batches.on_error = lambda error: self.tell(error, "update", self.get_num_updates() + 1)
+        return batches
+
+    def get_valid_iterator(self, *args: Any, **kwargs: Any) -> Any:
+        with self.explained("validation after update", self.get_num_updates()):
+            batches = super().get_valid_iterator(*args, **kwargs)
+        batches.on_error = lambda error: self.tell(error, "validation after update", self.get_num_updates())
+        return batches
+
     @contextmanager
     def explained(self, what: str, update: int) -> Iterator[None]:
         """Say where an error was, and which ranks are gone."""
         try:
             yield
         except Exception as error:
-            if dist.is_initialized():
-                where = f"rank {dist.get_rank()} of {dist.get_world_size()}, {what} {update}"
-                logger.error(f"{where}: {explain(error, update)}")
+            self.tell(error, what, update)
             raise
+
+    def tell(self, error: Exception, what: str, update: int) -> None:
+        if dist.is_initialized():
+            where = f"rank {dist.get_rank()} of {dist.get_world_size()}, {what} {update}"
+            logger.error(f"{where}: {explain(error, update)}")
 
     def set_num_updates(self, num_updates: int) -> None:
         """Called on every rank, after an update that was not skipped; and when a checkpoint was loaded, where

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from xmoe_fairseq_compat.errors import UserError
 from xmoe_fairseq_compat.registry import has, mend, stand_in
 
 
@@ -73,3 +74,88 @@ def gather_on_cpu(module: Any) -> None:
         return gathered
 
     module.all_gather_list = all_gather_list
+
+
+class Reading:
+    """Batches of one of fairseq's epochs; an error becomes one line with the rank and the files."""
+
+    def __init__(self, batches: Any, epoch: Any) -> None:
+        self.batches, self.epoch = batches, epoch
+
+    def __iter__(self) -> Reading:
+        return self
+
+    def __next__(self) -> Any:
+        try:
+            return next(self.batches)
+        except StopIteration:
+            raise
+        except Exception as error:
+            found = unreadable(error, self.epoch.dataset)
+            getattr(self.epoch, "on_error", lambda _: None)(found)  # a trainer may tell the other ranks
+            raise found from error
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.batches, name)
+
+
+def unreadable(error: Exception, dataset: Any) -> UserError:
+    import torch.distributed as dist
+
+    is_one_of_several = dist.is_available() and dist.is_initialized()
+    rank = f"rank {dist.get_rank()} of {dist.get_world_size()}: " if is_one_of_several else ""
+    reason = (str(error).strip() or repr(error)).splitlines()[-1]  # behind a worker's traceback
+    if isinstance(error, UserError):  # which knows more
+        return UserError(f"{rank}{reason}")
+    files, kind = ", ".join(files_of(dataset)) or "the data", f"{type(error).__name__}: "
+    return UserError(f"{rank}cannot read a batch of {files}: {kind}{reason.removeprefix(kind)}")
+
+
+def files_of(dataset: Any) -> list[str]:
+    """The binarised files, without their endings, from which a dataset of datasets is read."""
+    from torch.utils.data import Dataset
+
+    found: dict[str, None] = {}
+    todo, seen = [dataset], set()
+    while todo:
+        part = todo.pop(0)
+        if isinstance(part, (list, tuple)):
+            todo += part
+        elif isinstance(part, dict):
+            todo += part.values()
+        elif isinstance(part, Dataset) and id(part) not in seen:
+            seen.add(id(part))
+            path = vars(part).get("_path") or vars(part).get("path")
+            if isinstance(path, str):
+                found[path] = None
+            todo += [
+                value for value in vars(part).values() if isinstance(value, (Dataset, list, tuple, dict))
+            ]
+    return list(found)
+
+
+@mend("fairseq.data.iterators")
+def say_who_cannot_read_what(module: Any) -> None:
+    """Every torch: where the data cannot be read, no line names the rank or the file; the other ranks see a
+    lost connection."""
+
+    def read_by(plain: Any) -> Any:
+        def _get_iterator_for_epoch(self: Any, *args: Any, **kwargs: Any) -> Any:
+            batches = plain(self, *args, **kwargs)
+            if batches is not None:
+                batches._itr = Reading(batches._itr, self)
+            return batches
+
+        return _get_iterator_for_epoch
+
+    plain_first = module.EpochBatchIterator.first_batch.fget
+
+    def first_batch(self: Any) -> Any:
+        try:
+            return plain_first(self)
+        except Exception as error:
+            raise unreadable(error, self.dataset) from error
+
+    module.EpochBatchIterator.first_batch = property(first_batch)
+    for kind in (module.EpochBatchIterator, module.GroupedEpochBatchIterator):
+        kind._get_iterator_for_epoch = read_by(kind._get_iterator_for_epoch)

@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+import threading
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -12,10 +13,12 @@ import torch
 import torch.distributed as dist
 from commands import TINY_LM, TRAIN, run_anew
 from distributed import run_ranks
+from fairseq.data.indexed_dataset import MMapIndexedDataset
 from fairseq.tasks import FairseqTask
 from parallel_runs import EXACT, MT, fairseq_train
 
 from xmoe_fairseq.parallel.trainer import ExpertParallelTrainer
+from xmoe_fairseq_compat.errors import UserError
 
 MESSAGES = {
     "dies": "",
@@ -30,7 +33,7 @@ def last_words(data: Path, folder: Path, size: int = 2) -> str:
     handler = logging.Handler()
     handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger("xmoe_fairseq").addHandler(handler)
-    with pytest.raises((RuntimeError, FloatingPointError)):
+    with pytest.raises((RuntimeError, FloatingPointError, UserError)):
         fairseq_train(
             data, *MT, *EXACT, "--max-update", 4, "--ddp-backend", "legacy_ddp", "--save-interval-updates", 2,
             "--moe-expert-parallel-size", size, "--disable-validation", "--save-dir", folder,
@@ -65,6 +68,28 @@ def test_others_end_and_say_who_is_missing(
         assert f"; rank 1 failed: {MESSAGES[how]}" in first
         assert second == f"rank 1 of 2, update 3: {MESSAGES[how]}"
     assert not (tmp_path / "crash.pt").exists()
+
+
+@pytest.mark.parametrize("when", ["first batch", "later"])
+def test_data_that_one_rank_cannot_read(when: str, corpus: tuple[Path, Path], tmp_path: Path) -> None:
+    """Its own line, and what the others say, name the rank and the files."""
+    plain_item = MMapIndexedDataset.__getitem__
+
+    def item(self: Any, index: int) -> Any:
+        is_later = threading.current_thread() is not threading.main_thread()  # fairseq reads ahead
+        if dist.get_rank() == 1 and "/train." in self._path and is_later == (when == "later"):
+            raise OSError("no such block")
+        return plain_item(self, index)
+
+    def ranks() -> str:
+        with patch.object(MMapIndexedDataset, "__getitem__", item):
+            return last_words(corpus[0], tmp_path, 1)
+
+    first, second = run_ranks(2, ranks)
+    files = ", ".join(str(corpus[0] / f"train.en-de.{language}") for language in ("en", "de"))
+    said = f"UserError('rank 1 of 2: cannot read a batch of {files}: OSError: no such block')"
+    assert second == f"rank 1 of 2, update 1: {said}"
+    assert first.endswith(f"; rank 1 failed: {said}")
 
 
 def test_ranks_that_wait_are_not_taken_for_dead(corpus: tuple[Path, Path], tmp_path: Path) -> None:
