@@ -85,8 +85,9 @@ _RULES: dict[str, tuple[str, Callable[[MoEConfig], bool]]] = {
             c.moe_combine in COMBINE and (c.moe_combine == "probs" or c.moe_router in ("threshold", "topk"))
         ),
     ),
-    "moe_router_temperature": ("must be above 0", lambda c: 0 < c.moe_router_temperature < float("inf")),
-    "moe_router_init_scale": ("must be above 0", lambda c: 0 < c.moe_router_init_scale < float("inf")),
+    # Beyond these, scores overflow or are all the same.
+    "moe_router_temperature": ("must be from 1e-6 to 1e6", lambda c: 1e-6 <= c.moe_router_temperature <= 1e6),
+    "moe_router_init_scale": ("must be from 1e-6 to 1e6", lambda c: 1e-6 <= c.moe_router_init_scale <= 1e6),
     "moe_capacity_factor": (
         "must be 0 (dropless) or more",
         lambda c: 0 <= c.moe_capacity_factor < float("inf"),
@@ -169,6 +170,8 @@ def _check_side(config: MoEConfig, side: str, model_cfg: Any) -> None:
         return read_field(model_cfg, name, None)
 
     num_layers, ffn_dim = own(f"{side}_layers"), own(f"{side}_ffn_embed_dim")
+    if ffn_dim < 1:
+        raise FlagError(f"--{side}-ffn-embed-dim must be at least 1, got {ffn_dim}")
     if ffn_dim % config.moe_ffn_split:
         rule = f"must divide --{side}-ffn-embed-dim {ffn_dim}"
         raise FlagError(f"--moe-ffn-split {rule}, got {config.moe_ffn_split}")

@@ -68,9 +68,11 @@ class MoEConfig(FairseqDataclass):
         "-1 = 2 x --moe-ffn-split, so never more than twice the dense FFN"
     )  # fmt: skip
     moe_router_temperature: float = _flag(
-        1.0, "divides a router's scores, in training and evaluation; below 1 = more decisive from the start"
+        1.0,
+        "divides a router's scores, in training and evaluation; below 1 = more decisive from the start; "
+        "1e-6 to 1e6",
     )
-    moe_router_init_scale: float = _flag(1.0, "multiplies a router's initial weight")
+    moe_router_init_scale: float = _flag(1.0, "multiplies a router's initial weight; 1e-6 to 1e6")
     moe_combine: str = _flag(
         "probs", "threshold and topk router: a chosen expert's output counts as often as it is probable "
         "(probs), or once (ones; what xmoe-convert makes of a dense model)"

@@ -1,4 +1,4 @@
-"""What is refused when a training starts, and would fail later, after an epoch, or not at all."""
+"""What is refused at the start, and would fail later, after an epoch, or not at all."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import importlib.util
 from collections.abc import Callable
 from typing import Any
 
-from xmoe_fairseq_compat.errors import FlagError
+from xmoe_fairseq_compat.errors import CheckpointError, FlagError
 from xmoe_fairseq_compat.registry import mend
 
 
@@ -63,6 +63,26 @@ def refuse_what_is_not_installed(module: Any) -> None:
         return plain_call(cfg, main, **kwargs)
 
     module.call_main = call_main
+
+
+@mend("fairseq.checkpoint_utils")
+def refuse_weights_that_are_no_numbers(module: Any) -> None:
+    """Every torch: a checkpoint that holds NaN is opened like any other, and everything it makes is NaN."""
+    import torch
+
+    plain_load = module.load_checkpoint_to_cpu
+
+    def load_checkpoint_to_cpu(path: Any, *args: Any, **kwargs: Any) -> Any:
+        state = plain_load(path, *args, **kwargs)
+        model = state.get("model")
+        for name, weight in model.items() if isinstance(model, dict) else ():
+            # fairseq never sets the buffer of that name
+            is_float = torch.is_tensor(weight) and weight.is_floating_point() and "_float_tensor" not in name
+            if is_float and torch.isnan(weight).any():
+                raise CheckpointError(path, f"it holds NaN in {name}; take an earlier checkpoint")
+        return state
+
+    module.load_checkpoint_to_cpu = load_checkpoint_to_cpu
 
 
 @mend("fairseq_cli.train")

@@ -1,12 +1,15 @@
 """What is refused when a training starts."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from fairseq.distributed import utils
 from omegaconf import OmegaConf
 
 from xmoe_fairseq_compat import starting
+from xmoe_fairseq_compat.errors import CheckpointError
 
 
 def configuration(**given: Any) -> Any:
@@ -41,6 +44,25 @@ def test_flags_that_need_what_is_not_there(given: dict[str, Any], line: str) -> 
     assert not ran
     utils.call_main(configuration(), ran.append)
     assert len(ran) == 1
+
+
+def test_a_checkpoint_that_holds_nan_is_refused() -> None:
+    nan = torch.tensor([1.0, float("nan")])
+    state = {
+        "model": {
+            "fc.weight": torch.ones(2),
+            "embed_positions._float_tensor": nan,
+            "ids": torch.ones(1).long(),
+        }
+    }
+    module = SimpleNamespace(load_checkpoint_to_cpu=lambda path: state)
+    starting.refuse_weights_that_are_no_numbers(module)
+    assert module.load_checkpoint_to_cpu("x.pt") is state
+    state["model"]["fc.weight"] = nan
+    with pytest.raises(
+        CheckpointError, match="^cannot load checkpoint x.pt: it holds NaN in fc.weight; take an"
+    ):
+        module.load_checkpoint_to_cpu("x.pt")
 
 
 def test_modules_that_are_there() -> None:

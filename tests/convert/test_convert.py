@@ -186,10 +186,11 @@ def test_other_models_are_refused(
     assert "must hold a transformer or transformer_lm, got lstm" in said
     path, data = stock("lm")
     state = torch.load(path, weights_only=True)
-    state["model"]["decoder.layers.1.fc1.weight"][3, 4] = float("nan")
-    torch.save(state, tmp_path / "nan.pt")
-    said = said_by(monkeypatch, capsys, tmp_path / "nan.pt", *common)
-    assert "nan.pt holds NaN or inf in decoder.layers.1.fc1.weight" in said
+    for number, words in (("nan", "number.pt: it holds NaN in"), ("inf", "number.pt holds NaN or inf in")):
+        state["model"]["decoder.layers.1.fc1.weight"][3, 4] = float(number)
+        torch.save(state, tmp_path / "number.pt")
+        said = said_by(monkeypatch, capsys, tmp_path / "number.pt", *common)
+        assert f"{words} decoder.layers.1.fc1.weight" in said
     torch.save({"weights": torch.zeros(2)}, tmp_path / "other.pt")
     assert "other.pt" in said_by(monkeypatch, capsys, tmp_path / "other.pt", *common)
 

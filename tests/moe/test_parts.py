@@ -48,10 +48,17 @@ def routing_of(rows: list[tuple[int, int, int, float]], num_tokens: int, num_exp
         (10, 4, 1.3, 1, 4),
         (0, 4, 2.0, 4, 4),
         (3, 7, 0.5, 1, 1),
+        (96, 8, 1e308, 4, 96),
+        (96, 8, 1e308, 10**30, 10**30),
     ],
 )
 def test_capacity(tokens: int, experts: int, factor: float, minimum: int, expected: int) -> None:
     assert expert_capacity(tokens, experts, factor, minimum) == expected
+
+
+def test_a_capacity_without_bounds_keeps_all() -> None:
+    layer = MoELayer(4, 3, 5, TopKRouter(4, 5, 2), capacity_factor=1e308, min_capacity=10**30)
+    assert layer(torch.randn(7, 4))[1].token_R.numel() == 14
 
 
 def test_capacity_keeps_first_choices_before_second_ones_then_by_probability() -> None:

@@ -9,8 +9,8 @@ from xmoe_fairseq.moe.routing import Routing
 
 
 def expert_capacity(num_tokens: int, num_experts: int, capacity_factor: float, min_capacity: int) -> int:
-    """Rows that one expert may keep: `max(min_capacity, ceil(T / E * capacity_factor))`."""
-    return max(min_capacity, math.ceil(num_tokens / num_experts * capacity_factor))
+    """Rows that one expert may keep: `max(min_capacity, ceil(T / E * capacity_factor))`, of T."""
+    return max(min_capacity, math.ceil(min(num_tokens / num_experts * capacity_factor, num_tokens)))
 
 
 def keep_within_capacity(routing: Routing, capacity: int) -> Routing:
@@ -26,7 +26,7 @@ def keep_within_capacity(routing: Routing, capacity: int) -> Routing:
     rows_per_expert = routing.rows_per_expert()
     first_row_E = rows_per_expert.cumsum(0) - rows_per_expert
     place_R = torch.arange(order_R.numel(), device=order_R.device) - first_row_E[routing.expert_R[order_R]]
-    kept_R = order_R[place_R < capacity].sort().values  # back in token order
+    kept_R = order_R[place_R < min(capacity, routing.num_tokens)].sort().values  # back in token order
     return replace(
         routing,
         token_R=routing.token_R[kept_R],

@@ -46,6 +46,8 @@ class GShardLayer(MoELayer):
         nn.Module.__init__(self)  # not MoELayer's: router and experts are fairscale's
         if num_experts < TOP:
             raise ValueError(f"num_experts must be at least {TOP} for GShard, got {num_experts}")
+        if expert_dim < 1:
+            raise ValueError(f"expert_dim must be at least 1, got {expert_dim}")
         experts = [
             FeedForward(model_dim, expert_dim, activation, activation_dropout) for _ in range(num_experts)
         ]
