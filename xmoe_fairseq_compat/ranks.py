@@ -60,17 +60,15 @@ def restart_among_the_living(module: Any) -> None:
 
 @mend("fairseq.distributed.utils")
 def gather_on_cpu(module: Any) -> None:
-    """Every torch: all_gather_list packs its data into CUDA tensors, also for gloo on CPU."""
+    """Every torch: all_gather_list packs its data into CUDA tensors, also for gloo on CPU, and of a fixed size:
+    what fairseq-validate logs of a few batches is larger. torch's own has neither limit."""
     import torch.distributed as dist
 
-    plain_gather = module.all_gather_list
-
-    def all_gather_list(data: Any, group: Any = None, max_size: int = 16384) -> Any:
+    def all_gather_list(data: Any, group: Any = None, max_size: int = 0) -> Any:
         group = module.get_global_group() if group is None else group
-        if dist.get_backend(group) != "gloo":
-            return plain_gather(data, group, max_size)
         gathered = [None] * dist.get_world_size(group)
-        dist.all_gather_object(gathered, data, group=group)
+        # Tensors would come back on the device of the rank that sent them.
+        dist.all_gather_object(gathered, module.utils.move_to_cpu(data), group=group)
         return gathered
 
     module.all_gather_list = all_gather_list

@@ -197,7 +197,8 @@ def test_ddp_on_cpu_does_not_wait_for_unused_weights(group: dist.ProcessGroup) -
 
 
 def test_gather_on_cpu(group: dist.ProcessGroup) -> None:
-    assert distributed_utils.all_gather_list({"loss": 1.5}, group) == [{"loss": 1.5}]
+    large = {"loss": 1.5, "ids": list(range(20_000))}
+    assert distributed_utils.all_gather_list(large, group, max_size=16384) == [large]
 
 
 def test_old_numpy_names() -> None:
