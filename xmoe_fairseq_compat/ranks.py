@@ -60,15 +60,17 @@ def restart_among_the_living(module: Any) -> None:
 
 @mend("fairseq.distributed.utils")
 def gather_on_cpu(module: Any) -> None:
-    """Every torch: all_gather_list packs its data into CUDA tensors, also for gloo on CPU, and of a fixed size:
-    what fairseq-validate logs of a few batches is larger. torch's own has neither limit."""
+    """Every torch: all_gather_list packs its data into CUDA tensors, also for gloo on CPU, and of a fixed
+    size, which what fairseq-validate logs of a few batches exceeds. torch's own has neither limit."""
     import torch.distributed as dist
 
     def all_gather_list(data: Any, group: Any = None, max_size: int = 0) -> Any:
+        from fairseq import utils
+
         group = module.get_global_group() if group is None else group
         gathered = [None] * dist.get_world_size(group)
         # Tensors would come back on the device of the rank that sent them.
-        dist.all_gather_object(gathered, module.utils.move_to_cpu(data), group=group)
+        dist.all_gather_object(gathered, utils.move_to_cpu(data), group=group)
         return gathered
 
     module.all_gather_list = all_gather_list

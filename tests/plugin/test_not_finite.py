@@ -17,13 +17,20 @@ DENSE = (
 )  # fmt: skip
 
 
+SPREAD = (*MT, "--moe-expert-parallel-size", "2")
+
+
 @pytest.mark.parametrize(
-    "model, name",
-    [(MT, "encoder.layers.1.moe.router.weight"), (DENSE, "encoder.layers.1.fc1.weight")],
-    ids=["MoE", "dense"],
+    "ranks, model, name",
+    [
+        (1, MT, "encoder.layers.1.moe.router.weight"),
+        (1, DENSE, "encoder.layers.1.fc1.weight"),
+        (2, SPREAD, "encoder.layers.1.moe.experts.fc1_weight"),
+    ],
+    ids=["MoE", "dense", "spread experts"],
 )
 def test_a_gradient_that_is_not_finite_names_its_parameter(
-    model: tuple[str, ...], name: str, corpus: tuple[Path, Path], tmp_path: Path
+    ranks: int, model: tuple[str, ...], name: str, corpus: tuple[Path, Path], tmp_path: Path
 ) -> None:
     plain_step = FairseqTask.train_step
 
@@ -39,10 +46,10 @@ def test_a_gradient_that_is_not_finite_names_its_parameter(
             fairseq_train(corpus[0], *model, *TRAIN, "--save-dir", tmp_path, "--max-update", 2)
         return str(error.value)
 
-    (said,) = run_ranks(1, last_words)
-    assert re.match(
-        rf"gradients of 1 of \d+ parameters are NaN, inf or .*, the first {name}; lower --lr", said
-    )
+    for said in run_ranks(ranks, last_words):
+        assert re.match(
+            rf"gradients of 1 of \d+ parameters are NaN, inf or .*, the first {name}; lower --lr", said
+        )
 
 
 def test_numbers_that_overflow_end_a_command_with_one_line(corpus: tuple[Path, Path], tmp_path: Path) -> None:

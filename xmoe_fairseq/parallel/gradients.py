@@ -10,7 +10,8 @@ from xmoe_fairseq.parallel.groups import ExpertParallel
 
 
 def experts_of(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
-    return [parameter for parameter in parameters if hasattr(parameter, "expert")]
+    """Those that are trained: the same on every rank."""
+    return [p for p in parameters if hasattr(p, "expert") and p.requires_grad]
 
 
 def reduce_expert_gradients(parameters: Iterable[nn.Parameter], parallel: ExpertParallel) -> None:
@@ -41,6 +42,7 @@ def norm_with_experts(
         for parameter in experts_of(parameters)
         if parameter.grad is not None
     ]
-    squares = torch.stack(norms).double().square().sum()
+    none = shared_norm.new_zeros(())
+    squares = torch.stack([none, *norms]).double().square().sum()
     dist.all_reduce(squares)  # over all ranks, not one group: no two ranks may clip by different bits
     return (shared_norm.double().square() + squares / parallel.replicas).sqrt().to(shared_norm.dtype)
