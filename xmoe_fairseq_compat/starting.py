@@ -27,9 +27,20 @@ def is_backend(name: str) -> Callable[[Any], bool]:
     return lambda cfg: str(cfg.distributed_training.ddp_backend) == name
 
 
+def validates(cfg: Any) -> bool:
+    return not cfg.dataset.disable_validation
+
+
+def follows_the_loss(cfg: Any) -> bool:
+    return getattr(cfg.lr_scheduler, "_name", None) == "reduce_lr_on_plateau"
+
+
+WITH_VALIDATION = "validation; leave out --disable-validation"
 INSTEAD = "use --ddp-backend legacy_ddp or pytorch_ddp"
 # Flag, whether it is given, whether it can work, and what it needs.
 NEEDS: tuple[tuple[str, Callable[[Any], bool], Callable[[Any], bool], str], ...] = (
+    ("--patience", lambda cfg: cfg.checkpoint.patience > 0, validates, WITH_VALIDATION),
+    ("--lr-scheduler reduce_lr_on_plateau", follows_the_loss, validates, WITH_VALIDATION),
     ("--tpu", lambda cfg: cfg.common.tpu, lambda cfg: has_module("torch_xla"), "torch_xla; leave it out"),
     (
         "--model-parallel-size above 1",
@@ -52,8 +63,8 @@ NEEDS: tuple[tuple[str, Callable[[Any], bool], Callable[[Any], bool], str], ...]
 
 @mend("fairseq.distributed.utils")
 def refuse_what_is_not_installed(module: Any) -> None:
-    """Every torch: a flag for which a library or a GPU is missing ends in an exception of whatever it meets
-    first, or is passed over in one process (--ddp-backend slowmo)."""
+    """Every torch: a flag for which a library, a GPU or the validation is missing ends in an exception of
+    whatever it meets first, or is passed over (--patience; slowmo in one process)."""
     plain_call = module.call_main
 
     def call_main(cfg: Any, main: Any, **kwargs: Any) -> Any:

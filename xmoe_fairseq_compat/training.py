@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from typing import Any
 
 from xmoe_fairseq_compat.registry import mend, stand_in
@@ -105,9 +106,12 @@ def name_the_parameter_that_is_not_finite(module: Any) -> None:
         bad = [name for name, norm in norms.items() if not torch.isfinite(norm.square().float())]
         if bad and error is None:
             where = f" ({self.first_found})" if self.first_found else ""
+            cause = str(sys.exc_info()[1] or "").partition(". ")[0]  # what fairseq is just handling
+            before = "" if not cause or "Nan/Inf" in cause else f"{cause}; "
             raise FloatingPointError(
-                f"gradients of {len(bad)} of {len(grads)} parameters are NaN, inf or too large for their"
-                f" norm, the first {bad[0]}{where}; lower --lr, or give --clip-norm or more --warmup-updates"
+                f"{before}gradients of {len(bad)} of {len(grads)} parameters are NaN, inf or too large for"
+                f" their norm, the first {bad[0]}{where}; lower --lr, or give --clip-norm or more"
+                " --warmup-updates"
             )
 
     def tensors_of(output: Any) -> list[Any]:

@@ -13,19 +13,20 @@ from xmoe_fairseq_compat.errors import CheckpointError
 
 
 def configuration(**given: Any) -> Any:
-    common = {"tpu": False, "model_parallel_size": 1, "cpu": True}
-    ranks = {
-        "ddp_backend": "pytorch_ddp",
-        "distributed_world_size": 1,
-        "distributed_init_method": None,
-        "tpu": False,
-        "pipeline_model_parallel": False,
-        "distributed_port": -1,
-        "distributed_no_spawn": True,
-    }
-    for group in (common, ranks):
+    groups = {
+        "common": {"tpu": False, "model_parallel_size": 1, "cpu": True},
+        "checkpoint": {"patience": -1},
+        "dataset": {"disable_validation": False},
+        "lr_scheduler": {"_name": "fixed"},
+        "distributed_training": {
+            "ddp_backend": "pytorch_ddp", "distributed_world_size": 1, "distributed_init_method": None,
+            "tpu": False, "pipeline_model_parallel": False, "distributed_port": -1,
+            "distributed_no_spawn": True,
+        },
+    }  # fmt: skip
+    for group in groups.values():
         group.update({name: value for name, value in given.items() if name in group})
-    return OmegaConf.create({"common": common, "distributed_training": ranks})
+    return OmegaConf.create(groups)
 
 
 @pytest.mark.parametrize(
@@ -34,6 +35,11 @@ def configuration(**given: Any) -> Any:
         ({"tpu": True}, "--tpu needs torch_xla; leave it out"),
         ({"model_parallel_size": 2}, "--model-parallel-size above 1 needs Megatron"),
         ({"ddp_backend": "slowmo"}, "--ddp-backend slowmo needs GPUs; use --ddp-backend legacy_ddp or"),
+        ({"patience": 3, "disable_validation": True}, "--patience needs validation; leave out --disable"),
+        (
+            {"_name": "reduce_lr_on_plateau", "disable_validation": True},
+            "--lr-scheduler reduce_lr_on_plateau needs validation; leave out --disable-validation",
+        ),
         ({"ddp_backend": "fully_sharded"}, "--ddp-backend fully_sharded needs GPUs; use"),
     ],
 )
@@ -42,7 +48,7 @@ def test_flags_that_need_what_is_not_there(given: dict[str, Any], line: str) -> 
     with pytest.raises(ValueError, match=f"^{line}"):
         utils.call_main(configuration(**given), ran.append)
     assert not ran
-    utils.call_main(configuration(), ran.append)
+    utils.call_main(configuration(patience=3), ran.append)
     assert len(ran) == 1
 
 

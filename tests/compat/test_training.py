@@ -49,6 +49,19 @@ def test_gradients_of_any_output_are_watched() -> None:
     assert detector.first_found.startswith("NaN detected in output of ")
 
 
+def test_what_led_to_the_search_is_said_too() -> None:
+    model = nn.Linear(2, 2)
+    with pytest.raises(
+        FloatingPointError, match=r"^Minimum loss scale reached \(0.0001\); gradients of 2 of 2"
+    ):
+        try:
+            raise FloatingPointError("Minimum loss scale reached (0.0001). Your loss is probably exploding.")
+        except FloatingPointError:
+            with NanDetector(model):
+                (model(torch.ones(1, 2)) * float("nan")).sum().backward()
+            raise
+
+
 def test_finite_gradients_are_no_error() -> None:
     model = Odd("record")
     with NanDetector(model):
