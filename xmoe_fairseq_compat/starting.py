@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -74,6 +75,21 @@ def refuse_what_is_not_installed(module: Any) -> None:
         return plain_call(cfg, main, **kwargs)
 
     module.call_main = call_main
+
+
+@mend("fairseq_cli.train")
+def refuse_a_store_that_is_gone(module: Any) -> None:
+    """Every torch: --use-plasma-view starts a program of pyarrow's, which was taken out in version 12."""
+    plain_store = module.PlasmaStore
+
+    def store(*args: Any, **kwargs: Any) -> Any:
+        if shutil.which("plasma_store") is None:
+            raise FlagError(
+                "--use-plasma-view needs plasma_store, which pyarrow had up to version 11; leave it out"
+            )
+        return plain_store(*args, **kwargs)
+
+    module.PlasmaStore = store
 
 
 @mend("fairseq.checkpoint_utils")

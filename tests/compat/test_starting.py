@@ -3,13 +3,14 @@
 from types import SimpleNamespace
 from typing import Any
 
+import fairseq_cli.train
 import pytest
 import torch
 from fairseq.distributed import utils
 from omegaconf import OmegaConf
 
 from xmoe_fairseq_compat import starting
-from xmoe_fairseq_compat.errors import CheckpointError
+from xmoe_fairseq_compat.errors import CheckpointError, FlagError
 
 
 def configuration(**given: Any) -> Any:
@@ -69,6 +70,12 @@ def test_a_checkpoint_that_holds_nan_is_refused() -> None:
         CheckpointError, match="^cannot load checkpoint x.pt: it holds NaN in fc.weight; take an"
     ):
         module.load_checkpoint_to_cpu("x.pt")
+
+
+def test_plasma_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(FlagError, match="^--use-plasma-view needs plasma_store, which pyarrow had up to"):
+        fairseq_cli.train.PlasmaStore(path="/tmp/plasma")
 
 
 def test_modules_that_are_there() -> None:
