@@ -78,11 +78,13 @@ def check_owner(owner: dict[str, Any], is_locked: bool | None, path: str) -> Non
 
 
 def _this_run() -> dict[str, Any]:
-    run: dict[str, Any] = {"host": socket.gethostname(), "process": os.getpid(), "job": None, "attempt": None}
-    for job, attempt in RESTARTS:
-        if os.environ.get(job, "none") != "none":  # torchrun's, if it was given none
-            return {**run, "job": os.environ[job], "attempt": os.environ.get(attempt)}
-    return run
+    jobs = [os.environ.get(job, "none") for job, _ in RESTARTS]  # torchrun's is "none" if it was given none
+    return {
+        "host": socket.gethostname(),
+        "process": os.getpid(),
+        "job": None if set(jobs) == {"none"} else jobs,
+        "attempt": [os.environ.get(attempt) for _, attempt in RESTARTS],
+    }
 
 
 def _owner(file: int) -> dict[str, Any]:

@@ -157,12 +157,18 @@ def test_a_job_that_a_scheduler_starts_again_may_go_on_elsewhere(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = str(tmp_path / folder_lock.NAME)
-    before = {"host": "elsewhere", "process": 7, "job": "12", "attempt": "0"}
     monkeypatch.setenv("SLURM_JOB_ID", "12")
-    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    folder_lock.check_owner(before, False, path)
-    with pytest.raises(FlagError):  # another run of the same attempt
-        folder_lock.check_owner({**before, "attempt": "1"}, False, path)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    before = {**folder_lock._this_run(), "host": "elsewhere"}
+    with pytest.raises(FlagError, match="on elsewhere"):  # another run of the same job
+        folder_lock.check_owner(before, False, path)
+    for counter in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"):
+        with monkeypatch.context() as again:
+            again.setenv(counter, "1")
+            folder_lock.check_owner(before, False, path)
+            again.setenv("SLURM_JOB_ID", "13")
+            with pytest.raises(FlagError, match="on elsewhere"):
+                folder_lock.check_owner(before, False, path)
 
 
 def test_without_locks_of_the_file_system_the_process_is_looked_for(tmp_path: Path) -> None:

@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from commands import PLUGIN, run
+from commands import PLUGIN, TRAIN, run
+from distributed import run_ranks
+from parallel_runs import fairseq_train
 from tolerances import about, assert_same
 
 from xmoe_fairseq.convert import thresholds, tool
@@ -18,7 +20,13 @@ from xmoe_fairseq.convert.dense import read_dense
 from xmoe_fairseq.convert.sparse import read_sparse
 from xmoe_fairseq.convert.thresholds import set_thresholds
 from xmoe_fairseq.moe import moe_layers
+from xmoe_fairseq_compat.errors import CheckpointError
 
+# The model of stock("lm"), as it is typed.
+LM = ("--task", "language_modeling", "--tokens-per-sample", "16", "--decoder-layers", "2",
+      "--decoder-embed-dim", "16", "--decoder-ffn-embed-dim", "64", "--decoder-attention-heads", "2",
+      "--decoder-output-dim", "16", "--decoder-input-dim", "16", "--dropout", "0", "--batch-size", "4",
+      "--criterion", "cross_entropy", "--disable-validation")  # fmt: skip
 SMALL = ("--calibration-tokens", "300", "--valid-tokens", "60", "--max-tokens", "100")
 Stock = Callable[..., tuple[Path, Path]]
 
@@ -193,6 +201,34 @@ def test_other_models_are_refused(
         assert f"{words} decoder.layers.1.fc1.weight" in said
     torch.save({"weights": torch.zeros(2)}, tmp_path / "other.pt")
     assert "other.pt" in said_by(monkeypatch, capsys, tmp_path / "other.pt", *common)
+
+
+def test_fairseq_train_goes_on_with_the_settings_of_the_result(stock: Stock, tmp_path: Path) -> None:
+    """Or says which it would lose, as flags that make it go on."""
+    path, data = stock("lm")
+    convert(path, tmp_path / "sparse.pt", data)
+    t = torch.load(tmp_path / "sparse.pt", weights_only=True)["cfg"]["model"]["moe_threshold"]
+    save_dir = tmp_path / "tuned"
+    flags = [
+        data, *LM, *TRAIN, "--max-update", 1, "--save-dir", save_dir,
+        "--finetune-from-model", tmp_path / "sparse.pt", "--arch", "xmoe_transformer_lm",
+    ]  # fmt: skip
+
+    def train() -> str:
+        sys.argv = ["fairseq-train", *map(str, flags)]
+        try:
+            fairseq_train(*flags)
+        except CheckpointError as error:
+            return str(error)
+        return ""
+
+    (line,) = run_ranks(1, train)
+    added = line.partition("; add ")[2].partition(" to keep them")[0]
+    assert f"--moe-threshold {t}" in added and "--moe-combine ones" in added
+    flags += added.split()
+    assert run_ranks(1, train) == [""]
+    kept = torch.load(save_dir / "checkpoint_last.pt", weights_only=True)["cfg"]["model"]
+    assert kept["moe_threshold"] == t and kept["moe_combine"] == "ones"
 
 
 def test_an_interruption_leaves_no_file(
