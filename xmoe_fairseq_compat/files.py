@@ -60,7 +60,7 @@ def named_in_errors(path: str | Path) -> Iterator[None]:
         cause: BaseException | None = error
         while cause is not None and not (isinstance(cause, OSError) and cause.strerror):
             cause = cause.__cause__ or cause.__context__  # torch.save hides it behind a RuntimeError
-        if cause is None:
+        if cause is None or isinstance(cause, ConnectionError):
             raise
         raise WriteError(path, str(cause.strerror)) from error
 
@@ -86,7 +86,11 @@ def from_all_ranks(value: Any) -> list[Any]:
 
 def raise_on_all_ranks(error: UserError | None) -> None:
     """A collective: what is wrong on one rank is raised on all, so that none waits for another in vain."""
-    told = from_all_ranks(str(error) if error else None)
+    raise_told(error, from_all_ranks(str(error) if error else None))
+
+
+def raise_told(error: UserError | None, told: list[str | None]) -> None:
+    """Raise this rank's error, else that of the first rank which told one."""
     if error:
         raise error
     for rank, text in enumerate(told):

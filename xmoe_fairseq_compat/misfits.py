@@ -59,8 +59,8 @@ def _first(names: list[str], text: str) -> str:
 
 def settings_of(state: Mapping[str, Any]) -> dict[str, Any]:
     """A model's configuration, of a checkpoint; older ones have it among `args`."""
-    cfg = state.get("cfg") or {}
-    return as_dict(cfg.get("model") if hasattr(cfg, "get") else None) or as_dict(state.get("args"))
+    cfg = state.get("cfg")
+    return as_dict(cfg.get("model") if isinstance(cfg, Mapping) else None) or as_dict(state.get("args"))
 
 
 def as_dict(model_cfg: Any) -> dict[str, Any]:

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from typing import Any
 
 from xmoe_fairseq_compat.errors import FlagError, UserError
-from xmoe_fairseq_compat.files import WriteError, named_in_errors, raise_on_all_ranks, write_atomically
+from xmoe_fairseq_compat.files import (
+    WriteError,
+    from_all_ranks,
+    named_in_errors,
+    raise_on_all_ranks,
+    raise_told,
+    write_atomically,
+)
 from xmoe_fairseq_compat.folder_lock import hold
 from xmoe_fairseq_compat.registry import mend
 
@@ -60,7 +68,11 @@ def say_on_all_ranks_that_saving_failed(module: Any) -> None:
                 plain_save(cfg, trainer, epoch_itr, val_loss)
         except UserError as failed:
             error = failed
-        raise_on_all_ranks(error)
+        # A trainer may say which rank is gone where one does not answer.
+        explained = getattr(trainer, "explained", lambda *_: contextlib.nullcontext())
+        with explained("saving after update", trainer.get_num_updates()):
+            told = from_all_ranks(str(error) if error else None)
+        raise_told(error, told)
 
     # fairseq keeps the best loss as an attribute of the function, under the module's name for it
     module.save_checkpoint = save_checkpoint

@@ -87,6 +87,7 @@ def no_number(state: State) -> None:
         (no_number, f"{NORM} holds NaN or inf"),
         (given(NORM, "text"), f"{NORM} is no tensor"),
         (given(NORM, None), f"{NORM} is missing"),
+        (lambda state: state.update(model=True), "its entry 'model' is damaged"),
     ],
 )
 def test_what_is_missing_stray_or_no_number_is_named(
@@ -103,6 +104,12 @@ def test_what_is_missing_stray_or_no_number_is_named(
         with pytest.raises(CheckpointError, match=f"cannot load checkpoint {path}: {problem}"):
             act()
     assert sorted(os.listdir(tmp_path)) == ["damaged.pt", "whole.pt"]
+
+
+def test_an_optimizer_s_state_that_is_none(tmp_path: Path) -> None:
+    path = saved({**state(), "last_optimizer_state": {"state": {0: 5}}}, tmp_path / "damaged.pt")
+    with pytest.raises(ValueError, match="the optimizer's state is damaged"):
+        tool.convert(path, tmp_path / "new.pt", 2)
 
 
 def test_layers_that_all_lack_a_part_of_the_experts(tmp_path: Path) -> None:
@@ -146,6 +153,14 @@ def test_a_damaged_list_of_files(entry: Any, tmp_path: Path, capsys: pytest.Capt
         (lambda experts: experts["model"].update(stray=torch.ones(2)), "has besides stray"),
         (lambda experts: experts.update(stray={"a": 1}), "has besides a in stray"),
         (lambda experts: experts.update(model=5), "it holds no experts"),
+        (
+            lambda experts: experts["model"].update({EXPERTS: "text"}),
+            f"{EXPERTS} in model is of another kind",
+        ),
+        (
+            lambda experts: experts["model"].update({EXPERTS: torch.ones(2)}),
+            f"{EXPERTS} in model is of anoth",
+        ),
     ],
 )
 def test_a_file_of_experts_that_holds_something_else(
@@ -157,7 +172,7 @@ def test_a_file_of_experts_that_holds_something_else(
         damaged = copy.deepcopy(good)
         change(damaged["experts"])
         torch.save(damaged, file)
-        with pytest.raises(CheckpointError, match=f"{file.name}.* {problem}"):
+        with pytest.raises(CheckpointError, match=problem):
             tool.convert(tmp_path / "shards.pt", tmp_path / "new.pt", 1)
         torch.save(good, file)
 

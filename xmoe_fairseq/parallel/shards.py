@@ -91,7 +91,11 @@ def join_shards(state: State, path: str | Path) -> State:
     for group, entries in read[0].items() if read else ():
         holder = _holder(state, group)
         for key in entries:
-            holder[key] = _join([shard[group][key] for shard in read])
+            try:
+                holder[key] = _join([shard[group][key] for shard in read])
+            except (AttributeError, KeyError, RuntimeError, TypeError) as error:
+                problem = f"{key} in {group} is of another kind or size in one of its files than in another"
+                raise CheckpointError(path, f"{problem}; copy them again") from error
     return state
 
 
@@ -148,6 +152,8 @@ def _join(parts: list[Any]) -> Any:
         return {key: _join([part[key] for part in parts]) for key in parts[0]}
     if not isinstance(parts[0], Tensor) or parts[0].dim() == 0:
         return parts[0]
+    if not all(isinstance(part, Tensor) for part in parts):
+        raise TypeError("no tensors")
     index, slices = _part.get()
     sizes = [part.size(0) for part in parts]
     held = sum(sizes) // slices

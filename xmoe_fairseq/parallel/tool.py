@@ -24,6 +24,7 @@ from xmoe_fairseq.parallel.whole import check_are_tensors, check_tensors
 from xmoe_fairseq_compat.checkpoints import load_checkpoint
 from xmoe_fairseq_compat.errors import CheckpointError
 from xmoe_fairseq_compat.files import mapped, write_atomically
+from xmoe_fairseq_compat.misfits import settings_of
 from xmoe_fairseq_compat.reading import without_sums
 
 EXPERTS = re.compile(r".+\.experts\.fc[12]_(weight|bias)")
@@ -70,14 +71,13 @@ def read(path: Path) -> State:
 def describe(path: Path) -> list[str]:
     state = read(path)
     files = [path.parent / file for file in shard_files(state, path)]
-    history = state.get("optimizer_history") or [{}]
     whole = join_shards(state, path)["model"]
     check_are_tensors(whole, path)
     stacks = {name: value for name, value in whole.items() if EXPERTS.fullmatch(name)}
     experts = sum(value.numel() for value in stacks.values())
     layers = [f"  {name}: {list(value.shape)}" for name, value in stacks.items() if "fc1_weight" in name]
     return [
-        f"{path}: {history[-1].get('num_updates', '?')} updates, {model_name(state)}",
+        f"{path}: {updates(state)} updates, {model_name(state)}",
         f"parameters: {sum(v.numel() for v in whole.values()):,}, of these in experts {experts:,}",
         f"optimizer state: {'yes' if state.get('last_optimizer_state') else 'no'}",
         *(["experts (number, width, model width):", *layers] if layers else ["experts: none"]),
@@ -86,11 +86,17 @@ def describe(path: Path) -> list[str]:
     ]
 
 
+def updates(state: State) -> Any:
+    """How many the model has had; "?" if the checkpoint does not say."""
+    history = state.get("optimizer_history")
+    last = history[-1] if isinstance(history, list) and history else None
+    return last.get("num_updates", "?") if isinstance(last, dict) else "?"
+
+
 def model_name(state: State) -> str:
     """As --arch named it; fairseq's older checkpoints have `args` in the place of `cfg`."""
-    if state.get("cfg"):
-        return str(state["cfg"]["model"]["_name"])
-    return str(getattr(state.get("args"), "arch", "no configuration"))
+    settings = settings_of(state)
+    return str(settings.get("_name") or settings.get("arch", "no configuration"))
 
 
 def convert(source: Path, target: Path, parts: int) -> None:
@@ -105,7 +111,7 @@ def convert(source: Path, target: Path, parts: int) -> None:
     written: list[Path] = []
     if parts > 1:
         state, experts = split_experts(state, names, expert_slots(state))
-        identity = f"{state['optimizer_history'][-1]['num_updates']}-{secrets.token_hex(4)}"
+        identity = f"{updates(state)}-{secrets.token_hex(4)}"
         state[KEY] = {"id": identity, "files": shard_names(identity, parts)}
         written = [target.parent / file for file in state[KEY]["files"]]
     try:
@@ -120,9 +126,11 @@ def convert(source: Path, target: Path, parts: int) -> None:
 
 def expert_slots(state: State) -> list[int]:
     """Which of the optimizer's numbered states are the experts': it numbers the parameters in their order."""
-    slots: dict[int, Any] = (state.get("last_optimizer_state") or {}).get("state", {})
+    slots: Any = (state.get("last_optimizer_state") or {}).get("state", {})
     if not slots:
         return []
+    if not isinstance(slots, dict) or not all(isinstance(slot, dict) for slot in slots.values()):
+        raise ValueError("the optimizer's state is damaged; take another checkpoint")
     names = iter(state["model"])
     found = []
     for index in sorted(slots):

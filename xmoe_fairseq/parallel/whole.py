@@ -18,8 +18,10 @@ LAYER = re.compile(r"(?P<side>.*\.layers)\.(?P<number>\d+)\.(?P<name>.+)")
 UNSET = re.compile(r".*_float_tensor$")  # fairseq never sets this buffer, nor reads it
 
 
-def check_are_tensors(model: dict[str, Any], path: Path) -> None:
+def check_are_tensors(model: Any, path: Path) -> None:
     """Raises CheckpointError."""
+    if not isinstance(model, dict) or not all(isinstance(name, str) for name in model):
+        raise CheckpointError(path, "its entry 'model' is damaged: no dictionary of tensors by their names")
     for name, value in model.items():
         if not isinstance(value, Tensor):
             raise CheckpointError(path, f"{name} is {'missing' if value is None else 'no tensor'}")
