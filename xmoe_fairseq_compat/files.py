@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
-import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 from xmoe_fairseq_compat.errors import UserError
+
+# For `checkpoints.load`: tensors are mapped if they can be, so that those nobody asks for are not read.
+MAPPED: dict[str, Any] = {"map_location": "cpu", "mmap": True}
 
 
 class WriteError(UserError, OSError):
@@ -63,14 +65,6 @@ def named_in_errors(path: str | Path) -> Iterator[None]:
         if cause is None or isinstance(cause, ConnectionError):
             raise
         raise WriteError(path, str(cause.strerror)) from error
-
-
-def mapped(path: str | Path) -> dict[str, Any]:
-    """For torch.load: tensors are mapped, so that those nobody asks for are not read.
-
-    Not those of torch < 1.6, which wrote no zip files. (`load` maps no compressed file.)
-    """
-    return {"map_location": "cpu", "mmap": zipfile.is_zipfile(path)}
 
 
 def from_all_ranks(value: Any) -> list[Any]:

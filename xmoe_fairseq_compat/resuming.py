@@ -6,7 +6,7 @@ from typing import Any
 
 from xmoe_fairseq_compat.checkpoints import load_checkpoint as load
 from xmoe_fairseq_compat.errors import CheckpointError, FlagError, UserError
-from xmoe_fairseq_compat.files import from_all_ranks, mapped, raise_on_all_ranks
+from xmoe_fairseq_compat.files import MAPPED, from_all_ranks, raise_on_all_ranks
 from xmoe_fairseq_compat.misfits import (
     SILENT,
     WeightsError,
@@ -93,7 +93,7 @@ def look_at_a_checkpoint_first(module: Any) -> None:
 
     def look(self: Any, filename: str, keep_optimizer: bool, keep_scheduler: bool) -> None:
         path = module.PathManager.get_local_path(filename)
-        state = load(path, sums=False, **mapped(path))  # no tensor is read
+        state = load(path, sums=False, **MAPPED)  # no tensor is read
         if keep_optimizer and not state.get("last_optimizer_state"):
             anew = "optimizer, learning rate and number of updates begin anew"
             module.logger.warning(f"{filename} holds no optimizer's state: {anew}")
@@ -150,7 +150,7 @@ def say_why_a_checkpoint_does_not_fit(module: Any) -> None:
                 raise
             if not isinstance(cause, WeightsError):
                 raise CheckpointError(filename, f"it does not fit the model: {cause!r}") from error
-            state = load(filename, sums=False, **mapped(filename))
+            state = load(filename, sums=False, **MAPPED)
             sizes = other_sizes(settings_of(state), as_dict(self.cfg.model))
             raise CheckpointError(filename, f"{cause}{sizes}") from error
 

@@ -1,13 +1,12 @@
 """What a command says when it was interrupted, or when a process it started failed."""
 
 import sys
+from types import SimpleNamespace
 
 import pytest
-import torch
-from fairseq.distributed import utils
-from omegaconf import OmegaConf
 from torch.multiprocessing import ProcessRaisedException
 
+from xmoe_fairseq_compat import endings
 from xmoe_fairseq_compat.errors import UserError
 
 
@@ -42,18 +41,15 @@ def page(last_line: str) -> str:
         ("os.path: no error", ProcessRaisedException, "no error"),
     ],
 )
-def test_a_spawned_rank_ends_with_its_line(
-    last_line: str, kind: type[Exception], text: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_spawned_rank_ends_with_its_line(last_line: str, kind: type[Exception], text: str) -> None:
     """one_line_from_spawned_ranks"""
 
-    def spawn(**_: object) -> None:
+    def call_main(*_: object) -> None:
         raise ProcessRaisedException(page(last_line), 1, 2)
 
-    ranks = {"distributed_init_method": "tcp://", "distributed_no_spawn": False, "distributed_rank": 0,
-             "distributed_world_size": 2}  # fmt: skip
-    monkeypatch.setattr(torch.multiprocessing, "spawn", spawn)
+    module = SimpleNamespace(call_main=call_main)
+    endings.one_line_from_spawned_ranks(module)
     with pytest.raises(kind) as error:
-        utils.call_main(OmegaConf.create({"distributed_training": ranks}), print)
+        module.call_main("cfg", print)
     assert str(error.value).strip().endswith(text)
     assert ("\n" in str(error.value)) == (kind is ProcessRaisedException)

@@ -67,7 +67,8 @@ def test_weights_that_do_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
     file = tmp_path / "checkpoint.pt"
     history = {"num_updates": 1, "criterion_name": "x", "lr_scheduler_state": {}}
-    torch.save({"args": None, "cfg": {"model": {"_name": ""}}, "model": state, "optimizer_history": [history],
+    cfg = {"model": {"_name": "transformer"}}
+    torch.save({"args": None, "cfg": cfg, "model": state, "optimizer_history": [history],
                 "extra_state": {}, "last_optimizer_state": None}, file)  # fmt: skip
     with pytest.raises(CheckpointError, match=f"cannot load checkpoint {file}: its weights do not") as error:
         checkpoint_utils.load_model_ensemble_and_task([str(file)], task=Task())

@@ -85,9 +85,9 @@ def no_number(state: State) -> None:
             "decoder.layers.2 has no stray, which decoder.layers.0 has",
         ),
         (no_number, f"{NORM} holds NaN or inf"),
-        (given(NORM, "text"), f"{NORM} is no tensor"),
+        (given(NORM, "text"), f"its model holds 'text' under '{NORM}', where a tensor belongs"),
         (given(NORM, None), f"{NORM} is missing"),
-        (lambda state: state.update(model=True), "its entry 'model' is damaged"),
+        (lambda state: state.update(model=True), "its entry 'model' is 'True'"),
     ],
 )
 def test_what_is_missing_stray_or_no_number_is_named(
@@ -153,14 +153,8 @@ def test_a_damaged_list_of_files(entry: Any, tmp_path: Path, capsys: pytest.Capt
         (lambda experts: experts["model"].update(stray=torch.ones(2)), "has besides stray"),
         (lambda experts: experts.update(stray={"a": 1}), "has besides a in stray"),
         (lambda experts: experts.update(model=5), "it holds no experts"),
-        (
-            lambda experts: experts["model"].update({EXPERTS: "text"}),
-            f"{EXPERTS} in model is of another kind",
-        ),
-        (
-            lambda experts: experts["model"].update({EXPERTS: torch.ones(2)}),
-            f"{EXPERTS} in model is of anoth",
-        ),
+        (given(EXPERTS, "text"), f"{EXPERTS} (is no tensor|in model is of another kind)"),
+        (given(EXPERTS, torch.ones(2)), f"{EXPERTS} in model is of another kind or size"),
     ],
 )
 def test_a_file_of_experts_that_holds_something_else(

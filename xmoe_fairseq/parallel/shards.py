@@ -19,7 +19,7 @@ from torch import Tensor
 from xmoe_fairseq_compat import folder_lock
 from xmoe_fairseq_compat.checkpoints import load
 from xmoe_fairseq_compat.errors import CheckpointError
-from xmoe_fairseq_compat.files import mapped, write_atomically
+from xmoe_fairseq_compat.files import MAPPED, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -132,7 +132,7 @@ def _read_shard(path: Path, identity: Any, files: list[str], index: int) -> Stat
     file = path.parent / files[index]
     if not file.is_file():
         raise CheckpointError(path, f"it needs {file}, which is missing; keep them in the same folder")
-    shard = load(file, **mapped(file))  # a rank takes its own rows only
+    shard = load(file, **MAPPED)  # a rank takes its own rows only
     parts = ("id", "index", "count")
     found = tuple(map(shard.get, parts)) if isinstance(shard, dict) else ()
     wanted = (identity, index, len(files))
@@ -186,7 +186,7 @@ def named_shards(checkpoint: Path) -> list[str]:
     """The files that a checkpoint names; none if it is whole, or if a file under another name than *.pt, such
     as a log or a copy that is still being made, is no checkpoint at all."""
     try:
-        state = load(checkpoint, sums=False, **mapped(checkpoint))
+        state = load(checkpoint, sums=False, **MAPPED)
     except CheckpointError:
         if checkpoint.suffix == ".pt":
             raise

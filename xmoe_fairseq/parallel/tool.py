@@ -23,7 +23,7 @@ from xmoe_fairseq.parallel.shards import (
 from xmoe_fairseq.parallel.whole import check_are_tensors, check_tensors
 from xmoe_fairseq_compat.checkpoints import load_checkpoint
 from xmoe_fairseq_compat.errors import CheckpointError
-from xmoe_fairseq_compat.files import mapped, write_atomically
+from xmoe_fairseq_compat.files import MAPPED, write_atomically
 from xmoe_fairseq_compat.misfits import settings_of
 from xmoe_fairseq_compat.reading import without_sums
 
@@ -64,7 +64,7 @@ def main() -> None:
 
 
 def read(path: Path) -> State:
-    state: State = load_checkpoint(path, **mapped(path))
+    state: State = load_checkpoint(path, **MAPPED)
     return state
 
 
