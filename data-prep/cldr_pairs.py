@@ -25,6 +25,8 @@ Pair = tuple[str, str]
 BABEL_NAMES = {"zh": "zh_Hans"}
 NOT_REAL = {"XA", "XB", "XXX", "ZZ", "mul", "root", "und", "zxx"}  # CLDR's pseudo and unknown codes
 SPLITS = ("train", "valid", "test")
+MOST_NAMES = 4  # in a list
+MOST_PAIRS = 10_000_000
 GIVE_UP_AFTER = 10_000  # draws in a row without a new pair
 
 
@@ -39,8 +41,8 @@ def main() -> None:
     parser.add_argument("--out-prefix", type=Path, required=True, help="PREFIX.{train,valid,test}.LANG")
     args = parser.parse_args()
     for split in SPLITS:
-        if getattr(args, split) < 1:
-            raise DataError(f"--{split} must be at least 1, got {getattr(args, split)}")
+        if not 1 <= getattr(args, split) <= MOST_PAIRS:
+            raise DataError(f"--{split} must be from 1 to {MOST_PAIRS}, got {getattr(args, split)}")
     write(args)
 
 
@@ -58,6 +60,8 @@ class Generator:
         for names in (self.territories, self.languages, self.currencies):
             names[:] = [name for name in names if name not in NOT_REAL]
         self.units = sorted(u for u in source.unit_display_names if self._formats(u))
+        if min(map(len, (self.territories, self.languages, self.currencies, self.units))) < MOST_NAMES:
+            raise DataError(f"CLDR has too few names in both {source_lang} and {target_lang}; take others")
         self.kinds = [self.date, self.date_and_time, self.quantity, self.money, self.places, self.tongues]
 
     @staticmethod
@@ -116,7 +120,7 @@ class Generator:
         )
 
     def places(self) -> Pair:
-        codes = self.random.sample(self.territories, self.random.randrange(2, 5))
+        codes = self.random.sample(self.territories, self.random.randrange(2, MOST_NAMES + 1))
         style = self.random.choice(["standard", "or"])
         return self._both(
             lambda locale: lists.format_list([locale.territories[c] for c in codes], style, locale)

@@ -39,7 +39,9 @@ def main() -> None:
 
 
 def drop(args: argparse.Namespace) -> None:
-    held_out = ((line,) for path in args.held_out for line in read_lines(path) if line)
+    held_out = [(line,) for path in args.held_out for line in read_lines(path) if line.strip()]
+    if not held_out:
+        raise DataError(f"{args.held_out[0]}: empty lines only; expected text")
     near = NearDuplicates(held_out, args.similarity)
     counts = Counter({"paragraphs": 0, "near duplicates": 0, "kept": 0, "words": 0})
 

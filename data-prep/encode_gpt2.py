@@ -64,7 +64,7 @@ def fairseq_bpe() -> Any:
 def load(encoder_json: Path, vocab_bpe: Path) -> Any:
     try:
         bpe = fairseq_bpe().get_encoder(str(encoder_json), str(vocab_bpe))
-    except (ValueError, UnicodeDecodeError):
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError, RecursionError):
         raise DataError(f"{encoder_json}, {vocab_bpe}: not GPT-2's encoder.json and vocab.bpe") from None
     spelt = {"".join(pair) for pair in bpe.bpe_ranks} | set(bpe.byte_encoder.values())
     if not isinstance(bpe.encoder, dict) or not spelt <= set(bpe.encoder):

@@ -7,6 +7,7 @@ Memory: the largest document, and 14 to 27 MB for a million paragraphs.
 from __future__ import annotations
 
 import argparse
+import functools
 import html
 import importlib.metadata
 import importlib.util
@@ -113,6 +114,9 @@ def is_prose(text: str) -> bool:
     return sum(WORD.fullmatch(word) is not None for word in words) >= 0.65 * len(words)
 
 
+distributions = functools.cache(importlib.metadata.packages_distributions)  # it takes a second
+
+
 class Module:
     """An installed Python package, or the standard library."""
 
@@ -121,10 +125,14 @@ class Module:
         if name == STANDARD_LIBRARY:
             self.folder = Path(sysconfig.get_path("stdlib"))
             return
-        spec = importlib.util.find_spec(name)
+        spec = importlib.util.find_spec(name) if name.isidentifier() else None
         if spec is None or not spec.submodule_search_locations:
             raise DataError(f"--modules: no Python package {name} is installed; run: bash scripts/setup.sh")
         self.folder = Path(spec.submodule_search_locations[0])
+        found = distributions().get(name)
+        if not found:
+            raise DataError(f"--modules: nothing says which version and licence {name} has; leave it out")
+        self.distribution = found[0]
 
     def files(self) -> Iterator[File]:
         for path in sorted(self.folder.rglob("*.py*")):
@@ -136,7 +144,7 @@ class Module:
         entry = {"task": "lm", "name": f"{self.name} docstrings"}
         if self.name == STANDARD_LIBRARY:
             return {**entry, "version": platform.python_version(), "licence": "PSF-2.0"}
-        about = importlib.metadata.metadata(self.name)
+        about = importlib.metadata.metadata(self.distribution)
         classes = about.get_all("Classifier", [])
         classes = [name.split(" :: ")[-1] for name in classes if name.startswith("License :: ")]
         licence = about.get("License-Expression") or ", ".join(classes) or about.get("License", "not said")

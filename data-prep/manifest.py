@@ -39,7 +39,7 @@ def sha256(path: Path) -> str:
 def package_version(name: str) -> str:
     try:
         return version(name)
-    except PackageNotFoundError:
+    except (PackageNotFoundError, ValueError):
         raise DataError(f"package {name} is not installed; run: bash scripts/setup.sh") from None
 
 
@@ -50,6 +50,8 @@ def write(args: argparse.Namespace) -> None:
         raise DataError(f"--settings must be NAME=VALUE, got {wrong[0]}")
     if outside := [path for path in args.files if not path.is_relative_to(folder)]:
         raise DataError(f"--files {outside[0]}: is not in the manifest's folder {folder}")
+    if again := [path for path in args.counts if [p.stem for p in args.counts].count(path.stem) > 1]:
+        raise DataError(f"--counts: two files are named {again[0].stem}, and one would be lost")
     sources = [s for path in args.sources for s in read_entries(path, "task") if s["task"] == args.task]
     if not sources:
         raise DataError(f"{args.sources[0]}: no source has the task {args.task!r}")

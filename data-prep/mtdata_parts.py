@@ -48,7 +48,7 @@ def dataset_ids(recipes: Path, name: str, skip: list[str]) -> list[str]:
         train = found[name]["train"]
     except KeyError:
         raise DataError(f"{recipes}: no recipe {name!r} with a list 'train'") from None
-    except (yaml.YAMLError, TypeError, UnicodeDecodeError):
+    except (yaml.YAMLError, AttributeError, TypeError, UnicodeDecodeError, RecursionError):
         raise DataError(f"{recipes}: not a list of mtdata recipes; get it again") from None
     ids = [part.strip() for entry in flat(train) for part in entry.split(",") if part.strip()]
     if unknown := set(skip) - set(ids):

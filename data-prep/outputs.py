@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import gzip
 import lzma
+import os
 import shutil
 import stat
 from collections.abc import Iterable, Iterator
@@ -41,6 +42,8 @@ def check_files(outputs: Iterable[Path | None], inputs: Iterable[Path | None] = 
         read[identity(path)] = path
     written: set[object] = set()
     for path in filter(None, outputs):
+        if path.name.startswith(".."):
+            raise DataError(f"{path}: begins with two dots; give a prefix that ends in a name")
         if path.exists() and not path.is_file():
             raise DataError(f"{path}: is no regular file; name another output")
         if (same := read.get(identity(path))) or (same := read.get(identity(partial_of(path)))):
@@ -55,7 +58,7 @@ def identity(path: Path) -> object:
     try:
         found = path.stat()
     except OSError:
-        return path.resolve()
+        return os.path.realpath(path)  # of a loop of links too
     return found.st_dev, found.st_ino
 
 

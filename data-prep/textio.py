@@ -5,6 +5,7 @@ Readers check the encoding and name file and line. Errors a user can mend are Da
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import json
 import lzma
@@ -39,6 +40,10 @@ def run(main: Callable[[], None]) -> None:
         main()
     except (DataError, OSError) as error:
         sys.exit(f"{name}: error: {describe(error)}")
+    except UnicodeEncodeError as error:
+        sys.exit(
+            f"{name}: error: {ascii(error.object[:99])}: holds what is no Unicode text; mend the flag or file"
+        )
     except KeyboardInterrupt:
         print(f"{name}: interrupted; run it again to go on", file=sys.stderr)
         sys.exit(130)
@@ -80,6 +85,12 @@ def read_lines(path: Path, most: int = MAX_LINE_BYTES) -> Iterator[str]:
             number += 1
             if len(line) > most:
                 raise DataError(f"{path}:{number}: line above {most} bytes; is it a text file?")
+            if number == 1:
+                if b"\0" in line:
+                    raise DataError(
+                        f"{path}:1: holds a NUL byte; is it UTF-16 or no text? convert it with iconv"
+                    )
+                line = line.removeprefix(codecs.BOM_UTF8)
             try:
                 text = line.decode("utf-8")
             except UnicodeDecodeError as error:
