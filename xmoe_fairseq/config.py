@@ -57,7 +57,7 @@ def _check_type(name: str, value: Any, default: Any) -> None:
 _RULES: dict[str, tuple[str, Callable[[MoEConfig], bool]]] = {
     "moe_freq": ("must be 0 (dense) or more", lambda c: c.moe_freq >= 0),
     "moe_router": (f"must be one of {', '.join(ROUTERS)}", lambda c: c.moe_router in ROUTERS),
-    "moe_num_experts": ("must be at least 1", lambda c: c.moe_num_experts >= 1),
+    "moe_num_experts": ("must be in [1, 2^20]", lambda c: 1 <= c.moe_num_experts <= 2**20),
     "moe_ffn_split": ("must be at least 1", lambda c: c.moe_ffn_split >= 1),
     "moe_threshold": ("must be in [0, 1]", lambda c: 0 <= c.moe_threshold <= 1),
     "moe_target_experts_per_token": (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from importlib.util import find_spec
 from typing import Any
 
 Holds = Callable[[Any, Mapping[str, Any]], bool]
@@ -18,6 +19,11 @@ def whole(least: int, most: int = MOST) -> Holds:
 
 def between(least: float, below: float) -> Holds:
     return lambda value, _: least <= value < below
+
+
+def has_megatron() -> bool:
+    """Whether fairseq brings it along: a submodule of its repository, not of its package."""
+    return bool(find_spec("fairseq.model_parallel.megatron"))
 
 
 def betas(name: str) -> Rule:
@@ -42,10 +48,10 @@ RUN: tuple[Rule, ...] = (
     ),
     (
         "num_workers max_update max_epoch warmup_updates save_interval_updates validate_interval_updates "
-        "validate_after_updates curriculum data_buffer_size no_repeat_ngram_size prefix_size context_window "
+        "validate_after_updates curriculum data_buffer_size no_repeat_ngram_size prefix_size "
         "iter_decode_max_iter thresholdsrc thresholdtgt ema_start_update amp_batch_retries shard_id min_len "
         "force_anneal empty_cache_freq max_len_b buffer_size "
-        "distributed_rank pipeline_chunks",
+        "distributed_rank pipeline_chunks ignore_prefix_size",
         COUNT_OR_0,
         whole(0),
     ),
@@ -63,15 +69,15 @@ RUN: tuple[Rule, ...] = (
     ),
     ("sampling_topp", "must be -1 (off) or in (0, 1]", lambda value, _: value == -1 or 0 < value <= 1),
     (
-        "lr clip_norm weight_decay adam_eps adafactor_eps end_learning_rate stop_time_hours "
+        "clip_norm adam_eps adafactor_eps end_learning_rate stop_time_hours "
         "min_loss_scale threshold_loss_scale diverse_beam_strength lr_shrink",
         "must be a number, 0 or more",
         between(0, INFINITY),
     ),
     (
         "warmup_init_lr",
-        "must be -1 (the scheduler's own) or a number, 0 or more",
-        lambda value, _: value == -1 or 0 <= value < INFINITY,
+        "must be -1 (the scheduler's own) or in [0, 10^6)",
+        lambda value, _: value == -1 or 0 <= value < 1e6,
     ),
     (
         "unkpen lm_weight stop_min_lr",
@@ -80,9 +86,16 @@ RUN: tuple[Rule, ...] = (
     ),
     ("temperature power", "must be above 0", lambda value, _: 0 < value < INFINITY),
     ("lenpen diversity_rate", "must be in (-100, 100)", lambda value, _: abs(value) < 100),
-    ("max_len_a", "must be in [0, 10^6)", between(0, 1e6)),
+    ("max_len_a lr weight_decay", "must be in [0, 10^6)", between(0, 1e6)),
     ("label_smoothing momentum slowmo_momentum", "must be in [0, 1)", between(0, 1)),
     ("ema_decay fp16_scale_tolerance", "must be in [0, 1]", lambda value, _: 0 <= value <= 1),
+    ("num_batch_buckets", "must be a whole number in [0, 2^20]", whole(0, 2**20)),
+    (
+        "warmup_updates",
+        "must be at least 1 with --lr-scheduler inverse_sqrt",
+        lambda value, given: value >= 1 or given.get("lr_scheduler", given.get("_name")) != "inverse_sqrt",
+    ),
+    ("model_parallel_size", "must be 1 without Megatron-LM", lambda value, _: value == 1 or has_megatron()),
     betas("adam_betas"),
     betas("adamax_betas"),
     betas("lamb_betas"),
@@ -118,9 +131,9 @@ TRANSFORMER: tuple[Rule, ...] = (
     (
         "encoder_layers decoder_layers encoder_embed_dim decoder_embed_dim encoder_ffn_embed_dim "
         "decoder_ffn_embed_dim encoder_attention_heads decoder_attention_heads decoder_input_dim "
-        "decoder_output_dim quant_noise_pq_block_size",
-        COUNT,
-        whole(1),
+        "decoder_output_dim quant_noise_pq_block_size character_embedding_dim",
+        "must be a whole number in [1, 2^20]",  # the largest models have widths of 2^16
+        whole(1, 2**20),
     ),
     (
         "dropout attention_dropout activation_dropout relu_dropout adaptive_softmax_dropout "

@@ -93,7 +93,9 @@ def check_flags(module: Any) -> None:
         parsed = plain_parse(parser, *args, **kwargs)
         namespace = parsed[0] if isinstance(parsed, tuple) else parsed
         for name, value in vars(namespace).items():
-            if isinstance(value, str) and HYDRAS.search(value) and value != parser.get_default(name):
+            if name == "model_overrides" or value == parser.get_default(name):  # or its own message
+                continue
+            if isinstance(value, str) and HYDRAS.search(value):
                 raise FlagError(
                     f"{flag(name)} must not hold ${{ (which stands for another setting), nor a backslash at "
                     f"its end or before a quote, got {value}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from argparse import Namespace
 from typing import TYPE_CHECKING, Any
@@ -163,6 +164,7 @@ def check_flags_of_generation(module: Any) -> None:
     """
     plain_main, interactive = module.main, module.__name__.endswith("interactive")
 
+    @functools.wraps(plain_main)
     def main(cfg: Any) -> Any:
         if isinstance(cfg, Namespace):
             cfg = module.convert_namespace_to_omegaconf(cfg)

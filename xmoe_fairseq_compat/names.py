@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from xmoe_fairseq_compat.errors import FlagError
@@ -52,8 +53,10 @@ def check_names_on_the_command_line(module: Any) -> None:
     """Every torch: a task and a model that do not go together fail somewhere inside, in as many ways."""
     plain_parse = module.parse_args_and_arch
 
-    def parse_args_and_arch(*args: Any, **kwargs: Any) -> Any:
-        parsed = plain_parse(*args, **kwargs)
+    def parse_args_and_arch(parser: Any, *args: Any, **kwargs: Any) -> Any:
+        parsed = plain_parse(parser, *args, **kwargs)
+        if "--max-update" not in parser._option_string_actions:  # no training: the model is a checkpoint's
+            return parsed
         namespace = parsed[0] if isinstance(parsed, tuple) else parsed
         check_names(*(getattr(namespace, name, None) for name in ("task", "arch", "criterion")))
         return parsed
@@ -84,6 +87,7 @@ def check_names_of_a_user_dir(module: Any) -> None:
     """Every torch: as on the command line; hydra takes any name for a model, and fails in a KeyError."""
     plain_main = module.main
 
+    @functools.wraps(plain_main)  # its name too: ranks that are spawned find it by that
     def main(cfg: Any) -> Any:
         from fairseq.models import ARCH_MODEL_REGISTRY
 

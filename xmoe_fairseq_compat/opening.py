@@ -6,6 +6,7 @@ import os
 import traceback
 from typing import Any
 
+from xmoe_fairseq_compat.dictionaries import languages_of
 from xmoe_fairseq_compat.errors import FlagError, UserError
 from xmoe_fairseq_compat.registry import mend
 
@@ -35,19 +36,6 @@ def name_a_missing_checkpoint(module: Any) -> None:
         return plain_load(filenames, arg_overrides, task, strict, suffix, num_shards, state)
 
     module.load_model_ensemble_and_task = load_model_ensemble_and_task
-
-
-@mend("fairseq_cli.interactive")
-def ask_for_a_checkpoint(module: Any) -> None:
-    """Every torch: without --path fairseq-interactive ends in a TypeError."""
-    plain_main = module.main
-
-    def main(cfg: Any) -> Any:
-        if getattr(getattr(cfg, "common_eval", cfg), "path", None) is None:
-            raise FlagError(NEEDS_PATH)
-        return plain_main(cfg)
-
-    module.main = main
 
 
 @mend("fairseq.checkpoint_utils")
@@ -121,22 +109,20 @@ def languages_of_the_data(module: Any) -> None:
     plain_setup = module.TranslationTask.setup_task.__func__
 
     def setup_task(cls: Any, /, cfg: Any, **kwargs: Any) -> Any:
-        from fairseq.data.data_utils import infer_language_pair
-
         folder = module.utils.split_paths(cfg.data)[0]
-        pair = infer_language_pair(folder)
-        given = [cfg.source_lang, cfg.target_lang]
-        if None in pair and None in given:
-            raise FlagError(f"--source-lang and --target-lang must be given: {folder} holds no language pair")
-        if given.count(None) == 1:
-            known = given[0] or given[1]
-            if known in pair:
-                other = pair[1 - pair.index(known)]
-                cfg.source_lang, cfg.target_lang = (known, other) if given[0] else (other, known)
-        for flag, language in (("--source-lang", cfg.source_lang), ("--target-lang", cfg.target_lang)):
+        pairs = languages_of(folder)
+        flags = {"--source-lang": cfg.source_lang, "--target-lang": cfg.target_lang}
+        for flag, language in flags.items():
             if language and not os.path.exists(os.path.join(folder, f"dict.{language}.txt")):
-                holds = "" if None in pair else f", which has {pair[0]} and {pair[1]}"
+                holds = f", which holds {', '.join(pairs)}" if pairs else ""
                 raise FlagError(f"{flag} must have a dictionary dict.{language}.txt in {folder}{holds}")
+        given = [language for language in flags.values() if language]
+        if len(given) == 1:
+            others = {other for pair in pairs if given[0] in pair.split("-") for other in pair.split("-")}
+            others -= set(given)
+            if len(others) != 1:
+                raise FlagError(f"--source-lang and --target-lang must both be given for {folder}")
+            cfg.source_lang, cfg.target_lang = (language or others.pop() for language in flags.values())
         return plain_setup(cls, cfg, **kwargs)
 
     module.TranslationTask.setup_task = classmethod(setup_task)

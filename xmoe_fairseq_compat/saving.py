@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import shutil
 from typing import Any
 
@@ -84,6 +85,7 @@ def one_run_to_a_folder(module: Any) -> None:
     and a folder that may not be written ends in a traceback on one rank and a lost connection on the rest."""
     plain_main = module.main
 
+    @functools.wraps(plain_main)
     def main(cfg: Any, *args: Any, **kwargs: Any) -> Any:
         # an argparse.Namespace has all in one
         checkpoint, distributed = (getattr(cfg, part, cfg) for part in ("checkpoint", "distributed_training"))
@@ -109,6 +111,7 @@ def refuse_to_write_in_the_background(module: Any) -> None:
     trained; with exit status 0 both."""
     plain_main = module.main
 
+    @functools.wraps(plain_main)
     def main(cfg: Any, *args: Any, **kwargs: Any) -> Any:
         if getattr(getattr(cfg, "checkpoint", cfg), "write_checkpoints_asynchronously", False):
             raise FlagError("--write-checkpoints-asynchronously writes damaged checkpoints; leave it out")

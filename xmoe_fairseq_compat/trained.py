@@ -110,6 +110,8 @@ def evaluate_as_trained(module: Any) -> None:
         args = options.parse_args_and_arch(parser)
         given = options.parse_args_and_arch(get_eval_lm_parser(), suppress_defaults=True)
         saved = checkpoint_config()
+        if not saved:  # the command says itself what is wrong with --path
+            return args
         complete(args, given, saved.get("task", {}), OF_LANGUAGE_MODELS, module.logger.name)
         positions = saved.get("model", {}).get("max_target_positions") or saved["task"]["tokens_per_sample"]
         asked = getattr(given, "max_target_positions", positions)

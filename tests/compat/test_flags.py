@@ -19,6 +19,7 @@ from xmoe_fairseq_compat.flags import check, plain_settings
 
 TRAIN = ("data", "--arch", "transformer_tiny", "--batch-size", "1", "--optimizer", "adam")
 LM = ("data", "--task", "language_modeling", "--arch", "transformer_lm", "--batch-size", "1")
+SIZE = "must be a whole number in [1, 2^20]"
 POSITIVE = "must be a whole number in [1, 2^63)"
 OR_ZERO = "must be a whole number in [0, 2^63)"
 BETAS = "must be two numbers in [0, 1), such as (0.9, 0.98)"
@@ -35,9 +36,9 @@ def parse(*arguments: str, parser: Any = options.get_training_parser) -> Namespa
 @pytest.mark.parametrize(
     ("flag", "value", "rule"),
     [
-        ("--lr", "-1", "must be a number, 0 or more"),
-        ("--lr", "", "must be a number, 0 or more"),
-        ("--lr", "[0.1, 1e999]", "must be a number, 0 or more"),
+        ("--lr", "-1", "must be in [0, 10^6)"),
+        ("--lr", "", "must be in [0, 10^6)"),
+        ("--lr", "[0.1, 1e999]", "must be in [0, 10^6)"),
         ("--adam-betas", "(1, 2)", BETAS),
         ("--adam-betas", "(0.9,)", BETAS),
         ("--adam-betas", "0.9", BETAS),
@@ -56,6 +57,7 @@ def parse(*arguments: str, parser: Any = options.get_training_parser) -> Namespa
         ("--seed", "-1", "must be in [0, 2^32)"),
         ("--seed", "4294967296", "must be in [0, 2^32)"),
         ("--ema-decay", "1.5", "must be in [0, 1]"),
+        ("--model-parallel-size", "2", "must be 1 without Megatron-LM"),
         ("--patience", "0", "must be -1 (off) or at least 1"),
         ("--save-dir", "${a}", NOT_HYDRAS),
         ("--train-subset", "a\\", NOT_HYDRAS),
@@ -75,6 +77,10 @@ def test_nonsense_on_the_command_line(flag: str, value: str, rule: str) -> None:
     [
         (("--criterion", "label_smoothed_cross_entropy", "--label-smoothing", "2"), "in [0, 1), got 2.0"),
         (("--lr-scheduler", "inverse_sqrt", "--warmup-updates", "-5"), "--warmup-updates must be a whole"),
+        (
+            ("--lr-scheduler", "inverse_sqrt", "--warmup-updates", "0"),
+            "--warmup-updates must be at least 1 with --lr-scheduler inverse_sqrt, got 0",
+        ),
     ],
 )
 def test_nonsense_for_what_was_chosen(more: tuple[str, ...], message: str) -> None:
@@ -148,11 +154,12 @@ def test_nonsense_for_preprocessing(tmp_path: Path) -> None:
             {"decoder_attention_heads": 3},
             "--decoder-attention-heads must divide --decoder-embed-dim 32, got 3",
         ),
-        ({"decoder_attention_heads": 0}, f"--decoder-attention-heads {POSITIVE}, got 0"),
-        ({"decoder_embed_dim": -8}, f"--decoder-embed-dim {POSITIVE}, got -8"),
-        ({"decoder_ffn_embed_dim": 0}, f"--decoder-ffn-embed-dim {POSITIVE}, got 0"),
-        ({"decoder_layers": 0, "moe_freq": 0}, f"--decoder-layers {POSITIVE}, got 0"),
-        ({"decoder_layers": 2.5}, f"--decoder-layers {POSITIVE}, got 2.5"),
+        ({"decoder_attention_heads": 0}, f"--decoder-attention-heads {SIZE}, got 0"),
+        ({"decoder_embed_dim": 10**7}, f"--decoder-embed-dim {SIZE}, got 10000000"),
+        ({"decoder_embed_dim": -8}, f"--decoder-embed-dim {SIZE}, got -8"),
+        ({"decoder_ffn_embed_dim": 0}, f"--decoder-ffn-embed-dim {SIZE}, got 0"),
+        ({"decoder_layers": 0, "moe_freq": 0}, f"--decoder-layers {SIZE}, got 0"),
+        ({"decoder_layers": 2.5}, f"--decoder-layers {SIZE}, got 2.5"),
         ({"max_target_positions": -1}, f"--max-target-positions {POSITIVE}, got -1"),
         ({"dropout": 2.0}, "--dropout must be in [0, 1), got 2.0"),
         ({"dropout": float("nan")}, "--dropout must be in [0, 1), got nan"),

@@ -1,5 +1,8 @@
 """Which --task, --arch and --criterion go together."""
 
+import importlib
+import pickle
+
 import pytest
 from fairseq import options
 from toy import task  # noqa: F401  (registers this package's models)
@@ -37,6 +40,13 @@ def test_what_does_not_go_together(names: tuple[str, ...], message: str) -> None
     with pytest.raises(FlagError) as error:
         options.parse_args_and_arch(options.get_training_parser(), arguments)
     assert str(error.value) == message
+
+
+@pytest.mark.parametrize("command", ["train", "validate", "eval_lm", "interactive"])
+def test_spawned_ranks_find_what_they_run(command: str) -> None:
+    """fairseq spawns a process for each GPU, which gets the command's main by its name."""
+    main = importlib.import_module(f"fairseq_cli.{command}").main
+    assert pickle.loads(pickle.dumps(main)) is main
 
 
 def test_what_goes_together() -> None:

@@ -9,6 +9,7 @@ from fairseq.data.encoders.sentencepiece_bpe import SentencepieceConfig
 from fairseq_cli import score
 from omegaconf import MissingMandatoryValue, OmegaConf
 
+from xmoe_fairseq.convert.arguments import argument_parser
 from xmoe_fairseq_compat.errors import one_line
 from xmoe_fairseq_compat.usage import hint
 
@@ -65,6 +66,13 @@ def test_a_required_setting_is_named() -> None:
     assert one_line(error.value) == "--sentencepiece-model must be given"
 
 
+def test_a_wrong_call_of_xmoe_convert(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        argument_parser().parse_args(["dense.pt", "sparse.pt", "--split", "8"])
+    wanted = "xmoe-convert: error: the following arguments are required: --calibration\n"
+    assert capsys.readouterr().err == wanted
+
+
 def test_names_of_the_plugin() -> None:
     stock = [*"abcdefghijklmnop", "transformer"]
     assert hint("xmoe_transformer", stock) == "; it comes with --user-dir xmoe_fairseq"
@@ -85,7 +93,7 @@ HYDRA = ("model=transformer_lm", "criterion=cross_entropy", "optimizer=adam", "l
             "Value 'x' of type 'str' could not be conv",
         ),
         (("task=language_modeling", "model.activation_fn=${x}"), "Interpolation key 'x' not found"),
-        (("task=language_modeling", "optimization.lr=[nan]"), "--lr must be a number, 0 or more, got [nan]"),
+        (("task=language_modeling", "optimization.lr=[nan]"), "--lr must be in [0, 10^6), got [nan]"),
         (("task=language_modeling",), "Must specify batch size either with --max-tokens or --batch-size"),
         (("task=language_modeling", "dataset.batch_size=2"), "the folder of binarised data must be given"),
         (("task=language_modeling", "dataset.batch_size=2", "task.data=/nowhere"), "/nowhere does not exist"),

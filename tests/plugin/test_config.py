@@ -23,7 +23,7 @@ BAD = [
         {"moe_router": "best"},
         "--moe-router must be one of threshold, topk, hash, base, expert_choice, gshard, got best",
     ),
-    ({"moe_num_experts": 0}, "--moe-num-experts must be at least 1, got 0"),
+    ({"moe_num_experts": 0}, "--moe-num-experts must be in [1, 2^20], got 0"),
     ({"moe_num_experts": 2.5}, "--moe-num-experts must be of type int, got 2.5"),
     ({"moe_ffn_split": 0}, "--moe-ffn-split must be at least 1, got 0"),
     ({"moe_ffn_split": 7}, "--moe-ffn-split must divide --decoder-ffn-embed-dim 48, got 7"),

@@ -10,10 +10,11 @@ from pathlib import Path
 from xmoe_fairseq.convert.dense import ConvertError
 from xmoe_fairseq.convert.finetune import TUNED
 from xmoe_fairseq.convert.grouping import GROUPINGS
+from xmoe_fairseq_compat.usage import Parser
 
 
 def argument_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="xmoe-convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
