@@ -14,7 +14,7 @@ def check_folders(task: Any, folders: list[str]) -> None:
     from fairseq.data import Dictionary
 
     for dictionary in (task.source_dictionary, task.target_dictionary):
-        file = getattr(dictionary, "file", None)
+        file: str = getattr(dictionary, "file", None) or ""
         for folder in folders if file else []:
             other = os.path.join(folder, os.path.basename(file))
             if os.path.exists(other) and Dictionary.load(other).digest != dictionary.digest:

@@ -11,7 +11,7 @@ from torch import Tensor
 from xmoe_fairseq.parallel.shards import shard_files
 from xmoe_fairseq_compat.checkpoints import load
 from xmoe_fairseq_compat.errors import CheckpointError
-from xmoe_fairseq_compat.files import mapped
+from xmoe_fairseq_compat.files import MAPPED
 from xmoe_fairseq_compat.reading import check_zip
 
 LAYER = re.compile(r"(?P<side>.*\.layers)\.(?P<number>\d+)\.(?P<name>.+)")
@@ -74,7 +74,7 @@ def damage(path: Path, index: int, parts: int) -> CheckpointError | None:
     For ranks that each want a part of every file, and together are to look at each byte once.
     """
     try:
-        experts = shard_files(load(path, sums=False, **mapped(path)), path)
+        experts = shard_files(load(path, sums=False, **MAPPED), path)
         for file in [path, *(path.parent / name for name in experts)][index::parts]:
             if file.is_file():
                 check_zip(file)
