@@ -170,8 +170,6 @@ def _check_side(config: MoEConfig, side: str, model_cfg: Any) -> None:
         return read_field(model_cfg, name, None)
 
     num_layers, ffn_dim = own(f"{side}_layers"), own(f"{side}_ffn_embed_dim")
-    if ffn_dim < 1:
-        raise FlagError(f"--{side}-ffn-embed-dim must be at least 1, got {ffn_dim}")
     if ffn_dim % config.moe_ffn_split:
         rule = f"must divide --{side}-ffn-embed-dim {ffn_dim}"
         raise FlagError(f"--moe-ffn-split {rule}, got {config.moe_ffn_split}")

@@ -90,11 +90,6 @@ RUN: tuple[Rule, ...] = (
     ("label_smoothing momentum slowmo_momentum", "must be in [0, 1)", between(0, 1)),
     ("ema_decay fp16_scale_tolerance", "must be in [0, 1]", lambda value, _: 0 <= value <= 1),
     ("num_batch_buckets", "must be a whole number in [0, 2^20]", whole(0, 2**20)),
-    (
-        "warmup_updates",
-        "must be at least 1 with --lr-scheduler inverse_sqrt",
-        lambda value, given: value >= 1 or given.get("lr_scheduler", given.get("_name")) != "inverse_sqrt",
-    ),
     ("model_parallel_size", "must be 1 without Megatron-LM", lambda value, _: value == 1 or has_megatron()),
     betas("adam_betas"),
     betas("adamax_betas"),

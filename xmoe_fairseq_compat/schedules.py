@@ -6,7 +6,7 @@ from argparse import Namespace
 from collections.abc import Callable
 from typing import Any, get_args
 
-from xmoe_fairseq_compat.errors import FlagError
+from xmoe_fairseq_compat.errors import FlagError, flag
 from xmoe_fairseq_compat.registry import mend
 
 
@@ -71,10 +71,6 @@ SCHEDULES: dict[str, tuple[tuple[str, str, Callable[[Any], bool]], ...]] = {
         ("--lr-deacy-period above 0", "lr_deacy_period", lambda c: c.lr_deacy_period > 0),
     ),
 }  # fmt: skip
-
-
-def flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
 
 
 @mend("fairseq.optim.lr_scheduler")

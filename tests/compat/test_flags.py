@@ -77,10 +77,6 @@ def test_nonsense_on_the_command_line(flag: str, value: str, rule: str) -> None:
     [
         (("--criterion", "label_smoothed_cross_entropy", "--label-smoothing", "2"), "in [0, 1), got 2.0"),
         (("--lr-scheduler", "inverse_sqrt", "--warmup-updates", "-5"), "--warmup-updates must be a whole"),
-        (
-            ("--lr-scheduler", "inverse_sqrt", "--warmup-updates", "0"),
-            "--warmup-updates must be at least 1 with --lr-scheduler inverse_sqrt, got 0",
-        ),
     ],
 )
 def test_nonsense_for_what_was_chosen(more: tuple[str, ...], message: str) -> None:
@@ -135,11 +131,12 @@ def test_all_defaults_keep_the_rules() -> None:
 
 
 def test_nonsense_for_preprocessing(tmp_path: Path) -> None:
+    (tmp_path / "some").write_text("text\n")
     preprocess = (
         "fairseq-preprocess",
         "--only-source",
         "--trainpref",
-        tmp_path / "none",
+        tmp_path / "some",
         "--destdir",
         tmp_path,
     )
