@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from xmoe_fairseq_compat.errors import FlagError, UserError
@@ -148,6 +149,7 @@ def check_what_words_are_replaced_by(module: Any) -> None:
     """Every torch: --replace-unk with what turns pieces into words puts wrong words in their place."""
     plain_main, interactive = module.main, module.__name__.endswith("interactive")
 
+    @functools.wraps(plain_main)
     def main(cfg: Any) -> Any:
         if hasattr(cfg, "generation") and cfg.generation.replace_unk is not None:
             pieces = {"--bpe": cfg.bpe, "--tokenizer": cfg.tokenizer}

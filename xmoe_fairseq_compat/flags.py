@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -112,6 +113,7 @@ def check_flags_of_preprocessing(module: Any) -> None:
     """Every torch: as of the other commands, which parse theirs in another way."""
     plain_main = module.main
 
+    @functools.wraps(plain_main)
     def main(args: Any) -> Any:
         check(vars(args), RUN)
         return plain_main(args)
