@@ -175,12 +175,13 @@ def check_flags_of_generation(module: Any) -> None:
             other, unread = (
                 "fairseq-generate",
                 {
-                    "--prefix-size": g.prefix_size > 0,
                     "--score-reference": g.score_reference,
                     "--lm-path": g.lm_path,
                     "--print-alignment soft": g.print_alignment == "soft",
                 },
             )
+            if g.prefix_size > 0:  # there is no reference that it could be the beginning of
+                module.logger.warning("--prefix-size is read by fairseq-generate alone: nothing is forced")
         for flag in [flag for flag, given in unread.items() if given]:
             raise FlagError(f"{flag} is read by {other} alone: leave it out, or use that")
         if g.lm_path and not g.lm_weight:

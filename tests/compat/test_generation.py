@@ -1,5 +1,6 @@
 """One test per mend of fairseq's generation, which fails where the mend is taken away."""
 
+import logging
 from argparse import Namespace
 from types import SimpleNamespace
 from typing import Any
@@ -135,7 +136,6 @@ def test_a_beam_search_has_no_steps_to_print(name: str) -> None:
         ("generate", {"lm_path": "lm.pt"}, "--lm-path needs --lm-weight, what its scores count, got 0.0"),
         ("generate", {"min_len": 300}, "--min-len must be at most --max-len-b 200, got 300"),
         ("interactive", {"sampling": True}, "--nbest must be --beam 5 with --sampling, got 1"),
-        ("interactive", {"prefix_size": 1}, "--prefix-size is read by fairseq-generate alone"),
         ("interactive", {"score_reference": True}, "--score-reference is read by fairseq-generate alone"),
         ("interactive", {"lm_path": "lm.pt"}, "--lm-path is read by fairseq-generate alone"),
         ("interactive", {"print_alignment": "soft"}, "--print-alignment soft is read by fairseq-generate"),
@@ -148,3 +148,11 @@ def test_flags_that_a_command_would_pass_over(command: str, flags: dict[str, Any
     assert module.main(SimpleNamespace(generation=GenerationConfig())) == "ran"
     with pytest.raises(FlagError, match=f"^{message}"):
         module.main(SimpleNamespace(generation=GenerationConfig(**flags)))
+
+
+def test_a_prefix_of_no_reference_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    logger = logging.getLogger("fairseq_cli.interactive")
+    module = SimpleNamespace(__name__="fairseq_cli.interactive", main=lambda cfg: "ran", logger=logger)
+    check_flags_of_generation(module)
+    assert module.main(SimpleNamespace(generation=GenerationConfig(prefix_size=1))) == "ran"
+    assert "--prefix-size is read by fairseq-generate alone: nothing is forced" in caplog.text
