@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from argparse import Namespace
 from typing import Any
 
 from xmoe_fairseq_compat.errors import FlagError
@@ -90,6 +91,8 @@ def score_every_block(module: Any) -> None:
 
     @functools.wraps(plain_main)
     def main(cfg: Any, **kwargs: Any) -> Any:
+        cfg = module.convert_namespace_to_omegaconf(cfg) if isinstance(cfg, Namespace) else cfg
+
         def see_to(task: Any) -> None:
             plain_loader = task.eval_lm_dataloader
 

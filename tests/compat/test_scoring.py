@@ -3,9 +3,11 @@
 import math
 import random
 import re
+from argparse import Namespace
 from pathlib import Path
 from types import SimpleNamespace
 
+import fairseq.tasks
 import fairseq_cli.eval_lm
 import numpy as np
 import pytest
@@ -16,7 +18,7 @@ from stock import LANGUAGE
 from tolerances import about, printed
 
 from xmoe_fairseq_compat.errors import FlagError
-from xmoe_fairseq_compat.scoring import refuse_long_blocks
+from xmoe_fairseq_compat.scoring import refuse_long_blocks, score_every_block
 from xmoe_fairseq_compat.words import Text, texts_of
 
 
@@ -147,3 +149,12 @@ def test_a_fragment_is_not_scored(corpus: tuple[Path, Path], stock_models: tuple
     assert "--tokens-per-sample must be at most the model's 32 positions: 1 of 2 blocks have more" in output
     output = run(*score, "--skip-invalid-size-inputs-valid-test")
     assert "1 of 2" in output.splitlines()[-1] and "left out of the score" in output.splitlines()[-1]
+
+
+def test_a_namespace_of_flags_is_a_configuration_too() -> None:
+    """As scripts call the command's main, and fairseq's own tests."""
+    module = SimpleNamespace(
+        main=lambda cfg: cfg, tasks=fairseq.tasks, convert_namespace_to_omegaconf=lambda flags: "converted"
+    )
+    score_every_block(module)
+    assert module.main(Namespace()) == "converted"
