@@ -58,7 +58,8 @@ def check_names_on_the_command_line(module: Any) -> None:
         if "--max-update" not in parser._option_string_actions:  # no training: the model is a checkpoint's
             return parsed
         namespace = parsed[0] if isinstance(parsed, tuple) else parsed
-        check_names(*(getattr(namespace, name, None) for name in ("task", "arch", "criterion")))
+        if hasattr(namespace, "max_update"):  # fairseq-generate has an --arch of its own, for speech
+            check_names(*(getattr(namespace, name, None) for name in ("task", "arch", "criterion")))
         return parsed
 
     module.parse_args_and_arch = parse_args_and_arch

@@ -30,6 +30,12 @@ def on_command_line(*flags: str) -> list[str | None]:
     return [getattr(known, flag.lstrip("-").replace("-", "_")) for flag in flags]
 
 
+def given(names: Iterable[str]) -> set[str]:
+    """Which settings the command line gives (fairseq takes no abbreviations)."""
+    flags = {word.partition("=")[0] for word in sys.argv[1:]}
+    return {name for name in names if "--" + name.replace("_", "-") in flags}
+
+
 def saved_config(path: str) -> dict[str, dict[str, Any]]:
     """The parts of the configuration with which a checkpoint was trained; its tensors are not read.
 
@@ -82,9 +88,9 @@ def trained_task() -> tuple[str | None, Any]:
     return name, TASK_REGISTRY.get(name)
 
 
-def complete(args: Any, given: Any, saved: dict[str, Any], names: Iterable[str], command: str) -> None:
-    """Put the checkpoint's settings into `args` where the command line gave none."""
-    taken = {name: saved[name] for name in names if name in saved and not hasattr(given, name)}
+def complete(args: Any, saved: dict[str, Any], names: Iterable[str], command: str) -> None:
+    """Put the checkpoint's settings into `args` where the command line gives none."""
+    taken = {name: saved[name] for name in names if name in saved and name not in given(names)}
     differ = {name: value for name, value in taken.items() if getattr(args, name, None) != value}
     for name, value in differ.items():
         setattr(args, name, value)
@@ -108,14 +114,13 @@ def evaluate_as_trained(module: Any) -> None:
 
     def parse_args_and_arch(parser: Any) -> Any:
         args = options.parse_args_and_arch(parser)
-        given = options.parse_args_and_arch(get_eval_lm_parser(), suppress_defaults=True)
         saved = checkpoint_config()
         if not saved:  # the command says itself what is wrong with --path
             return args
-        complete(args, given, saved.get("task", {}), OF_LANGUAGE_MODELS, module.logger.name)
+        complete(args, saved.get("task", {}), OF_LANGUAGE_MODELS, module.logger.name)
         positions = saved.get("model", {}).get("max_target_positions") or saved["task"]["tokens_per_sample"]
-        asked = getattr(given, "max_target_positions", positions)
-        if asked != positions:
+        asked = args.max_target_positions
+        if asked not in (None, positions):
             raise FlagError(
                 f"--max-target-positions must be the model's own, {positions}, got {asked}; to change it give"
                 f" --model-overrides \"{{'max_target_positions': {asked}}}\""
@@ -147,9 +152,10 @@ def translate_as_trained(module: Any) -> None:
         if task is not None and language_model != hasattr(TASK_REGISTRY[args.task], "eval_lm_dataloader"):
             raise UserError(f"{args.path} was trained with --task {name}, and cannot do --task {args.task}")
         languages = ("source_lang", "target_lang")
-        if name == args.task and all(getattr(args, side, None) is None for side in languages):
-            saved = checkpoint_config()["task"]
-            complete(args, argparse.Namespace(), saved, languages, "fairseq_cli.generate")
+        one_given = any(getattr(args, side, None) for side in languages)
+        taken = OF_LANGUAGE_MODELS if language_model else () if one_given else languages
+        if name == args.task:
+            complete(args, checkpoint_config()["task"], taken, "fairseq_cli.generate")
         return args
 
     module.options = stand_in(options, parse_args_and_arch=parse_args_and_arch)

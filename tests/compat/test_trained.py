@@ -34,10 +34,6 @@ def test_eval_lm_takes_what_the_checkpoint_knows(
             ("--context-window", 32),
             "--context-window must be at least 0 and below --tokens-per-sample (32), got 32",
         ),
-        (
-            ("--context-window", -1),
-            "--context-window must be at least 0 and below --tokens-per-sample (32), got -1",
-        ),
         (("--max-target-positions", 64), "--max-target-positions must be the model's own, 32, got 64"),
     ],
 )
@@ -94,3 +90,11 @@ def test_a_model_of_another_task_is_refused(
     ):
         output = run(command, data, "--task", task, "--path", model, *CPU, succeeds=False)
         assert output.splitlines()[-1].endswith(f"and cannot do --task {task}") and "Traceback" not in output
+
+
+def test_a_language_model_goes_on_with_text(
+    corpus: tuple[Path, Path], stock_models: tuple[Path, Path]
+) -> None:
+    flags = ("--task", "language_modeling", "--path", stock_models[1], *CPU, "--batch-size", 4, "--beam", 1)
+    output = run("fairseq-generate", corpus[1], *flags, "--prefix-size", 1, "--max-len-b", 5)
+    assert len(re.findall(r"^H-\d+", output, re.M)) == 3  # blocks of 32 tokens
