@@ -75,7 +75,7 @@ def check_model(filename: str, state: dict[str, Any], cfg: Any) -> None:
 
 def check_scheduler(filename: str, state: dict[str, Any], cfg: Any) -> None:
     """Raises CheckpointError if the learning rate would go on by another rule than the checkpoint's."""
-    saved = ((state.get("cfg") or {}).get("lr_scheduler") or {}).get("_name")
+    saved = as_dict(as_dict(state.get("cfg")).get("lr_scheduler")).get("_name")
     here = getattr(cfg.lr_scheduler, "_name", None)
     if None not in (saved, here) and saved != here:
         raise CheckpointError(

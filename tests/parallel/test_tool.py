@@ -171,18 +171,22 @@ def test_a_file_of_experts_that_holds_something_else(
         torch.save(good, file)
 
 
-@pytest.mark.parametrize("parts", [1, 2])
-def test_a_full_disk_leaves_nothing(parts: int, whole: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("act", ["merge", "shard", "average"])
+def test_a_full_disk_leaves_nothing(act: str, whole: Path, tmp_path: Path) -> None:
     new = tmp_path / "new"
+    sys.argv = ["average", "--inputs", str(whole), "--output", str(new / "checkpoint.pt")]
 
-    def convert() -> str:
+    def write() -> str:
         _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, most))
         with pytest.raises(WriteError) as error:
-            tool.convert(whole, new / "checkpoint.pt", parts)
+            if act == "average":
+                average_checkpoints.main()
+            else:
+                tool.convert(whole, new / "checkpoint.pt", 1 if act == "merge" else 2)
         return str(error.value)
 
-    (said,) = run_ranks(1, convert)
+    (said,) = run_ranks(1, write)
     assert said.startswith(f"cannot write {new}/") and said.endswith(": file too large")
     assert not [path for path in new.rglob("*") if path.is_file()]
 

@@ -50,10 +50,6 @@ def check_training(cfg: Any, model: nn.Module) -> None:
     ):
         if read_field(group, name, False):
             refuse("--" + name.replace("_", "-"), "leave it out")
-    if read_field(cfg.model, "moe_sharded_checkpoints", False) and read_field(
-        cfg.checkpoint, "write_checkpoints_asynchronously", False
-    ):  # experts of a checkpoint that is still being written would look unused
-        refuse("--write-checkpoints-asynchronously with --moe-sharded-checkpoints", "leave one out")
     for name in ("encoder_layerdrop", "decoder_layerdrop"):
         if read_field(cfg.model, name, 0.0):  # ranks would leave out different layers, and wait for ever
             refuse("--" + name.replace("_", "-"), "it must be 0")
