@@ -1,6 +1,7 @@
 """overrides.py: what --model-overrides and from_pretrained are asked to change is changed, or refused."""
 
 import argparse
+import ast
 import functools
 from typing import Any
 
@@ -35,10 +36,6 @@ def config(arch: str = "xmoe_transformer_lm_tiny", task: str = "language_modelin
         ("", "must be a dictionary of literals, such as"),
         ("{5: 6}", "a setting must be named by a string, got 5"),
         ("{'model': {5: 6}}", "a setting must be named by a string, got 5"),
-        ("{'decoder_layers': '${oc.env:HOME}'}", "decoder_layers must be a value, not a reference"),
-        ("{'decoder_layers': ['${a}']}", "decoder_layers must be a value, not a reference"),
-        ("{'model': {'decoder_layers': '${a}'}}", "decoder_layers must be a value, not a reference"),
-        ("{'decoder_layers': '???'}", "decoder_layers must be a value, not a reference"),
         ("{'beam': 1}", "beam is no setting of a model, but a flag: --beam"),
         ("{'bpe': 'gpt2'}", "bpe is no setting of a model, but a flag: --bpe"),
         ("{'max_len_a': 1}", "max_len_a is no setting of a model, but a flag: --max-len-a"),
@@ -51,6 +48,23 @@ def test_the_form_of_overrides(text: str, rule: str) -> None:
             options.get_generation_parser(), ["data", "--path", "x.pt", "--model-overrides", text]
         )
     assert rule in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{'decoder_layers': '${oc.env:HOME}'}",
+        "{'decoder_layers': ['${a}']}",
+        "{'model': {'decoder_layers': '${a}'}}",
+        "{'decoder_layers': '???'}",
+    ],
+)
+def test_a_reference_is_no_value(text: str) -> None:
+    """In Python; the command line takes none in any of its flags."""
+    with pytest.raises(FlagError, match="decoder_layers must be a value, not a reference"):
+        read_overrides(text)
+    with pytest.raises(FlagError, match="decoder_layers must be a value, not a reference"):
+        Asked(ast.literal_eval(text))
 
 
 @pytest.mark.parametrize(
