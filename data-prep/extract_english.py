@@ -15,6 +15,7 @@ import itertools
 import json
 import platform
 import re
+import sys
 import sysconfig
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -34,6 +35,7 @@ from textio import DataError, in_chunks, normalize, read_entries, read_lines, ru
 
 File = tuple[str, str, Any]  # source, reader, and what that reads: a path, or texts
 STANDARD_LIBRARY = "python"
+NOT_READ = {"site-packages", "test", "tests", "_vendor", "idlelib"}
 READERS: dict[str, Callable[[Any], Iterable[str]]] = {
     "descriptions": lambda texts: (block.text for text in texts for block in description_blocks(text)),
     "html": lambda path: (block.text for block in read_html(path)),
@@ -98,7 +100,11 @@ def extract(args: argparse.Namespace) -> None:
 def read_prose(file: File) -> tuple[str, list[str], int]:
     """Source, the paragraphs that are prose, and how many are not."""
     source, reader, what = file
-    paragraphs = [normalize(html.unescape(text)) for text in READERS[reader](what)]
+    try:
+        paragraphs = [normalize(html.unescape(text)) for text in READERS[reader](what)]
+    except DataError as error:  # one broken file among thousands
+        print(f"{source}: {error}; left out", file=sys.stderr)
+        return source, [], 0
     prose = [text for text in paragraphs if is_prose(text)]
     return source, prose, len(paragraphs) - len(prose)
 
@@ -136,8 +142,8 @@ class Module:
 
     def files(self) -> Iterator[File]:
         for path in sorted(self.folder.rglob("*.py*")):
-            inside = path.relative_to(self.folder)
-            if path.suffix in (".py", ".pyi") and "site-packages" not in inside.parts and not is_test(inside):
+            inside = {*path.relative_to(self.folder).parts}
+            if path.suffix in (".py", ".pyi") and not inside & NOT_READ:
                 yield self.name, "docstrings", path
 
     def describe(self) -> dict[str, str]:
@@ -149,10 +155,6 @@ class Module:
         classes = [name.split(" :: ")[-1] for name in classes if name.startswith("License :: ")]
         licence = about.get("License-Expression") or ", ".join(classes) or about.get("License", "not said")
         return {**entry, "version": about["Version"], "licence": licence}
-
-
-def is_test(path: Path) -> bool:
-    return any(part in ("test", "tests", "_vendor", "idlelib") for part in path.parts)
 
 
 class Packages:

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from textio import UNREADABLE, DataError
+
 LEAST_ALIKE = 0.9  # of two documents' tags, or they are not taken for translations of each other
 LEAST_RUN = 8  # blocks whose tags agree in a row
 
@@ -18,11 +20,18 @@ class Block(NamedTuple):
 
 
 def read_file(path: Path) -> bytes:
-    """Plain or .gz; a link is not followed, as what it points to is read under its own name."""
+    """Plain or .gz; a link is not followed, as what it points to is read under its own name.
+
+    Raises:
+        DataError: it is damaged.
+    """
     if path.is_symlink() or not path.is_file():
         return b""
     data = path.read_bytes()
-    return gzip.decompress(data) if path.suffix == ".gz" else data
+    try:
+        return gzip.decompress(data) if path.suffix == ".gz" else data
+    except UNREADABLE as error:
+        raise DataError(f"{path}: cannot unpack ({error})") from None
 
 
 def align(source: list[Block], target: list[Block]) -> Iterator[tuple[str, str]]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from lxml import etree
 from lxml import html as lxml_html
+from textio import DataError
 
 from formats.blocks import Block, read_file
 
@@ -82,7 +83,10 @@ def _pieces(element: Element) -> Iterator[str]:
 
 def blocks(root: Element | None) -> list[Block]:
     """Innermost blocks in document order; the tag says what they are and what they lie in."""
-    return [] if root is None else list(_blocks(root, ""))
+    try:
+        return [] if root is None else list(_blocks(root, ""))
+    except RecursionError:
+        raise DataError("nested too deeply to be a text") from None
 
 
 def _blocks(element: Element, parent: str) -> Iterator[Block]:

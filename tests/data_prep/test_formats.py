@@ -232,3 +232,25 @@ def test_plain_formats(tmp_path: Path) -> None:
     assert list(read_pod(write(tmp_path, "a.pod", pod))) == ["Use this and that, $x->y."]
     data = '  1 licence text\n00001740 03 n 01 entity 0 | that which exists; "it is"\n'
     assert list(read_glosses(write(tmp_path, "data.noun", data))) == ["that which exists; it is"]
+
+
+@pytest.mark.parametrize("body", [b"no gzip", gzip.compress(b"text " * 1000)[:-9], b"\x1f\x8b"])
+def test_a_damaged_archive_is_named(tmp_path: Path, body: bytes) -> None:
+    (tmp_path / "a.gz").write_bytes(body)
+    for read in (read_manpage, read_html, read_text):
+        with pytest.raises(DataError, match="a.gz: cannot unpack"):
+            list(read(tmp_path / "a.gz"))
+
+
+def test_a_document_nested_without_end_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.xml").write_text("<a>" * 20_000)
+    with pytest.raises(DataError, match="nested too deeply"):
+        read_docbook(tmp_path / "a.xml")
+
+
+def test_a_broken_file_among_others_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from extract_english import read_prose
+
+    (tmp_path / "a.gz").write_bytes(b"no gzip")
+    assert read_prose(("package", "text", tmp_path / "a.gz")) == ("package", [], 0)
+    assert "a.gz: cannot unpack" in capsys.readouterr().err
