@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib.util import find_spec
 from typing import Any
 
@@ -19,6 +19,15 @@ def whole(least: int, most: int = MOST) -> Holds:
 
 def between(least: float, below: float) -> Holds:
     return lambda value, _: least <= value < below
+
+
+def scheduler(given: Mapping[str, Any]) -> Any:
+    """Of the command line, or of hydra's group."""
+    return given.get("lr_scheduler", given.get("_name"))
+
+
+def numbers(value: Any) -> Iterable[Any]:
+    return value if isinstance(value, Iterable) else [value]
 
 
 def has_megatron() -> bool:
@@ -90,6 +99,31 @@ RUN: tuple[Rule, ...] = (
     ("label_smoothing momentum slowmo_momentum", "must be in [0, 1)", between(0, 1)),
     ("ema_decay fp16_scale_tolerance", "must be in [0, 1]", lambda value, _: 0 <= value <= 1),
     ("num_batch_buckets", "must be a whole number in [0, 2^20]", whole(0, 2**20)),
+    (
+        "warmup_updates",
+        "must be at least 1 with --lr-scheduler inverse_sqrt",
+        lambda value, given: value >= 1 or scheduler(given) != "inverse_sqrt",
+    ),
+    (
+        "warmup_updates",
+        "must be below --max-update {max_update} with --lr-scheduler cosine",
+        lambda value, given: (
+            scheduler(given) != "cosine"
+            or given.get("lr_period_updates", -1) > 0
+            or not 0 < given["max_update"] <= value
+        ),
+    ),
+    (
+        "lr_period_updates",
+        "must be -1 (off) or above 0",
+        lambda value, _: value == -1 or 0 < value < INFINITY,
+    ),
+    ("t_mult", "must be in (0, 10^6)", lambda value, _: 0 < value < 1e6),
+    (
+        "min_lr",
+        "must be in [0, --lr {lr})",
+        lambda value, given: 0 <= value < max(numbers(given["lr"])),
+    ),
     ("model_parallel_size", "must be 1 without Megatron-LM", lambda value, _: value == 1 or has_megatron()),
     betas("adam_betas"),
     betas("adamax_betas"),

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
 
 from xmoe_fairseq_compat.errors import FlagError, flag
-from xmoe_fairseq_compat.flag_rules import RUN, TRANSFORMER, Holds, Rule
+from xmoe_fairseq_compat.flag_rules import RUN, TRANSFORMER, Holds, Rule, numbers
 from xmoe_fairseq_compat.registry import mend
 
 HYDRAS = re.compile(r"\$\{|\\$|\\'")  # what hydra does not take as it is
@@ -49,7 +49,7 @@ def literal(value: Any) -> Any:
 def _each(value: Any, given: Mapping[str, Any], holds: Holds) -> bool:
     if isinstance(value, (str, Mapping)):
         return False
-    values = value if isinstance(value, Iterable) else [value]
+    values = numbers(value)
     try:
         return bool(values) and all(holds(each, given) for each in values)
     except TypeError:  # something that is no number
@@ -129,10 +129,12 @@ def check_settings_of_hydra(module: Any) -> None:
     plain_main = module._hydra_main
 
     def _hydra_main(cfg: Any, **kwargs: Any) -> Any:
+        shared = plain_settings(cfg.optimization)
         for group in cfg:
             if OmegaConf.is_dict(cfg[group]):
-                check(plain_settings(cfg[group]), RUN)
-                check_strings(plain_settings(cfg[group]))
+                settings = plain_settings(cfg[group])
+                check(settings | {name: shared[name] for name in ("lr", "max_update")}, RUN)
+                check_strings(settings)
         return plain_main(cfg, **kwargs)
 
     module._hydra_main = _hydra_main

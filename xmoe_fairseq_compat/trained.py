@@ -167,7 +167,7 @@ def validate_as_trained(module: Any) -> None:
     options = module.options
 
     def get_validation_parser() -> Any:
-        return options.get_validation_parser(trained_task()[0])
+        return options.get_validation_parser(trained_task()[0] or "translation")
 
     def parse_args_and_arch(parser: Any, suppress_defaults: bool = False) -> Any:
         args = options.parse_args_and_arch(parser, suppress_defaults=suppress_defaults)

@@ -115,6 +115,9 @@ def settings_in_one_line(module: Any) -> None:
 @mend("fairseq_cli.hydra_train")
 def hydra_errors_in_one_line(module: Any) -> None:
     """Every torch: hydra reports any error in a block of lines, a misspelt task in all that there are."""
+    from hydra._internal import utils
+
+    utils.argparse = stand_in(argparse, ArgumentParser=Parser)
     plain_main, plain_cli = module._hydra_main, module.cli_main
 
     def _hydra_main(cfg: Any, **kwargs: Any) -> Any:

@@ -127,7 +127,7 @@ def test_commands(corpus: tuple[Path, Path]) -> None:
 
     mt, lm = corpus
     for command in ("generate", "interactive", "validate"):
-        more = ("--task", "translation", "--batch-size", 1) if command == "validate" else ()
+        more = ("--batch-size", 1) if command == "validate" else ()
         line = last_line(f"fairseq-{command}", mt, *more, "--path", "none.pt", "--cpu")
         assert line == f"fairseq-{command}: error: --path: there is no checkpoint none.pt"
     assert "no checkpoint none.pt" in last_line("fairseq-eval-lm", lm, "--path", "none.pt", "--cpu")
