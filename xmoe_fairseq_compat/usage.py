@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterable
 from typing import Any, NoReturn
 
-from xmoe_fairseq_compat.errors import UserError, one_line
+from xmoe_fairseq_compat.errors import UserError, flag, one_line
 from xmoe_fairseq_compat.registry import mend, stand_in
 
 FEW = 12  # so many names are listed
@@ -82,16 +82,22 @@ def in_one_line(error: Exception) -> str:
     return "; ".join(line for line in lines if line and not re.match("object_type|reference_type", line))
 
 
+REFERENCE = r"(?:Interpolation key '|access )(task|criterion|optimization|common)\.(\w+)"
+
+
 def explained(error: Exception) -> Exception:
     """The same error, or what hydra and omegaconf have to say of a setting, in one line."""
     from hydra.errors import HydraException, MissingConfigException
-    from omegaconf.errors import OmegaConfBaseException
+    from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
         group, _, name = error.missing_cfg_file.rpartition("/")
         return UserError(f"{group}={name}: there is no {name!r}{hint(name, error.options)}")
     if one_line(error):
         return error
+    if isinstance(error, InterpolationResolutionError) and (asked := re.search(REFERENCE, str(error))):
+        reader, (group, name) = str(error.full_key).partition(".")[0], asked.groups()
+        return UserError(f"the {reader} takes {flag(name)} from the {group}, and this {group} has none")
     known = isinstance(error, (HydraException, OmegaConfBaseException))
     return UserError(in_one_line(error)) if known else error
 

@@ -1,16 +1,18 @@
 """A wrong call ends in one line, with the name that was meant."""
 
+import re
 from pathlib import Path
 
 import pytest
 from commands import PLUGIN, run
 from fairseq import options
 from fairseq.data.encoders.sentencepiece_bpe import SentencepieceConfig
+from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq_cli import score
 from omegaconf import MissingMandatoryValue, OmegaConf
 
 from xmoe_fairseq.convert.arguments import argument_parser
-from xmoe_fairseq_compat.errors import one_line
+from xmoe_fairseq_compat.errors import UserError, one_line
 from xmoe_fairseq_compat.usage import hint
 
 TRAIN = ("data", "--arch", "transformer_tiny", "--batch-size", "1")
@@ -57,6 +59,14 @@ def test_order_of_bleu(order: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         score.get_parser().parse_args(["-s", "x", "-r", "y", "--order", order])
     assert f"argument -o/--order: there is no {order}; choose from 1, 2, 3, 4" in capsys.readouterr().err
+
+
+def test_settings_that_another_part_does_not_have() -> None:
+    arguments = ["data", "--task", "masked_lm", "--arch", "transformer_lm", "--batch-size", "1"]
+    parsed = options.parse_args_and_arch(options.get_training_parser(), arguments)
+    with pytest.raises(UserError) as error:
+        convert_namespace_to_omegaconf(parsed)
+    assert re.fullmatch("the model takes --[a-z-]+ from the task, and this task has none", str(error.value))
 
 
 def test_a_required_setting_is_named() -> None:
