@@ -48,7 +48,6 @@ SCHEDULES: dict[str, tuple[tuple[str, str, Callable[[Any], bool]], ...]] = {
         ),
         ("--lr above --min-lr", "lr min_lr", lambda c: c.lr[0] > c.min_lr),
     ),
-    "inverse_sqrt": (("--warmup-updates above 0", "warmup_updates", lambda c: c.warmup_updates > 0),),
     "tri_stage": (
         (
             "--max-update above 0 with --phase-ratio",

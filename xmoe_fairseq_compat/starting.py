@@ -43,12 +43,6 @@ NEEDS: tuple[tuple[str, Callable[[Any], bool], Callable[[Any], bool], str], ...]
     ("--patience", lambda cfg: cfg.checkpoint.patience > 0, validates, WITH_VALIDATION),
     ("--lr-scheduler reduce_lr_on_plateau", follows_the_loss, validates, WITH_VALIDATION),
     ("--tpu", lambda cfg: cfg.common.tpu, lambda cfg: has_module("torch_xla"), "torch_xla; leave it out"),
-    (
-        "--model-parallel-size above 1",
-        lambda cfg: cfg.common.model_parallel_size > 1,
-        lambda cfg: has_module("fairseq.model_parallel.megatron.mpu"),
-        "Megatron, which fairseq's package leaves out; leave it out too",
-    ),
     ("--ddp-backend fully_sharded", is_backend("fully_sharded"), has_gpu, f"GPUs; {INSTEAD}"),
     ("--ddp-backend slowmo", is_backend("slowmo"), has_gpu, f"GPUs; {INSTEAD}"),
     (

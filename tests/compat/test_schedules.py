@@ -38,7 +38,6 @@ def schedule(*flags: Any) -> Any:
             ("cosine", "--max-update", 9, "--min-lr", 1),
             r"--lr above --min-lr, got --lr \[0.1\], --min-lr 1.0",
         ),
-        (("inverse_sqrt", "--warmup-updates", 0), "--warmup-updates above 0, got --warmup-updates 0"),
         (
             ("tri_stage",),
             "--decay-steps above 0, or --phase-ratio .*, got --decay-steps 0, --phase-ratio None",

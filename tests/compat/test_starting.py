@@ -15,7 +15,7 @@ from xmoe_fairseq_compat.errors import CheckpointError, FlagError
 
 def configuration(**given: Any) -> Any:
     groups = {
-        "common": {"tpu": False, "model_parallel_size": 1, "cpu": True},
+        "common": {"tpu": False, "cpu": True},
         "checkpoint": {"patience": -1},
         "dataset": {"disable_validation": False},
         "lr_scheduler": {"_name": "fixed"},
@@ -34,7 +34,6 @@ def configuration(**given: Any) -> Any:
     "given, line",
     [
         ({"tpu": True}, "--tpu needs torch_xla; leave it out"),
-        ({"model_parallel_size": 2}, "--model-parallel-size above 1 needs Megatron"),
         ({"ddp_backend": "slowmo"}, "--ddp-backend slowmo needs GPUs; use --ddp-backend legacy_ddp or"),
         ({"patience": 3, "disable_validation": True}, "--patience needs validation; leave out --disable"),
         (
