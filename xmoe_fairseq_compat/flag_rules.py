@@ -105,15 +105,6 @@ RUN: tuple[Rule, ...] = (
         lambda value, given: value >= 1 or scheduler(given) != "inverse_sqrt",
     ),
     (
-        "warmup_updates",
-        "must be below --max-update {max_update} with --lr-scheduler cosine",
-        lambda value, given: (
-            scheduler(given) != "cosine"
-            or given.get("lr_period_updates", -1) > 0
-            or not 0 < given["max_update"] <= value
-        ),
-    ),
-    (
         "lr_period_updates",
         "must be -1 (off) or above 0",
         lambda value, _: value == -1 or 0 < value < INFINITY,

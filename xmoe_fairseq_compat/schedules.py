@@ -46,7 +46,6 @@ SCHEDULES: dict[str, tuple[tuple[str, str, Callable[[Any], bool]], ...]] = {
             "warmup_updates",
             lambda c: c.lr_period_updates > 0 or c.max_update != c.warmup_updates,
         ),
-        ("--lr above --min-lr", "lr min_lr", lambda c: c.lr[0] > c.min_lr),
     ),
     "tri_stage": (
         (
@@ -66,7 +65,6 @@ SCHEDULES: dict[str, tuple[tuple[str, str, Callable[[Any], bool]], ...]] = {
         ("--lr-period-updates of 2 or more", "lr_period_updates", lambda c: c.lr_period_updates >= 2),
     ),
     "step": (
-        ("--lr above --min-lr", "lr min_lr", lambda c: c.lr[0] > c.min_lr),
         ("--lr-deacy-period above 0", "lr_deacy_period", lambda c: c.lr_deacy_period > 0),
     ),
 }  # fmt: skip
