@@ -51,8 +51,12 @@ def match_the_source_length(module: Any) -> None:
         early_B = step < self.min_len_a * self.src_lengths + self.min_len_b
         late_B = step >= self.max_len_a * self.src_lengths + self.max_len_b
         lprobs_BKV[early_B, :, self.eos] = float("-inf")
-        lprobs_BKV[late_B, :, : self.eos] = float("-inf")
-        lprobs_BKV[late_B, :, self.eos + 1 :] = float("-inf")
+        if step == 0:  # of an empty source, as in fairseq: the beam must be filled from one hypothesis
+            lprobs_BKV[late_B, :, self.eos] = 0.0
+        else:
+            ends = lprobs_BKV[late_B, :, self.eos]
+            lprobs_BKV[late_B] = float("-inf")
+            lprobs_BKV[late_B, :, self.eos] = ends.masked_fill(ends.isinf(), 0.0)  # below --min-len
         return self.beam.step(step, lprobs_BKV, scores)
 
     module.LengthConstrainedBeamSearch.step = step
@@ -70,7 +74,9 @@ def limit_each_sentence_by_its_own_length(module: Any) -> None:
 
     def generate(self: Any, models: Any, sample: Any, **kwargs: Any) -> Any:
         source = sample["net_input"].get("src_tokens")
-        if source is None or not self.max_len_a or self.match_source_len:
+        # A search that decides by itself when a sentence may end would be left without a candidate.
+        decides = self.match_source_len or self.search.supports_constraints or self.search.stop_on_max_len
+        if source is None or not self.max_len_a or decides:
             return plain_generate(self, models, sample, **kwargs)
         longest_B = (self.max_len_a * source.ne(self.pad).sum(dim=1) + self.max_len_b).long()
         ids = sample["id"].tolist() if isinstance(sample.get("id"), torch.Tensor) else range(len(source))

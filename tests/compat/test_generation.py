@@ -68,19 +68,32 @@ class Task(FairseqTask):
 
 
 def test_translations_are_as_long_as_their_sources_and_their_ends_count() -> None:
-    model, lengths = translation_model(vocab_size=14).eval(), [4, 7, 3]
+    model, lengths = translation_model(vocab_size=14).eval(), [4, 7, 1, 3]  # one is empty
     source = sentences(lengths, vocab_size=14, left_pad=True)
     args = Namespace(match_source_len=True, beam=3)
     generator = Task(Namespace()).build_generator([model], args)
     hypotheses = generator.generate([model], {"net_input": source_inputs(source)})
     for row, length in enumerate(lengths):
-        assert [len(h["tokens"]) for h in hypotheses[row]] == [length] * 3
+        assert len(hypotheses[row][0]["tokens"]) == length
+        if length == 1:  # the others are longer, and scored -inf
+            continue
+        assert {len(h["tokens"]) for h in hypotheses[row]} == {length}
         tokens, alone = hypotheses[row][0]["tokens"], source[row : row + 1, -length:]
         previous = torch.cat([torch.tensor([EOS]), tokens[:-1]]).unsqueeze(0)
         with torch.no_grad():
             logits = model(**source_inputs(alone), prev_output_tokens=previous)[0]
         expected = logits.log_softmax(-1)[0].gather(1, tokens.unsqueeze(1)).squeeze(1)
         assert_same(hypotheses[row][0]["positional_scores"], expected)
+
+
+def test_the_source_length_counts_more_than_the_least_length() -> None:
+    model, lengths = translation_model(vocab_size=14).eval(), [3, 8]
+    generator = Task(Namespace()).build_generator(
+        [model], Namespace(match_source_len=True, beam=2, min_len=4)
+    )
+    source = sentences(lengths, vocab_size=14, left_pad=True)
+    found = generator.generate([model], {"net_input": source_inputs(source)})
+    assert [[len(h["tokens"]) for h in hypotheses] for hypotheses in found] == [[3, 3], [8, 8]]
 
 
 @pytest.mark.parametrize("flags", [{}, {"sampling": True, "sampling_topk": 1, "nbest": 3}])
@@ -98,6 +111,18 @@ def test_the_length_of_a_translation_depends_on_its_own_source(flags: dict[str, 
         for one, other in zip(alone, together[row], strict=True):
             assert one["tokens"].tolist() == other["tokens"].tolist()
             assert len(one["tokens"]) <= length // 2 + 2
+
+
+def test_constraints_may_take_the_room_of_the_batch() -> None:
+    """Three words that must come, where the source alone would leave room for two."""
+    source = sentences([3, 9], vocab_size=14, left_pad=True)
+    sample = {"net_input": source_inputs(source)}
+    model = translation_model(vocab_size=14).eval()
+    args = Namespace(beam=4, max_len_a=1, max_len_b=-1, constraints="ordered")
+    generator = Task(Namespace()).build_generator([model], args)
+    forced = torch.tensor([[3, 5, 0, 6, 0, 7, 0], [0] * 7])
+    (best, *_), _ = generator.generate([model], sample, constraints=forced)
+    assert [token for token in best["tokens"].tolist() if token in (5, 6, 7)][:3] == [5, 6, 7]
 
 
 @pytest.mark.parametrize(
