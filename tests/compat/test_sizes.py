@@ -18,8 +18,7 @@ from xmoe_fairseq_compat.sizes import within
     "settings",
     [
         {"decoder_layers": 10**6},
-        {"decoder_ffn_embed_dim": 10**12},
-        {"decoder_embed_dim": 10**9, "decoder_input_dim": 10**9, "decoder_output_dim": 10**9},
+        {"decoder_embed_dim": 2**20, "decoder_input_dim": 2**20, "decoder_output_dim": 2**20},
         {"decoder_layers": 10**6, "max_target_positions": 10**11},
     ],
 )
