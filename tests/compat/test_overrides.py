@@ -60,7 +60,7 @@ def test_the_form_of_overrides(text: str, rule: str) -> None:
     ],
 )
 def test_a_reference_is_no_value(text: str) -> None:
-    """In Python; the command line takes none in any of its flags."""
+    """On the command line, and in Python."""
     with pytest.raises(FlagError, match="decoder_layers must be a value, not a reference"):
         read_overrides(text)
     with pytest.raises(FlagError, match="decoder_layers must be a value, not a reference"):

@@ -109,7 +109,7 @@ def test_threshold_and_k_can_be_changed_at_evaluation(
         ("{'dropuot': 0.5}", "has no setting dropuot; did you mean dropout?"),
         (
             "{'decoder_layers': '${oc.env:HOME}'}",
-            "got {'decoder_layers': '${oc.env:HOME}'}",
+            "not a reference to one, got '${oc.env:HOME}'",
         ),
         ("{'moe_threshold': None}", "--model-overrides: moe_threshold must have a value, got None"),
         ("{'moe_threshold': 'high'}", "moe_threshold must be of type float, got 'high'"),
