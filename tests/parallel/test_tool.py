@@ -85,7 +85,7 @@ def no_number(state: State) -> None:
             "decoder.layers.2 has no stray, which decoder.layers.0 has",
         ),
         (no_number, f"{NORM} holds NaN or inf"),
-        (given(NORM, "text"), f"its model holds 'text' under '{NORM}', where a tensor belongs"),
+        (given(NORM, "text"), f"{NORM} is no tensor"),
         (given(NORM, None), f"{NORM} is missing"),
         (lambda state: state.update(model=True), "its entry 'model' is 'True'"),
     ],
