@@ -10,6 +10,7 @@ from typing import Any
 from xmoe_fairseq_compat.errors import FlagError
 from xmoe_fairseq_compat.registry import mend, replaced
 from xmoe_fairseq_compat.shares import with_each_task
+from xmoe_fairseq_compat.trained import complete_defaults
 from xmoe_fairseq_compat.words import Text, texts_of
 
 
@@ -91,7 +92,9 @@ def score_every_block(module: Any) -> None:
 
     @functools.wraps(plain_main)
     def main(cfg: Any, **kwargs: Any) -> Any:
-        cfg = module.convert_namespace_to_omegaconf(cfg) if isinstance(cfg, Namespace) else cfg
+        if isinstance(cfg, Namespace):  # of a script that parses flags itself
+            cfg = module.convert_namespace_to_omegaconf(cfg)
+            complete_defaults(cfg)
 
         def see_to(task: Any) -> None:
             plain_loader = task.eval_lm_dataloader

@@ -99,6 +99,19 @@ def complete(args: Any, saved: dict[str, Any], names: Iterable[str], command: st
         logging.getLogger(command).info("as the checkpoint was trained: %s", listed)
 
 
+def complete_defaults(cfg: Any) -> None:
+    """As `complete`, for a configuration that was made of parsed flags: a default tells of no choice."""
+    from fairseq.tasks.language_modeling import LanguageModelingConfig
+    from fairseq.utils import split_paths
+
+    first = split_paths(cfg.common_eval.path)[0]
+    saved = saved_config(first).get("task", {}) if Path(first).is_file() else {}
+    for name in OF_LANGUAGE_MODELS:
+        field = LanguageModelingConfig.__dataclass_fields__[name]
+        if name in saved and cfg.task.get(name) == field.default:
+            cfg.task[name] = saved[name]
+
+
 @mend("fairseq_cli.eval_lm")
 def evaluate_as_trained(module: Any) -> None:
     """Every torch: fairseq-eval-lm cuts the text into blocks of 1024 unless told, drops those that are longer

@@ -14,6 +14,7 @@ import pytest
 import torch
 from commands import run
 from fairseq.data import Dictionary
+from omegaconf import OmegaConf
 from stock import LANGUAGE
 from tolerances import about, printed
 
@@ -151,10 +152,17 @@ def test_a_fragment_is_not_scored(corpus: tuple[Path, Path], stock_models: tuple
     assert "1 of 2" in output.splitlines()[-1] and "left out of the score" in output.splitlines()[-1]
 
 
-def test_a_namespace_of_flags_is_a_configuration_too() -> None:
-    """As scripts call the command's main, and fairseq's own tests."""
+@pytest.mark.parametrize(("asked", "used"), [(1024, 32), (16, 16)])
+def test_a_namespace_of_flags_is_a_configuration_too(asked: int, used: int, tmp_path: Path) -> None:
+    """As scripts call the command's main, and fairseq's own tests; a default of a flag is no choice."""
+    saved = {"task": {"_name": "language_modeling", "tokens_per_sample": 32}}
+    state = {"cfg": saved, "model": {}, "args": None, "extra_state": {}, "optimizer_history": [{}]}
+    torch.save(state, tmp_path / "checkpoint.pt")
+    flags = {"common_eval": {"path": str(tmp_path / "checkpoint.pt")}, "task": {"tokens_per_sample": asked}}
     module = SimpleNamespace(
-        main=lambda cfg: cfg, tasks=fairseq.tasks, convert_namespace_to_omegaconf=lambda flags: "converted"
+        main=lambda cfg: cfg,
+        tasks=fairseq.tasks,
+        convert_namespace_to_omegaconf=lambda _: OmegaConf.create(flags),
     )
     score_every_block(module)
-    assert module.main(Namespace()) == "converted"
+    assert module.main(Namespace()).task.tokens_per_sample == used
