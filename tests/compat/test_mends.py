@@ -40,8 +40,9 @@ COMPAT = Path(compat.__file__)
 
 
 @pytest.fixture
-def group() -> Iterator[dist.ProcessGroup]:
+def group(monkeypatch: pytest.MonkeyPatch) -> Iterator[dist.ProcessGroup]:
     """A gloo group of this process alone."""
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # torch's, which names the rank, would stay
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield dist.group.WORLD
     dist.destroy_process_group()
