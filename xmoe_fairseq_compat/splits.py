@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from argparse import Namespace
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -91,6 +92,8 @@ def read_the_sets_that_are_asked_for(module: Any) -> None:
 
     @functools.wraps(plain_main)
     def main(cfg: Any) -> Any:
+        cfg = module.convert_namespace_to_omegaconf(cfg) if isinstance(cfg, Namespace) else cfg
+
         def see_to(task: Any) -> None:
             plain_load = task.load_dataset
 

@@ -2,9 +2,11 @@
 
 import re
 import shutil
+from argparse import Namespace
 from pathlib import Path
 from types import SimpleNamespace
 
+import fairseq.tasks
 import numpy as np
 import pytest
 from commands import run
@@ -12,10 +14,11 @@ from fairseq.data import ListDataset, data_utils, iterators
 from fairseq.data.indexed_dataset import make_builder
 from fairseq.tasks.language_modeling import LanguageModelingConfig, LanguageModelingTask
 from fairseq.tasks.translation import TranslationConfig, TranslationTask
+from omegaconf import OmegaConf
 from stock import LANGUAGE, TRANSLATION
 
 from xmoe_fairseq_compat.errors import FlagError, UserError
-from xmoe_fairseq_compat.splits import load_with_targets
+from xmoe_fairseq_compat.splits import load_with_targets, read_the_sets_that_are_asked_for
 
 CPU = ("--cpu", "--num-workers", 0)
 
@@ -152,3 +155,13 @@ def test_no_sentence_fits() -> None:
     nothing = iterators.EpochBatchIterator(ListDataset([[4, 2]]), list, batch_sampler=lambda *_: [])
     with pytest.raises(UserError, match="all 1 sentences of a set are longer than the model or --max-tokens"):
         _ = nothing.first_batch
+
+
+def test_a_namespace_of_flags_is_a_configuration_too() -> None:
+    """As scripts call the command's main, and fairseq's own tests."""
+    converted = OmegaConf.create({"dataset": {"combine_valid_subsets": True, "valid_subset": "test"}})
+    module = SimpleNamespace(
+        main=lambda cfg: cfg, tasks=fairseq.tasks, convert_namespace_to_omegaconf=lambda _: converted
+    )
+    read_the_sets_that_are_asked_for(module)
+    assert module.main(Namespace()).dataset.valid_subset == "valid"
