@@ -129,11 +129,11 @@ def check_settings_of_hydra(module: Any) -> None:
     plain_main = module._hydra_main
 
     def _hydra_main(cfg: Any, **kwargs: Any) -> Any:
-        shared = plain_settings(cfg.optimization)
+        lr = plain_settings(cfg.optimization)["lr"]  # which a scheduler's settings refer to
         for group in cfg:
             if OmegaConf.is_dict(cfg[group]):
                 settings = plain_settings(cfg[group])
-                check(settings | {name: shared[name] for name in ("lr", "max_update")}, RUN)
+                check(settings | {"lr": lr}, RUN)
                 check_strings(settings)
         return plain_main(cfg, **kwargs)
 

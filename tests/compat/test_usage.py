@@ -108,15 +108,6 @@ HYDRA = ("model=transformer_lm", "criterion=cross_entropy", "optimizer=adam", "l
         (("task=language_modeling", "dataset.batch_size=2"), "the folder of binarised data must be given"),
         (("task=language_modeling", "dataset.batch_size=2", "task.data=/nowhere"), "/nowhere does not exist"),
         (("--bem",), "unrecognized arguments: --bem"),
-        (
-            (
-                "task=language_modeling",
-                "lr_scheduler=cosine",
-                "optimization.max_update=5",
-                "lr_scheduler.warmup_updates=5",
-            ),
-            "--warmup-updates must be below --max-update 5 with --lr-scheduler",
-        ),
         (("task=translation",), "--arch must be a model that translates with --task translation"),
         (
             ("task=language_modeling", "common.user_dir=/nowhere"),
