@@ -4,13 +4,16 @@ import os
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from commands import run
+from fairseq.data.legacy.masked_lm_dictionary import MaskedLMDictionary
 from fairseq.tasks.language_modeling import LanguageModelingConfig, LanguageModelingTask
 from stock import LANGUAGE
 
 from xmoe_fairseq_compat.errors import UserError
+from xmoe_fairseq_compat.folders import check_folders
 
 
 def test_folders_have_one_dictionary(corpus: tuple[Path, Path], tmp_path: Path) -> None:
@@ -23,6 +26,13 @@ def test_folders_have_one_dictionary(corpus: tuple[Path, Path], tmp_path: Path) 
         LanguageModelingTask.setup_task(
             LanguageModelingConfig(data=os.pathsep.join(map(str, (corpus[1], other))))
         )
+
+
+def test_a_dictionary_may_have_symbols_of_its_own(corpus: tuple[Path, Path]) -> None:
+    """As that of fairseq's masked language models has a mask."""
+    symbols = MaskedLMDictionary.load(str(corpus[1] / "dict.txt"))
+    task = SimpleNamespace(source_dictionary=symbols, target_dictionary=symbols)
+    check_folders(task, [str(corpus[1])])
 
 
 @pytest.mark.parametrize("fits", [True, False])
