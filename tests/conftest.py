@@ -1,13 +1,16 @@
+import os
 import random
 import sys
 from pathlib import Path
 
-import hypothesis
-import pytest
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the suite is of CPUs: ranks are forks, which cannot use a GPU
+
+import hypothesis  # noqa: E402
+import pytest  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parent))  # tests share reference.py, toy.py and commands.py
 
-from commands import THREADS, write_corpus
+from commands import THREADS, write_corpus  # noqa: E402
 
 # An example takes as long as it takes on a busy machine.
 hypothesis.settings.register_profile(
