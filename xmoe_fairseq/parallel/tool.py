@@ -42,7 +42,7 @@ def main() -> None:
         command.add_argument("output", type=Path, help="must not exist yet")
         command.add_argument(
             "--skip-checksums", action="store_true",
-            help="do not read the whole input first to find damaged bytes, at 2 GB/s or so",
+            help="do not read the whole input first to find damaged bytes",
         )  # fmt: skip
     shard.add_argument(
         "--parts", metavar="N", type=int, required=True, help="2 or more files; must divide the experts"
