@@ -1,5 +1,6 @@
 """What breaks a rule of flag_rules.py is refused, wherever it comes from, in a line that names it."""
 
+import copy
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -202,7 +203,7 @@ def test_dense_models_of_a_checkpoint(name: str) -> None:
 
 
 def test_a_nested_configuration() -> None:
-    cfg = TransformerConfig()
+    cfg = copy.deepcopy(TransformerConfig())  # its parts are one for all of them
     cfg.encoder.attention_heads = 7
     with pytest.raises(
         FlagError, match="--encoder-attention-heads must divide --encoder-embed-dim 512, got 7"

@@ -1,6 +1,7 @@
 """One test per mend, which fails where the mend is taken away, but for mends that only commands show."""
 
 import argparse
+import copy
 import dataclasses
 import io
 import os
@@ -49,7 +50,7 @@ def group(monkeypatch: pytest.MonkeyPatch) -> Iterator[dist.ProcessGroup]:
 
 
 def encoder_layer() -> TransformerEncoderLayerBase:
-    cfg = TransformerConfig()
+    cfg = copy.deepcopy(TransformerConfig())  # its parts are one for all of them
     cfg.encoder.embed_dim, cfg.encoder.ffn_embed_dim, cfg.encoder.attention_heads = 8, 8, 2
     return TransformerEncoderLayerBase(cfg)
 

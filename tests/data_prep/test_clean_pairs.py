@@ -137,6 +137,7 @@ def test_damaged_archive(scripts: Scripts) -> None:
 
 KILLED = """
 import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell turns off for what it starts with &
 sys.argv, sys.path[0] = sys.argv[1:], sys.argv[1].rpartition("/")[0]
 import clean_pairs
 plain = clean_pairs.copy_first

@@ -224,7 +224,7 @@ def test_inputs_may_be_one_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "why"),
     [
-        ("drop_near_paragraphs --input utf16 --held-out b --output o", "utf16:1: holds a NUL byte"),
+        ("drop_near_paragraphs --input utf16 --held-out b --output o", "utf16:1: holds NUL bytes"),
         ("drop_near_paragraphs --input a --held-out blank --output o", "blank: empty lines only"),
         ("drop_near_paragraphs --input loop --held-out b --output o", "loop: Too many levels of symbolic"),
         ("cldr_pairs --target-lang root --out-prefix o", "CLDR has too few names in both en and root"),
