@@ -6,7 +6,8 @@ from typing import Any
 
 from xmoe_fairseq.config import MoEConfig
 from xmoe_fairseq_compat.errors import CheckpointError
-from xmoe_fairseq_compat.misfits import as_dict, check_left_out, other_sizes, settings_of
+from xmoe_fairseq_compat.misfits import check_left_out, other_sizes, settings_of
+from xmoe_fairseq_compat.settings import as_dict
 
 # They change where the experts lie, or how they began, not what a trained model computes.
 FREE = ("_name", "moe_expert_parallel_size", "moe_sharded_checkpoints", "moe_router_init_scale")

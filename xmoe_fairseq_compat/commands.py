@@ -6,13 +6,13 @@ import functools
 import itertools
 import logging
 import os
-from argparse import Namespace
 from collections.abc import Iterator
 from typing import Any
 
 from xmoe_fairseq_compat.errors import FlagError, UserError
 from xmoe_fairseq_compat.folders import check_language_model
 from xmoe_fairseq_compat.registry import has, mend, stand_in
+from xmoe_fairseq_compat.settings import whole
 from xmoe_fairseq_compat.shares import Names, Turns, shared, with_each_task
 from xmoe_fairseq_compat.splits import load_with_targets
 
@@ -118,10 +118,9 @@ def generate_on_several_ranks(module: Any) -> None:
 
     @functools.wraps(shared_main)
     def main(cfg: Any) -> Any:
-        from fairseq.dataclass.utils import convert_namespace_to_omegaconf
         from fairseq.distributed import utils
 
-        cfg = convert_namespace_to_omegaconf(cfg) if isinstance(cfg, Namespace) else cfg
+        cfg = whole(cfg)
         alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
         return shared_main(cfg) if alone else utils.call_main(cfg, shared_main)
 

@@ -6,12 +6,14 @@ import dataclasses
 import os
 import sys
 import warnings
+from argparse import Namespace
 from collections.abc import Iterator
 from importlib.util import find_spec
 from typing import Any
 
 from xmoe_fairseq_compat.errors import one_line
 from xmoe_fairseq_compat.registry import mend, mend_around
+from xmoe_fairseq_compat.settings import when_parsed
 
 
 @mend_around("fairseq")
@@ -92,16 +94,12 @@ def user_dir_may_be_installed(module: Any) -> None:
 @mend("fairseq.options")
 def bf16_without_tpu(module: Any) -> None:
     """Every torch: --bf16 turns --tpu on, and so needs torch_xla also on a CPU or GPU."""
-    plain_parse = module.parse_args_and_arch
 
-    def parse_args_and_arch(*args: Any, **kwargs: Any) -> Any:
-        parsed = plain_parse(*args, **kwargs)
-        namespace = parsed[0] if isinstance(parsed, tuple) else parsed
+    def see(namespace: Namespace, parser: Any) -> None:
         if getattr(namespace, "bf16", False) and find_spec("torch_xla") is None:
             namespace.tpu = False
-        return parsed
 
-    module.parse_args_and_arch = parse_args_and_arch
+    when_parsed(module, see)
 
 
 @mend("fairseq.options")

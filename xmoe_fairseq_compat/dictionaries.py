@@ -150,18 +150,19 @@ def resume_with_the_same_dictionaries(module: Any) -> None:
     module.Trainer.load_checkpoint = load_checkpoint
 
 
-def languages_of(folder: str) -> list[str]:
-    """The pairs in the names of a data folder's files, such as en-de.
-
-    Raises:
-        UserError: there is no such folder.
-    """
+def names_in(folder: str) -> list[str]:
+    """Of a data folder's files. Raises UserError where there is no such folder."""
     from fairseq.file_io import PathManager
 
     try:
-        names = [name.split(".") for name in PathManager.ls(folder)]
+        return list(PathManager.ls(folder))
     except OSError as error:
         raise UserError(f"cannot read data folder {folder}: {error.strerror}") from error
+
+
+def languages_of(folder: str) -> list[str]:
+    """The pairs in the names of a data folder's files, such as en-de. Raises UserError as `names_in`."""
+    names = [name.split(".") for name in names_in(folder)]
     return sorted({parts[1] for parts in names if len(parts) >= 3 and len(parts[1].split("-")) == 2})
 
 

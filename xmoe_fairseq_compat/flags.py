@@ -6,12 +6,14 @@ import ast
 import functools
 import json
 import re
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, cast
+from typing import Any
 
 from xmoe_fairseq_compat.errors import FlagError, flag
 from xmoe_fairseq_compat.flag_rules import RUN, TRANSFORMER, Holds, Rule, numbers
 from xmoe_fairseq_compat.registry import mend
+from xmoe_fairseq_compat.settings import as_dict, when_parsed
 
 HYDRAS = re.compile(r"\$\{|\\$|\\'")  # what hydra does not take as it is
 DICTIONARIES: dict[str, tuple[Callable[[str], Any], str]] = {
@@ -76,23 +78,11 @@ def check_strings(settings: Mapping[str, Any]) -> None:
                 raise FlagError(f"{flag(name)} must be a dictionary such as {example}, got {text}")
 
 
-def plain_settings(cfg: Any) -> dict[str, Any]:
-    """Of a DictConfig (references as they are), a Namespace or a dataclass."""
-    from omegaconf import OmegaConf
-
-    if OmegaConf.is_dict(cfg):
-        return cast(dict[str, Any], OmegaConf.to_container(cfg))
-    return dict(cfg if isinstance(cfg, Mapping) else vars(cfg))
-
-
 @mend("fairseq.options")
 def check_flags(module: Any) -> None:
     """Every torch: fairseq checks next to no value, so nonsense ends in a traceback or, worse, trains."""
-    plain_parse = module.parse_args_and_arch
 
-    def parse_args_and_arch(parser: Any, *args: Any, **kwargs: Any) -> Any:
-        parsed = plain_parse(parser, *args, **kwargs)
-        namespace = parsed[0] if isinstance(parsed, tuple) else parsed
+    def see(namespace: Namespace, parser: ArgumentParser) -> None:
         for name, value in vars(namespace).items():
             if name == "model_overrides" or value == parser.get_default(name):  # or its own message
                 continue
@@ -103,9 +93,8 @@ def check_flags(module: Any) -> None:
                 )
         check(vars(namespace), RUN)
         check_strings(vars(namespace))
-        return parsed
 
-    module.parse_args_and_arch = parse_args_and_arch
+    when_parsed(module, see)
 
 
 @mend("fairseq_cli.preprocess")
@@ -129,10 +118,10 @@ def check_settings_of_hydra(module: Any) -> None:
     plain_main = module._hydra_main
 
     def _hydra_main(cfg: Any, **kwargs: Any) -> Any:
-        lr = plain_settings(cfg.optimization)["lr"]  # which a scheduler's settings refer to
+        lr = as_dict(cfg.optimization)["lr"]  # which a scheduler's settings refer to
         for group in cfg:
             if OmegaConf.is_dict(cfg[group]):
-                settings = plain_settings(cfg[group])
+                settings = as_dict(cfg[group])
                 check(settings | {"lr": lr}, RUN)
                 check_strings(settings)
         return plain_main(cfg, **kwargs)
@@ -149,9 +138,9 @@ def check_sizes_of_a_model(module: Any) -> None:
     plain_build = model.build_model.__func__
 
     def build_model(cls: Any, cfg: Any, task: Any) -> Any:
-        settings = plain_settings(cfg)
+        settings = dict(as_dict(cfg))  # a copy
         for side in ("encoder", "decoder"):  # fairseq's TransformerConfig is nested
-            inner = plain_settings(settings.get(side) or {})
+            inner = as_dict(settings.get(side))
             settings |= {f"{side}_{name}": value for name, value in inner.items()}
         check(settings, TRANSFORMER)
         return plain_build(cls, cfg, task)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import functools
 import re
-from argparse import Namespace
 from typing import TYPE_CHECKING, Any
 
-from xmoe_fairseq_compat.errors import FlagError
+from xmoe_fairseq_compat.errors import FlagError, flag
 from xmoe_fairseq_compat.registry import mend
+from xmoe_fairseq_compat.settings import whole
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -109,11 +109,11 @@ def check_generation(g: Any) -> None:
         "--diversity-rate": g.diversity_rate > -1,
         "--constraints": bool(g.constraints),
     }
-    asked = [flag for flag, given in searches.items() if given]
+    asked = [name for name, given in searches.items() if given]
     if len(asked) > 1:
         raise FlagError(f"{' and '.join(asked)} are searches that exclude one another: leave one out")
     longest = float("inf") if g.max_len_a or g.match_source_len else g.max_len_b
-    for flag, value, rule, holds in (
+    for name, value, rule, holds in (
         ("--nbest", g.nbest, f"must be --beam {g.beam} with --sampling", not g.sampling or g.nbest == g.beam),
         ("--min-len", g.min_len, f"must be at most --max-len-b {g.max_len_b}", g.min_len <= longest),
         ("--retain-dropout-modules", g.retain_dropout_modules, "needs --retain-dropout",
@@ -122,7 +122,7 @@ def check_generation(g: Any) -> None:
         ("--sampling-topp", g.sampling_topp, "needs --sampling", g.sampling_topp < 0 or g.sampling),
     ):  # fmt: skip
         if not holds:
-            raise FlagError(f"{flag} {rule}, got {value}")
+            raise FlagError(f"{name} {rule}, got {value}")
 
 
 @mend("fairseq.tasks.fairseq_task")
@@ -134,8 +134,9 @@ def refuse_steps_of_beam_search(module: Any) -> None:
     def build_generator(self: Any, models: Any, args: Any, *rest: Any, **kwargs: Any) -> Any:
         for name in ("print_step", "retain_iter_history"):
             if getattr(args, name, False):
-                flag = f"--{name.replace('_', '-')}"
-                raise FlagError(f"{flag} needs a model that refines its output (--task translation_lev)")
+                raise FlagError(
+                    f"{flag(name)} needs a model that refines its output (--task translation_lev)"
+                )
         return plain_build(self, models, args, *rest, **kwargs)
 
     module.FairseqTask.build_generator = build_generator
@@ -172,8 +173,7 @@ def check_flags_of_generation(module: Any) -> None:
 
     @functools.wraps(plain_main)
     def main(cfg: Any) -> Any:
-        if isinstance(cfg, Namespace):
-            cfg = module.convert_namespace_to_omegaconf(cfg)
+        cfg = whole(cfg)
         g = cfg.generation
         check_generation(g)
         other, unread = "fairseq-interactive", {"--constraints": g.constraints}
@@ -188,8 +188,8 @@ def check_flags_of_generation(module: Any) -> None:
             )
             if g.prefix_size > 0:  # there is no reference that it could be the beginning of
                 module.logger.warning("--prefix-size is read by fairseq-generate alone: nothing is forced")
-        for flag in [flag for flag, given in unread.items() if given]:
-            raise FlagError(f"{flag} is read by {other} alone: leave it out, or use that")
+        for name in [name for name, given in unread.items() if given]:
+            raise FlagError(f"{name} is read by {other} alone: leave it out, or use that")
         if g.lm_path and not g.lm_weight:
             raise FlagError(f"--lm-path needs --lm-weight, what its scores count, got {g.lm_weight}")
         return plain_main(cfg)

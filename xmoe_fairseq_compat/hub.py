@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 from typing import Any
 
 from xmoe_fairseq_compat.errors import FlagError
+from xmoe_fairseq_compat.override_rules import did_you_mean
 from xmoe_fairseq_compat.registry import mend
 
 # Besides the settings of a GenerationConfig: arguments of `generate` itself, and what tasks read.
@@ -25,9 +25,7 @@ def refuse_settings_of_nothing(module: Any) -> None:
         known = {*self.cfg.generation, *ARGUMENTS, *OF_TASKS}
         for name in kwargs:
             if name not in known:
-                close = difflib.get_close_matches(name, known, 1)
-                hint = f"; did you mean {close[0]}?" if close else ""
-                raise FlagError(f"generation has no setting {name}{hint}")
+                raise FlagError(f"generation has no setting {name}{did_you_mean(name, known)}")
         if kwargs.get("replace_unk") is not None:
             raise FlagError("replace_unk is for fairseq-generate and fairseq-interactive: leave it out")
         if verbose and kwargs.get("print_alignment") == "soft":

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 import re
 import sys
 from collections.abc import Mapping
 from typing import Any
 
-from xmoe_fairseq_compat.errors import CheckpointError, UserError
+from xmoe_fairseq_compat.errors import CheckpointError, UserError, flag
+from xmoe_fairseq_compat.settings import as_dict
 
 logger = logging.getLogger(__name__)
 
@@ -63,16 +63,6 @@ def settings_of(state: Mapping[str, Any]) -> dict[str, Any]:
     return as_dict(cfg.get("model") if isinstance(cfg, Mapping) else None) or as_dict(state.get("args"))
 
 
-def as_dict(model_cfg: Any) -> dict[str, Any]:
-    from omegaconf import OmegaConf
-
-    if isinstance(model_cfg, argparse.Namespace):
-        return vars(model_cfg)
-    if OmegaConf.is_config(model_cfg):
-        model_cfg = OmegaConf.to_container(model_cfg, resolve=False, enum_to_str=True)
-    return dict(model_cfg) if isinstance(model_cfg, Mapping) else {}
-
-
 def check_left_out(path: Any, changed: Mapping[str, tuple[Any, Any]]) -> None:
     """fairseq builds a model from the command line alone and fills it with a checkpoint's weights, so that a
     setting which was left out would silently be the default.
@@ -98,7 +88,7 @@ def check_left_out(path: Any, changed: Mapping[str, tuple[Any, Any]]) -> None:
 
 def as_flag(name: str, value: Any = "") -> str:
     """A setting as it is typed."""
-    text = "--" + name.replace("_", "-")
+    text = flag(name)
     if isinstance(value, bool):
         return text if value else f"no {text}"
     return f"{text} {value}".rstrip()

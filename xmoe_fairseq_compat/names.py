@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+from argparse import ArgumentParser, Namespace
 from typing import Any
 
 from xmoe_fairseq_compat.errors import FlagError
 from xmoe_fairseq_compat.registry import mend
+from xmoe_fairseq_compat.settings import when_parsed
 from xmoe_fairseq_compat.usage import hint
 
 # fairseq's criterions for a sequence of tokens; the others want speech, classes, masks or lengths.
@@ -51,18 +53,14 @@ def check_names(task: Any, arch: Any, criterion: Any) -> None:
 @mend("fairseq.options")
 def check_names_on_the_command_line(module: Any) -> None:
     """Every torch: a task and a model that do not go together fail somewhere inside, in as many ways."""
-    plain_parse = module.parse_args_and_arch
 
-    def parse_args_and_arch(parser: Any, *args: Any, **kwargs: Any) -> Any:
-        parsed = plain_parse(parser, *args, **kwargs)
-        if "--max-update" not in parser._option_string_actions:  # no training: the model is a checkpoint's
-            return parsed
-        namespace = parsed[0] if isinstance(parsed, tuple) else parsed
-        if hasattr(namespace, "max_update"):  # fairseq-generate has an --arch of its own, for speech
+    def see(namespace: Namespace, parser: ArgumentParser) -> None:
+        # Else there is no training, the model is a checkpoint's, and fairseq-generate has an --arch of its
+        # own, for speech.
+        if "--max-update" in parser._option_string_actions and hasattr(namespace, "max_update"):
             check_names(*(getattr(namespace, name, None) for name in ("task", "arch", "criterion")))
-        return parsed
 
-    module.parse_args_and_arch = parse_args_and_arch
+    when_parsed(module, see)
 
 
 def names_of(cfg: Any) -> list[Any]:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from enum import Enum
 from typing import Any
 
-from xmoe_fairseq_compat.errors import FlagError
+from xmoe_fairseq_compat.errors import FlagError, flag
 
 # What of a checkpoint's configuration is used after loading; the rest comes from the command's own flags, and
 # the last three in Python only.
@@ -20,8 +20,8 @@ def refuse(rule: str) -> None:
     raise FlagError(f"--model-overrides: {rule}")
 
 
-def refuse_flag(name: str, flag: str) -> None:
-    refuse(f"{name} is no setting of a model, but a flag: --{flag.replace('_', '-')}")
+def refuse_flag(name: str, meant: str) -> None:
+    refuse(f"{name} is no setting of a model, but a flag: {flag(meant)}")
 
 
 def settings_of(group: Any) -> dict[str, Any]:

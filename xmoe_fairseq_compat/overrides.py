@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ast
+from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from xmoe_fairseq_compat.errors import FlagError
 from xmoe_fairseq_compat.override_rules import check_overrides, refuse, refuse_flag
 from xmoe_fairseq_compat.registry import mend
+from xmoe_fairseq_compat.settings import when_parsed
 
 # What fairseq's own functions add to what they are given: hub_utils.from_pretrained, and those of its models.
 HANDED = {"data", "user_dir", "bpe_codes", "bpe_merges", "bpe_vocab", "sentencepiece_model"}
@@ -67,20 +69,16 @@ class Asked(dict[str, Any]):
 @mend("fairseq.options")
 def read_overrides_first(module: Any) -> None:
     """Every torch: no dictionary ends late, in a traceback; flags of generation are passed over."""
-    plain_parse = module.parse_args_and_arch
 
-    def parse_args_and_arch(*args: Any, **kwargs: Any) -> Any:
+    def see(namespace: Namespace, parser: Any) -> None:
         from fairseq.dataclass.configs import GenerationConfig
 
-        parsed = plain_parse(*args, **kwargs)
-        namespace = parsed[0] if isinstance(parsed, tuple) else parsed
         text = getattr(namespace, "model_overrides", None)
         for name in () if text is None else read_overrides(text):
             if name in GenerationConfig.__dataclass_fields__ or name in ("bpe", "tokenizer"):
                 refuse_flag(name, name)
-        return parsed
 
-    module.parse_args_and_arch = parse_args_and_arch
+    when_parsed(module, see)
 
 
 @mend("fairseq.checkpoint_utils")

@@ -5,18 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 from xmoe_fairseq_compat.checkpoints import load_checkpoint as load
-from xmoe_fairseq_compat.errors import CheckpointError, FlagError, UserError
+from xmoe_fairseq_compat.errors import CheckpointError, FlagError, UserError, flag
 from xmoe_fairseq_compat.files import MAPPED, from_all_ranks, raise_on_all_ranks
 from xmoe_fairseq_compat.misfits import (
     SILENT,
     WeightsError,
-    as_dict,
     check_left_out,
     misfit,
     other_sizes,
     settings_of,
 )
 from xmoe_fairseq_compat.registry import mend
+from xmoe_fairseq_compat.settings import as_dict
 
 DEFAULT = "checkpoint_last.pt"
 RESETS = ("reset_optimizer", "reset_lr_scheduler", "reset_meters", "reset_dataloader")
@@ -34,18 +34,16 @@ def check_named_files(cfg: Any, suffix: str, is_file: Any) -> None:
         raise FlagError(f"--finetune-from-model and --restore-file {cfg.restore_file} cannot be combined")
     for reset in RESETS if pretrained else ():
         if getattr(cfg, reset):
-            raise FlagError(
-                f"--{reset.replace('_', '-')} cannot be combined with --finetune-from-model, which resets all"
-            )
+            raise FlagError(f"{flag(reset)} cannot be combined with --finetune-from-model, which resets all")
     first = not is_file(f"{cfg.save_dir}/checkpoint_last{suffix}.pt")
     wanted = {
         "--restore-file": cfg.restore_file.replace(".pt", suffix + ".pt") if named else None,
         "--continue-once": getattr(cfg, "continue_once", None) if first else None,
         "--finetune-from-model": pretrained if first else None,
     }
-    for flag, path in wanted.items():
+    for name, path in wanted.items():
         if path and not is_file(path):
-            raise FlagError(f"{flag}: there is no file {path}")
+            raise FlagError(f"{name}: there is no file {path}")
 
 
 @mend("fairseq.checkpoint_utils")

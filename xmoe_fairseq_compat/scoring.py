@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+import logging
 import math
 from argparse import Namespace
 from typing import Any
 
 from xmoe_fairseq_compat.errors import FlagError
 from xmoe_fairseq_compat.registry import mend, replaced
+from xmoe_fairseq_compat.settings import whole
 from xmoe_fairseq_compat.shares import with_each_task
 from xmoe_fairseq_compat.trained import complete_defaults
 from xmoe_fairseq_compat.words import Text, texts_of
@@ -32,6 +34,30 @@ def report_words(module: Any, text: Text, probabilities: bool, statistics: bool)
             module.logger.info(stat)
 
 
+def scores_of(text: Text, tokens: int, unknown: int, logger: logging.Logger) -> dict[str, float]:
+    """Loss (base 2) and perplexity per word; those per token are logged, where they are others.
+
+    Args:
+        unknown: how many of the tokens are <unk>.
+    """
+    bits = -float(text.score_T.sum()) / math.log(2)
+    if text.words != tokens:
+        logger.info(
+            f"Per token: loss (base 2) {bits / tokens:.4f}, perplexity {power_of_2(bits / tokens):.2f}."
+            f" Below per word: {text.words:,} words, ends of lines among them"
+            + (f"; {unknown:,} tokens are <unk>, whose words may be miscounted" if unknown else "")
+        )
+    loss = bits / text.words
+    return {"loss": loss, "perplexity": power_of_2(loss)}
+
+
+def power_of_2(exponent: float) -> float:
+    """inf, not an error, where it is too large."""
+    import numpy as np
+
+    return float(np.exp2(exponent))
+
+
 @mend("fairseq_cli.eval_lm")
 def perplexity_per_word(module: Any) -> None:
     """Every torch: --remove-bpe has no effect on fairseq-eval-lm (it compares its own default constant with
@@ -50,8 +76,6 @@ def perplexity_per_word(module: Any) -> None:
         remove_bos_token: bool = False,
         device: Any = None,
     ) -> dict[str, float]:
-        import numpy as np
-
         dictionary = target_dictionary or source_dictionary
         texts = texts_of(dictionary, post_process)
         device = device or next(models[0].parameters()).device
@@ -70,16 +94,7 @@ def perplexity_per_word(module: Any) -> None:
         module.logger.info(f"Evaluated {timer.n:,} tokens in {timer.sum:.1f}s ({rate:.2f} tokens/s)")
         if output_word_probs or output_word_stats:
             report_words(module, text, output_word_probs, output_word_stats)
-        bits = -float(text.score_T.sum()) / math.log(2)
-        if text.words != timer.n:
-            unknown = int((text.token_T == dictionary.unk()).sum())
-            module.logger.info(
-                f"Per token: loss (base 2) {bits / timer.n:.4f}, perplexity {np.exp2(bits / timer.n):.2f}."
-                f" Below per word: {text.words:,} words, ends of lines among them"
-                + (f"; {unknown:,} tokens are <unk>, whose words may be miscounted" if unknown else "")
-            )
-        loss = bits / text.words
-        return {"loss": loss, "perplexity": float(np.exp2(loss))}
+        return scores_of(text, timer.n, int((text.token_T == dictionary.unk()).sum()), module.logger)
 
     module.eval_lm = eval_lm
 
@@ -93,7 +108,7 @@ def score_every_block(module: Any) -> None:
     @functools.wraps(plain_main)
     def main(cfg: Any, **kwargs: Any) -> Any:
         if isinstance(cfg, Namespace):  # of a script that parses flags itself
-            cfg = module.convert_namespace_to_omegaconf(cfg)
+            cfg = whole(cfg)
             complete_defaults(cfg)
 
         def see_to(task: Any) -> None:

@@ -7,12 +7,12 @@ import functools
 import logging
 import os
 import sys
-from argparse import Namespace
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from xmoe_fairseq_compat.errors import UserError
 from xmoe_fairseq_compat.registry import replaced, stand_in
+from xmoe_fairseq_compat.settings import whole
 
 
 class Turns:
@@ -121,9 +121,7 @@ def shared(module: Any, prepare: Callable[[Turns, Any], Names]) -> Callable[...,
 
     @functools.wraps(plain_main)
     def main(cfg: Any, *args: Any, **kwargs: Any) -> Any:
-        from fairseq.dataclass.utils import convert_namespace_to_omegaconf
-
-        cfg = convert_namespace_to_omegaconf(cfg) if isinstance(cfg, Namespace) else cfg
+        cfg = whole(cfg)
         turns, progress = Turns(cfg), module.progress_bar
         bar = stand_in(progress, progress_bar=functools.partial(turns.bar, progress.progress_bar))
         with turns.printing_once(), replaced(module, progress_bar=bar, **prepare(turns, cfg)):

@@ -3,24 +3,14 @@
 from __future__ import annotations
 
 import functools
-from argparse import Namespace
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
+from xmoe_fairseq_compat.dictionaries import names_in
 from xmoe_fairseq_compat.errors import FlagError, UserError
 from xmoe_fairseq_compat.registry import mend, replaced
+from xmoe_fairseq_compat.settings import whole
 from xmoe_fairseq_compat.shares import with_each_task
-
-
-def sets_in(folder: str) -> list[str]:
-    """Raises UserError where there is no such folder."""
-    from fairseq.file_io import PathManager
-
-    try:
-        names: Iterable[str] = PathManager.ls(folder)
-    except OSError as error:
-        raise UserError(f"cannot read data folder {folder}: {error.strerror}") from error
-    return sorted({name.split(".")[0] for name in names if name.endswith(".idx")})
 
 
 @mend("fairseq.tasks.language_modeling", "fairseq.tasks.translation")
@@ -44,7 +34,8 @@ def say_which_sets_there_are(task: Any) -> None:
             folder, pair = split_paths(cfg.data)[0], ""
             if getattr(cfg, "source_lang", None):
                 pair = f" of {cfg.source_lang}-{cfg.target_lang}"
-            there = ", ".join(sets_in(folder)) or "none"
+            sets = {name.split(".")[0] for name in names_in(folder) if name.endswith(".idx")}
+            there = ", ".join(sorted(sets)) or "none"
             raise UserError(f"no set {split!r}{pair} in {folder}; sets there: {there}") from error
 
     task.load_dataset = load_dataset
@@ -92,7 +83,7 @@ def read_the_sets_that_are_asked_for(module: Any) -> None:
 
     @functools.wraps(plain_main)
     def main(cfg: Any) -> Any:
-        cfg = module.convert_namespace_to_omegaconf(cfg) if isinstance(cfg, Namespace) else cfg
+        cfg = whole(cfg)
 
         def see_to(task: Any) -> None:
             plain_load = task.load_dataset

@@ -5,13 +5,15 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from xmoe_fairseq_compat.checkpoints import load_checkpoint
-from xmoe_fairseq_compat.errors import FlagError, UserError
+from xmoe_fairseq_compat.components import unknown
+from xmoe_fairseq_compat.errors import CheckpointError, FlagError, UserError, flag
+from xmoe_fairseq_compat.files import MAPPED
+from xmoe_fairseq_compat.opening import NEEDS_PATH
 from xmoe_fairseq_compat.registry import mend, stand_in
 
 # Of a language model's task: how the text is cut, and what the model reads and predicts.
@@ -24,16 +26,16 @@ OF_LANGUAGE_MODELS = (
 def on_command_line(*flags: str) -> list[str | None]:
     """Values of flags, before the command's own parser, which needs them, is made; None where not given."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for flag in flags:
-        parser.add_argument(flag)
+    for name in flags:
+        parser.add_argument(name)
     known, _ = parser.parse_known_args(sys.argv[1:])
-    return [getattr(known, flag.lstrip("-").replace("-", "_")) for flag in flags]
+    return [getattr(known, name.lstrip("-").replace("-", "_")) for name in flags]
 
 
 def given(names: Iterable[str]) -> set[str]:
     """Which settings the command line gives (fairseq takes no abbreviations)."""
     flags = {word.partition("=")[0] for word in sys.argv[1:]}
-    return {name for name in names if "--" + name.replace("_", "-") in flags}
+    return {name for name in names if flag(name) in flags}
 
 
 def saved_config(path: str) -> dict[str, dict[str, Any]]:
@@ -45,7 +47,7 @@ def saved_config(path: str) -> dict[str, dict[str, Any]]:
     from fairseq.dataclass.utils import convert_namespace_to_omegaconf
     from omegaconf import OmegaConf
 
-    state = load_checkpoint(path, sums=False, map_location="cpu", mmap=zipfile.is_zipfile(path) or None)
+    state = load_checkpoint(path, sums=False, **MAPPED)
     cfg = state.get("cfg") or convert_namespace_to_omegaconf(state["args"])
     whole: Any = OmegaConf.to_container(cfg) if OmegaConf.is_config(cfg) else cfg
     parts = {
@@ -66,7 +68,7 @@ def checkpoint_config() -> dict[str, dict[str, Any]]:
     if path is None:
         if {"-h", "--help"} & set(sys.argv):
             return {}
-        raise UserError("--path must be given: the checkpoint, such as checkpoints/checkpoint_best.pt")
+        raise FlagError(NEEDS_PATH)
     first = split_paths(path)[0]
     return saved_config(first) if Path(first).is_file() else {}
 
@@ -75,7 +77,7 @@ def trained_task() -> tuple[str | None, Any]:
     """Name and class of the checkpoint's task; None, None where there is none to read.
 
     Raises:
-        UserError: fairseq has no such task.
+        CheckpointError: fairseq has no such task.
     """
     from fairseq import utils
     from fairseq.tasks import TASK_REGISTRY
@@ -84,7 +86,7 @@ def trained_task() -> tuple[str | None, Any]:
     name = checkpoint_config().get("task", {}).get("_name")
     utils.import_user_module(argparse.Namespace(user_dir=folder))
     if name is not None and name not in TASK_REGISTRY:
-        raise UserError(f"{path} was trained with --task {name}, which a --user-dir has to bring")
+        raise CheckpointError(path, unknown("task", name))
     return name, TASK_REGISTRY.get(name)
 
 
@@ -95,7 +97,7 @@ def complete(args: Any, saved: dict[str, Any], names: Iterable[str], command: st
     for name, value in differ.items():
         setattr(args, name, value)
     if differ:
-        listed = ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in differ.items())
+        listed = ", ".join(f"{flag(name)} {value}" for name, value in differ.items())
         logging.getLogger(command).info("as the checkpoint was trained: %s", listed)
 
 

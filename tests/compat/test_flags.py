@@ -16,7 +16,8 @@ from toy import language_model, task, translation_model
 
 from xmoe_fairseq_compat.errors import FlagError
 from xmoe_fairseq_compat.flag_rules import RUN
-from xmoe_fairseq_compat.flags import check, plain_settings
+from xmoe_fairseq_compat.flags import check
+from xmoe_fairseq_compat.settings import as_dict
 
 TRAIN = ("data", "--arch", "transformer_tiny", "--batch-size", "1", "--optimizer", "adam")
 LM = ("data", "--task", "language_modeling", "--arch", "transformer_lm", "--batch-size", "1")
@@ -133,7 +134,7 @@ def test_all_defaults_keep_the_rules() -> None:
     parse(*LM)
     for group in ("optimizer", "lr_scheduler", "criterion"):
         for config in REGISTRIES[group]["dataclass_registry"].values():
-            check(plain_settings(config()), RUN)
+            check(as_dict(config()), RUN)
 
 
 def test_nonsense_for_preprocessing(tmp_path: Path) -> None:

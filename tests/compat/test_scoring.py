@@ -153,16 +153,16 @@ def test_a_fragment_is_not_scored(corpus: tuple[Path, Path], stock_models: tuple
 
 
 @pytest.mark.parametrize(("asked", "used"), [(1024, 32), (16, 16)])
-def test_a_namespace_of_flags_is_a_configuration_too(asked: int, used: int, tmp_path: Path) -> None:
+def test_a_namespace_of_flags_is_a_configuration_too(
+    asked: int, used: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As scripts call the command's main, and fairseq's own tests; a default of a flag is no choice."""
     saved = {"task": {"_name": "language_modeling", "tokens_per_sample": 32}}
     state = {"cfg": saved, "model": {}, "args": None, "extra_state": {}, "optimizer_history": [{}]}
     torch.save(state, tmp_path / "checkpoint.pt")
     flags = {"common_eval": {"path": str(tmp_path / "checkpoint.pt")}, "task": {"tokens_per_sample": asked}}
-    module = SimpleNamespace(
-        main=lambda cfg: cfg,
-        tasks=fairseq.tasks,
-        convert_namespace_to_omegaconf=lambda _: OmegaConf.create(flags),
-    )
+    convert = "fairseq.dataclass.utils.convert_namespace_to_omegaconf"
+    monkeypatch.setattr(convert, lambda _: OmegaConf.create(flags))
+    module = SimpleNamespace(main=lambda cfg: cfg, tasks=fairseq.tasks)
     score_every_block(module)
     assert module.main(Namespace()).task.tokens_per_sample == used

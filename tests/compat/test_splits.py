@@ -157,11 +157,10 @@ def test_no_sentence_fits() -> None:
         _ = nothing.first_batch
 
 
-def test_a_namespace_of_flags_is_a_configuration_too() -> None:
+def test_a_namespace_of_flags_is_a_configuration_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """As scripts call the command's main, and fairseq's own tests."""
     converted = OmegaConf.create({"dataset": {"combine_valid_subsets": True, "valid_subset": "test"}})
-    module = SimpleNamespace(
-        main=lambda cfg: cfg, tasks=fairseq.tasks, convert_namespace_to_omegaconf=lambda _: converted
-    )
+    monkeypatch.setattr("fairseq.dataclass.utils.convert_namespace_to_omegaconf", lambda _: converted)
+    module = SimpleNamespace(main=lambda cfg: cfg, tasks=fairseq.tasks)
     read_the_sets_that_are_asked_for(module)
     assert module.main(Namespace()).dataset.valid_subset == "valid"

@@ -63,7 +63,7 @@ def test_validate_takes_the_task_of_the_checkpoint(
     output = run("fairseq-validate", corpus[0], "--path", stock_models[0], *CPU, succeeds=False)
     assert output.splitlines()[-1] == "fairseq-validate: error: --batch-size or --max-tokens must be given"
     output = run("fairseq-validate", corpus[0], *CPU, "--batch-size", 4, succeeds=False)
-    assert "--path must be given" in output.splitlines()[-1] and "Traceback" not in output
+    assert "--path must name a checkpoint" in output.splitlines()[-1] and "Traceback" not in output
 
 
 def test_generate_takes_the_direction_of_the_checkpoint(

@@ -10,6 +10,7 @@ from pathlib import Path
 from xmoe_fairseq.convert.dense import ConvertError
 from xmoe_fairseq.convert.finetune import TUNED
 from xmoe_fairseq.convert.grouping import GROUPINGS
+from xmoe_fairseq_compat.errors import flag
 from xmoe_fairseq_compat.usage import Parser
 
 
@@ -57,7 +58,7 @@ def check(args: argparse.Namespace) -> None:
         raise ConvertError(f"{args.sparse} exists already")
     for name in ("calibration_tokens", "valid_tokens", "max_tokens"):
         if getattr(args, name) < 1:
-            raise ConvertError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
+            raise ConvertError(f"{flag(name)} must be at least 1, got {getattr(args, name)}")
     if not 0 < args.budget <= 1:
         raise ConvertError(f"--budget must be in (0, 1], got {args.budget}")
     if args.max_loss is not None and not args.max_loss > 0:

@@ -6,7 +6,7 @@ from torch import nn
 
 from xmoe_fairseq.config import read_field
 from xmoe_fairseq.parallel.groups import expert_names
-from xmoe_fairseq_compat.errors import FlagError
+from xmoe_fairseq_compat.errors import FlagError, flag
 
 DDP_BACKENDS = ("legacy_ddp", "no_c10d", "pytorch_ddp", "c10d")
 
@@ -31,8 +31,8 @@ def check_training(cfg: Any, model: nn.Module) -> None:
         cfg: fairseq's whole configuration.
     """
 
-    def refuse(flag: str, instead: str) -> None:
-        raise FlagError(f"{flag} cannot be combined with --moe-expert-parallel-size: {instead}")
+    def refuse(what: str, instead: str) -> None:
+        raise FlagError(f"{what} cannot be combined with --moe-expert-parallel-size: {instead}")
 
     common, distributed = cfg.common, cfg.distributed_training
     check_backend(cfg)
@@ -49,10 +49,10 @@ def check_training(cfg: Any, model: nn.Module) -> None:
         ("ema_fp32", cfg.ema),
     ):
         if read_field(group, name, False):
-            refuse("--" + name.replace("_", "-"), "leave it out")
+            refuse(flag(name), "leave it out")
     for name in ("encoder_layerdrop", "decoder_layerdrop"):
         if read_field(cfg.model, name, 0.0):  # ranks would leave out different layers, and wait for ever
-            refuse("--" + name.replace("_", "-"), "it must be 0")
+            refuse(flag(name), "it must be 0")
     if read_field(cfg.task, "eval_bleu", False) and any(
         name.startswith("decoder.") for name in expert_names(model)
     ):  # ranks decode different numbers of steps
