@@ -96,13 +96,16 @@ def check_dictionaries(task: Any, saved: dict[str, Any]) -> None:
             )
 
 
+def task_of(module: Any) -> Any:
+    """The class that a module of fairseq.tasks is for: language_modeling or translation."""
+    return getattr(module, "TranslationTask", None) or module.LanguageModelingTask
+
+
 @mend("fairseq.tasks.language_modeling", "fairseq.tasks.translation")
 def know_the_dictionaries_of_training(module: Any) -> None:
     """Every torch: a checkpoint does not know its dictionaries, so another of as many entries passes, and the
     model reads other words than were written. Checkpoints without this are taken as they are."""
-    for task in (getattr(module, name, None) for name in ("LanguageModelingTask", "TranslationTask")):
-        if task is not None:
-            remember_dictionaries(task)
+    remember_dictionaries(task_of(module))
 
 
 def remember_dictionaries(task: Any) -> None:

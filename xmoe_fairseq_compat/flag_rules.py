@@ -96,8 +96,8 @@ RUN: tuple[Rule, ...] = (
     ("temperature power", "must be above 0", lambda value, _: 0 < value < INFINITY),
     ("lenpen diversity_rate", "must be in (-100, 100)", lambda value, _: abs(value) < 100),
     ("max_len_a lr weight_decay", "must be in [0, 10^6)", between(0, 1e6)),
-    ("label_smoothing momentum slowmo_momentum", "must be in [0, 1)", between(0, 1)),
-    ("ema_decay fp16_scale_tolerance", "must be in [0, 1]", lambda value, _: 0 <= value <= 1),
+    ("label_smoothing momentum slowmo_momentum ema_decay", "must be in [0, 1)", between(0, 1)),
+    ("fp16_scale_tolerance", "must be in [0, 1]", lambda value, _: 0 <= value <= 1),
     ("num_batch_buckets", "must be a whole number in [0, 2^20]", whole(0, 2**20)),
     (
         "warmup_updates",

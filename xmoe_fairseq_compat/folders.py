@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from xmoe_fairseq_compat.dictionaries import task_of
 from xmoe_fairseq_compat.errors import UserError
 from xmoe_fairseq_compat.registry import mend
 
@@ -23,9 +24,7 @@ def check_folders(task: Any, folders: list[str]) -> None:
 @mend("fairseq.tasks.language_modeling", "fairseq.tasks.translation")
 def one_dictionary_for_all_folders(module: Any) -> None:
     """Every torch: of DATA1:DATA2 the first one's dictionary counts, and the other may be of another."""
-    for task in (getattr(module, name, None) for name in ("LanguageModelingTask", "TranslationTask")):
-        if task is not None:
-            check_when_set_up(task)
+    check_when_set_up(task_of(module))
 
 
 def check_when_set_up(task: Any) -> None:

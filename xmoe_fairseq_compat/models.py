@@ -13,7 +13,6 @@ from xmoe_fairseq_compat.registry import has, mend, stand_in
 
 
 def development_build() -> bool:
-
     return has("torch") and not metadata.version("torch").split("+")[0].replace(".", "").isdigit()
 
 
@@ -32,7 +31,7 @@ def read_development_versions(module: Any) -> None:
 
 @mend("fairseq.models.ema.ema")
 def average_floats_only(module: Any) -> None:
-    """--store-ema averages every entry of a state dict, tables of whole numbers too, which torch refuses."""
+    """Every torch: --store-ema averages all of a state dict; torch refuses to for whole numbers."""
     plain_init = module.EMA.__init__
 
     def init(self: Any, model: Any, *args: Any, **kwargs: Any) -> None:
@@ -90,8 +89,6 @@ def refuse_averages_that_stand_still(module: Any) -> None:
 
     def init(self: Any, model: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         decay = config.ema_decay
-        if not 0 <= decay < 1:
-            raise FlagError(f"--ema-decay must be in [0, 1), got {decay}")
         types = {p.dtype for p in model.parameters() if p.dtype.is_floating_point}
         coarse = max(types, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float32)
         if not config.ema_fp32 and 1 - decay < torch.finfo(coarse).eps:

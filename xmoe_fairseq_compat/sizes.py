@@ -25,6 +25,34 @@ COUNTS = ("arange", "randperm")  # these take a number, not a size
 _building: ContextVar[ExitStack | None] = ContextVar("building", default=None)
 
 
+class Limit:
+    """What may be built of a checkpoint, and what has been by now."""
+
+    def __init__(self, path: Any, state: Any) -> None:
+        held = [value.numel() for value in state["model"].values() if hasattr(value, "numel")]
+        self.path, self.held_values, self.held_parameters = path, sum(held), len(held)
+        self.values = self.parameters = 0
+
+    def count(self, module: Any, name: str, parameter: Any) -> None:
+        if parameter is not None:
+            self.values += parameter.numel()
+            self.parameters += 1
+            self.check(self.values)
+
+    def check(self, values: int) -> None:
+        """Raises CheckpointError if so many values at once, or parameters by now, are too many."""
+        if (
+            values > VALUES * self.held_values + MORE_VALUES
+            or self.parameters > PARAMETERS * self.held_parameters + MORE_PARAMETERS
+        ):
+            raise CheckpointError(
+                self.path,
+                "its configuration, or what overrides it, asks for more than"
+                f" {max(values, self.values):,} values in {self.parameters:,} parameters, and it holds"
+                f" {self.held_values:,} in {self.held_parameters:,}; do not use it",
+            )
+
+
 @contextmanager
 def within(path: Any, state: Any) -> Iterator[None]:
     """In this block a tensor or model that is far larger than a checkpoint is not built.
@@ -38,32 +66,14 @@ def within(path: Any, state: Any) -> Iterator[None]:
     from torch.nn.modules.module import register_module_parameter_registration_hook
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    held = [value.numel() for value in state["model"].values() if hasattr(value, "numel")]
-    most_values = VALUES * sum(held) + MORE_VALUES
-    most_parameters = PARAMETERS * len(held) + MORE_PARAMETERS
-    seen = {"values": 0, "parameters": 0}
-
-    def refuse_more(values: int) -> None:
-        if values > most_values or seen["parameters"] > most_parameters:
-            raise CheckpointError(
-                path,
-                "its configuration, or what overrides it, asks for more than"
-                f" {max(values, seen['values']):,} values in {seen['parameters']:,} parameters, and it holds"
-                f" {sum(held):,} in {len(held):,}; do not use it",
-            )
-
-    def count(module: Any, name: str, parameter: Any) -> None:
-        if parameter is not None:
-            seen["values"] += parameter.numel()
-            seen["parameters"] += 1
-            refuse_more(seen["values"])
+    limit = Limit(path, state)
 
     class Within(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            refuse_more(size_of_result(func, args))
+            limit.check(size_of_result(func, args))
             return func(*args, **(kwargs or {}))
 
-    hook = register_module_parameter_registration_hook(count)
+    hook = register_module_parameter_registration_hook(limit.count)
     try:
         with Within():  # type: ignore[no-untyped-call]
             yield

@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from xmoe_fairseq_compat.dictionaries import names_in
+from xmoe_fairseq_compat.dictionaries import names_in, task_of
 from xmoe_fairseq_compat.errors import FlagError, UserError
 from xmoe_fairseq_compat.registry import mend, replaced
 from xmoe_fairseq_compat.settings import whole
@@ -16,9 +16,7 @@ from xmoe_fairseq_compat.shares import with_each_task
 @mend("fairseq.tasks.language_modeling", "fairseq.tasks.translation")
 def name_a_missing_set(module: Any) -> None:
     """Every torch: a data folder, or a set in it, that is not there ends in a traceback."""
-    for task in (getattr(module, name, None) for name in ("LanguageModelingTask", "TranslationTask")):
-        if task is not None:
-            say_which_sets_there_are(task)
+    say_which_sets_there_are(task_of(module))
 
 
 def say_which_sets_there_are(task: Any) -> None:

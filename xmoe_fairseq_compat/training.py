@@ -6,6 +6,7 @@ import functools
 import sys
 from typing import Any
 
+from xmoe_fairseq_compat.reading import tensors
 from xmoe_fairseq_compat.registry import mend, stand_in
 
 
@@ -73,6 +74,29 @@ def count_what_came_before_a_dummy_batch(module: Any) -> None:
     module.Trainer.train_step = train_step
 
 
+def not_finite(named_parameters: Any, first_found: str) -> str | None:
+    """Which gradients are not finite, in one line that says what fairseq was handling; None if all are.
+
+    Args:
+        first_found: what the detector saw first.
+    """
+    import torch
+
+    grads = {name: p.grad for name, p in named_parameters if p.grad is not None}
+    norms = {name: torch.linalg.vector_norm(grad, dtype=torch.double) for name, grad in grads.items()}
+    bad = [name for name, norm in norms.items() if not torch.isfinite(norm.square().float())]
+    if not bad:
+        return None
+    where = f" ({first_found})" if first_found else ""
+    cause = str(sys.exc_info()[1] or "").partition(". ")[0]
+    before = "" if not cause or "Nan/Inf" in cause else f"{cause}; "
+    return (
+        f"{before}gradients of {len(bad)} of {len(grads)} parameters are NaN, inf or too large for"
+        f" their norm, the first {bad[0]}{where}; lower --lr, or give --clip-norm or more"
+        " --warmup-updates"
+    )
+
+
 @mend("fairseq.nan_detector")
 def name_the_parameter_that_is_not_finite(module: Any) -> None:
     """Every torch: when gradients are NaN, fairseq makes the step again with a backward hook on every module.
@@ -80,8 +104,6 @@ def name_the_parameter_that_is_not_finite(module: Any) -> None:
     torch looks for a tensor in a module's output and fails on a record or an empty dict (TypeError,
     StopIteration); if it does not, whole gradients are printed, and no parameter is named at the end.
     """
-    import torch
-
     plain_hook, plain_detect = module.NanDetector.fhook_fn, module.NanDetector._detect
 
     def add_hooks(self: Any, watched: Any) -> None:
@@ -90,8 +112,8 @@ def name_the_parameter_that_is_not_finite(module: Any) -> None:
 
     def fhook_fn(self: Any, watched: Any, inputs: Any, output: Any) -> None:
         plain_hook(self, watched, inputs, output)
-        for tensor in tensors_of(output):
-            if tensor.requires_grad:
+        for _, tensor in tensors(output):
+            if getattr(tensor, "requires_grad", False):
                 tensor.register_hook(functools.partial(self.bhook_fn, watched, inputs))
 
     def detect(self: Any, *args: Any) -> Any:
@@ -101,26 +123,9 @@ def name_the_parameter_that_is_not_finite(module: Any) -> None:
 
     def __exit__(self: Any, kind: Any, error: Any, traceback: Any) -> None:
         self.close()
-        grads = {name: p.grad for name, p in self.named_parameters if p.grad is not None}
-        norms = {name: torch.linalg.vector_norm(grad, dtype=torch.double) for name, grad in grads.items()}
-        bad = [name for name, norm in norms.items() if not torch.isfinite(norm.square().float())]
-        if bad and error is None:
-            where = f" ({self.first_found})" if self.first_found else ""
-            cause = str(sys.exc_info()[1] or "").partition(". ")[0]  # what fairseq is just handling
-            before = "" if not cause or "Nan/Inf" in cause else f"{cause}; "
-            raise FloatingPointError(
-                f"{before}gradients of {len(bad)} of {len(grads)} parameters are NaN, inf or too large for"
-                f" their norm, the first {bad[0]}{where}; lower --lr, or give --clip-norm or more"
-                " --warmup-updates"
-            )
-
-    def tensors_of(output: Any) -> list[Any]:
-        if torch.is_tensor(output):
-            return [output]
-        parts = output.values() if isinstance(output, dict) else output
-        return (
-            [t for part in parts for t in tensors_of(part)] if isinstance(output, (dict, list, tuple)) else []
-        )
+        text = not_finite(self.named_parameters, self.first_found) if error is None else None
+        if text:
+            raise FloatingPointError(text)
 
     detector = module.NanDetector
     detector.add_hooks, detector.fhook_fn, detector._detect = add_hooks, fhook_fn, detect

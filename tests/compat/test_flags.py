@@ -58,7 +58,7 @@ def parse(*arguments: str, parser: Any = options.get_training_parser) -> Namespa
         ("--num-workers", "-1", OR_ZERO),
         ("--seed", "-1", "must be in [0, 2^32)"),
         ("--seed", "4294967296", "must be in [0, 2^32)"),
-        ("--ema-decay", "1.5", "must be in [0, 1]"),
+        ("--ema-decay", "1", "must be in [0, 1)"),
         ("--model-parallel-size", "2", "must be 1 without Megatron-LM"),
         ("--patience", "0", "must be -1 (off) or at least 1"),
         ("--save-dir", "${a}", NOT_HYDRAS),

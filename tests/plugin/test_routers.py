@@ -20,10 +20,10 @@ from toy import (
     translation_sample,
 )
 
+from xmoe_fairseq.build_moe import build_router
 from xmoe_fairseq.config import MoEConfig
 from xmoe_fairseq.criterions import MoECrossEntropyCriterion
 from xmoe_fairseq.moe import HashRouter, record_routing
-from xmoe_fairseq.transformer_layers import build_router
 from xmoe_fairseq_compat.errors import FlagError
 
 HASH = {"moe_router": "hash", "moe_hash_table": "random"}

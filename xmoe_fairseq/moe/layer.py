@@ -2,9 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -68,15 +66,7 @@ class MoELayer(nn.Module):
         given, expected = (router.num_experts, router.model_dim), (num_experts, model_dim)
         if given != expected:
             raise ValueError(f"router must be for (num_experts, model_dim) = {expected}, got {given}")
-        if not all(0 <= value < math.inf for value in (capacity_factor, eval_capacity_factor, min_capacity)):
-            raise ValueError(  # NaN too
-                "capacity_factor, eval_capacity_factor and min_capacity must be 0 or more, and finite, "
-                f"got {capacity_factor}, {eval_capacity_factor}, {min_capacity}"
-            )
-        if dense_ffn_dim is not None and dense_ffn_dim < 1:
-            raise ValueError(f"dense_ffn_dim must be at least 1, or None, got {dense_ffn_dim}")
-        if combine not in COMBINE:
-            raise ValueError(f"combine must be one of {', '.join(COMBINE)}, got {combine}")
+        _check((capacity_factor, eval_capacity_factor, min_capacity), dense_ffn_dim, combine)
         self.model_dim, self.expert_dim, self.num_experts = model_dim, expert_dim, num_experts
         self.router_flops = router.flops_per_token
         self.router = router
@@ -192,26 +182,14 @@ def weigh_one(routing: Routing, x_TD: Tensor) -> Routing:
     return replace(routing, weight_R=torch.ones_like(weight_R), all_ones=is_fp32)
 
 
-def moe_layers(model: nn.Module) -> list[MoELayer]:
-    """In the order of the model's modules: an encoder's before a decoder's, from the lowest up."""
-    return [module for module in model.modules() if isinstance(module, MoELayer)]
-
-
-@contextmanager
-def record_routing(model: nn.Module) -> Iterator[list[tuple[MoELayer, Routing]]]:
-    """Collects the (layer, routing) of every MoE layer call of `model` inside the `with` block, in order.
-
-    What runs after the block, such as the recomputation of checkpointed activations in the backward pass,
-    is not recorded, so a loss taken from the list counts once.
-    """
-    records: list[tuple[MoELayer, Routing]] = []
-
-    def keep(layer: MoELayer, _: Any, output: tuple[Tensor, Routing]) -> None:
-        records.append((layer, output[1]))
-
-    handles = [layer.register_forward_hook(keep) for layer in moe_layers(model)]
-    try:
-        yield records
-    finally:
-        for handle in handles:
-            handle.remove()
+def _check(capacities: tuple[float, float, float], dense_ffn_dim: int | None, combine: str) -> None:
+    """Raises ValueError."""
+    if not all(0 <= value < math.inf for value in capacities):
+        raise ValueError(  # NaN too
+            "capacity_factor, eval_capacity_factor and min_capacity must be 0 or more, and finite, "
+            f"got {', '.join(map(str, capacities))}"
+        )
+    if dense_ffn_dim is not None and dense_ffn_dim < 1:
+        raise ValueError(f"dense_ffn_dim must be at least 1, or None, got {dense_ffn_dim}")
+    if combine not in COMBINE:
+        raise ValueError(f"combine must be one of {', '.join(COMBINE)}, got {combine}")

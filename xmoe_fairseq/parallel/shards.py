@@ -169,7 +169,7 @@ def remove_orphans(folder: Path) -> None:
         # To open and close the lock file in the process that holds it would let go of it.
         copies = [path for path in folder.iterdir() if path.is_file() and path.name != folder_lock.NAME]
         named = {file for copy in copies for file in named_shards(copy)}
-    except Exception as error:  # whatever a damaged or foreign file makes torch raise
+    except (CheckpointError, OSError) as error:
         reason = str(error).splitlines()[0]
         logger.warning(
             f"experts that may be in no use stay in {folder}: a checkpoint cannot be read: {reason}"

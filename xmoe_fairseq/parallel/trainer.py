@@ -191,5 +191,5 @@ def not_shared(folder: str | Path, file: str, rank: int = 0) -> FlagError:
 def _is_sharded(checkpoint: Path) -> bool:
     try:
         return checkpoint.is_file() and bool(named_shards(checkpoint))
-    except Exception:  # an old format or a damaged file: fairseq's own load says what is wrong with it
+    except (CheckpointError, OSError):  # fairseq's own load says what is wrong with it
         return False
