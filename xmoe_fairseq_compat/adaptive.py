@@ -25,16 +25,21 @@ def adaptive_loss_needs_a_cutoff(module: Any) -> None:
     module.AdaptiveLoss.forward = forward
 
 
+def refuse_ddp(criterion: str, cfg: Any) -> None:
+    """Raises FlagError on several ranks: what a batch lacks of the vocabulary has no gradient there."""
+    from fairseq.distributed.utils import get_global_world_size
+
+    backend = str(cfg.ddp_backend)
+    if backend in ("c10d", "pytorch_ddp") and get_global_world_size() > 1:
+        raise FlagError(f"--criterion {criterion} needs --ddp-backend legacy_ddp, got {backend}")
+
+
 @mend("fairseq.criterions.adaptive_loss")
 def adaptive_loss_in_one_process(module: Any) -> None:
     """Every torch: it refuses pytorch_ddp, the default, in a page, and where there is one process too."""
 
     def build_criterion(cls: Any, cfg: Any, task: Any) -> Any:
-        from fairseq.distributed.utils import get_global_world_size
-
-        backend = str(cfg.ddp_backend)
-        if backend in ("c10d", "pytorch_ddp") and get_global_world_size() > 1:
-            raise FlagError(f"--criterion adaptive_loss needs --ddp-backend legacy_ddp, got {backend}")
+        refuse_ddp("adaptive_loss", cfg)
         return cls(task, cfg.sentence_avg)
 
     module.AdaptiveLoss.build_criterion = classmethod(build_criterion)

@@ -99,7 +99,8 @@ def refuse_weights_that_are_no_numbers(module: Any) -> None:
         for name, weight in model.items() if isinstance(model, dict) else ():
             # fairseq never sets the buffer of that name
             is_float = torch.is_tensor(weight) and weight.is_floating_point() and "_float_tensor" not in name
-            if is_float and torch.isnan(weight).any():
+            # The sum is NaN if a weight is, and takes an eighth of the time; two infinities make it NaN too.
+            if is_float and weight.sum().isnan() and weight.isnan().any():
                 raise CheckpointError(path, f"it holds NaN in {name}; take an earlier checkpoint")
         return state
 

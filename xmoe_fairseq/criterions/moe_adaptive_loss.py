@@ -5,10 +5,9 @@ from typing import Any
 
 from fairseq.criterions import register_criterion
 from fairseq.criterions.adaptive_loss import AdaptiveLoss, AdaptiveLossConfig
-from fairseq.distributed import utils
 
 from xmoe_fairseq.criterions.moe_loss import MoELossConfig, MoELossMixin
-from xmoe_fairseq_compat.errors import FlagError
+from xmoe_fairseq_compat.adaptive import refuse_ddp
 
 
 @dataclass
@@ -29,9 +28,7 @@ class MoEAdaptiveLoss(MoELossMixin, AdaptiveLoss):
         """fairseq's refuses pytorch_ddp, its default, in one process too, where there is no DDP.
 
         Raises:
-            FlagError: on several ranks. A part of the vocabulary that a batch lacks has no gradient there.
+            FlagError: as `refuse_ddp`.
         """
-        backend = str(cfg.ddp_backend)
-        if backend in ("c10d", "pytorch_ddp") and utils.get_global_world_size() > 1:
-            raise FlagError(f"--criterion moe_adaptive_loss needs --ddp-backend legacy_ddp, got {backend}")
+        refuse_ddp("moe_adaptive_loss", cfg)
         return cls(task, cfg.sentence_avg, cfg.moe_loss_coeff, cfg.moe_z_loss_coeff)
