@@ -90,12 +90,11 @@ def check_names_of_a_user_dir(module: Any) -> None:
     def main(cfg: Any) -> Any:
         from fairseq.models import ARCH_MODEL_REGISTRY
 
-        if hasattr(cfg, "keys"):
-            module.utils.import_user_module(cfg.common)
-            task, arch, criterion = names_of(cfg)
-            if arch not in ARCH_MODEL_REGISTRY:
-                raise FlagError(f"there is no model {arch!r}{hint(str(arch), ARCH_MODEL_REGISTRY)}")
-            check_names(task, arch, criterion)
+        module.utils.import_user_module(cfg.common)
+        task, arch, criterion = names_of(cfg)
+        if arch not in ARCH_MODEL_REGISTRY:
+            raise FlagError(f"there is no model {arch!r}{hint(str(arch), ARCH_MODEL_REGISTRY)}")
+        check_names(task, arch, criterion)
         return plain_main(cfg)
 
     module.main = main

@@ -51,10 +51,17 @@ def mend_around(module: str, when: When = lambda: True) -> Callable[[MendAround]
 
 @functools.cache
 def read_all() -> None:
-    """Import every file of this package, in the order of their names: each registers its mends."""
+    """Import every file of this package: each registers its mends.
+
+    Of several for one module those of the file whose name comes later are the outer ones, whichever file a
+    program, or another file, has imported first.
+    """
     package = __name__.rpartition(".")[0]
     for file in sorted(file.name for file in pkgutil.iter_modules(sys.modules[package].__path__)):
         importlib.import_module(f"{package}.{file}")
+    registered: list[list[tuple[When, Any]]] = [*after.values(), *around.values()]
+    for mends in registered:
+        mends.sort(key=lambda entry: str(entry[1].__module__))
 
 
 @functools.cache

@@ -87,12 +87,10 @@ def one_run_to_a_folder(module: Any) -> None:
 
     @functools.wraps(plain_main)
     def main(cfg: Any, *args: Any, **kwargs: Any) -> Any:
-        # an argparse.Namespace has all in one
-        checkpoint, distributed = (getattr(cfg, part, cfg) for part in ("checkpoint", "distributed_training"))
         lock, error = None, None
-        if not checkpoint.no_save and not distributed.distributed_rank:
+        if not cfg.checkpoint.no_save and not cfg.distributed_training.distributed_rank:
             try:
-                lock = hold(checkpoint.save_dir)
+                lock = hold(cfg.checkpoint.save_dir)
             except (FlagError, WriteError) as refused:
                 error = refused
         raise_on_all_ranks(error)
@@ -113,7 +111,7 @@ def refuse_to_write_in_the_background(module: Any) -> None:
 
     @functools.wraps(plain_main)
     def main(cfg: Any, *args: Any, **kwargs: Any) -> Any:
-        if getattr(getattr(cfg, "checkpoint", cfg), "write_checkpoints_asynchronously", False):
+        if cfg.checkpoint.write_checkpoints_asynchronously:
             raise FlagError("--write-checkpoints-asynchronously writes damaged checkpoints; leave it out")
         return plain_main(cfg, *args, **kwargs)
 

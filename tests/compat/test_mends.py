@@ -95,6 +95,23 @@ def test_another_fairseq_is_left_alone(version: str, monkeypatch: pytest.MonkeyP
     assert compat.Finder.find_spec("fairseq") is None
 
 
+def test_mends_of_a_module_run_in_the_order_of_their_files() -> None:
+    """Of one function each wraps the one before, so this says which is the outer one."""
+    first = """
+import xmoe_fairseq_compat.usage, xmoe_fairseq_compat.scoring
+from xmoe_fairseq_compat import registry
+registry.read_all()
+files = {name: [mend.__module__ for _, mend in mends] for name, mends in registry.after.items()}
+assert all(found == sorted(found) for found in files.values()), files
+print(len(set(files["fairseq_cli.train"])) > 1)
+"""
+    command, env = (
+        [sys.executable, "-S", "-c", first],
+        {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert subprocess.check_output(command, text=True, env=env).strip() == "True"
+
+
 def test_versions_that_have_no_defect_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     ran = []
     monkeypatch.setattr(registry, "after", {"m": [(lambda: False, ran.append), (lambda: True, ran.append)]})

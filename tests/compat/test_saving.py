@@ -10,12 +10,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import fairseq_cli.train
 import pytest
 import torch
 from distributed import run_ranks
 from fairseq import checkpoint_utils
+from fairseq.dataclass.configs import FairseqConfig
 from fairseq.file_io import PathManager
+from omegaconf import OmegaConf
 
 from xmoe_fairseq_compat import folder_lock, saving
 from xmoe_fairseq_compat.errors import FlagError, UserError
@@ -182,23 +183,28 @@ def test_without_locks_of_the_file_system_the_process_is_looked_for(tmp_path: Pa
 @pytest.mark.parametrize("no_save", [False, True])
 def test_a_run_holds_its_folder_unless_it_saves_nothing(no_save: bool, tmp_path: Path) -> None:
     """one_run_to_a_folder"""
-    cfg = SimpleNamespace(no_save=no_save, save_dir=str(tmp_path / "run"), distributed_rank=0)
     module = SimpleNamespace(main=lambda cfg: list(tmp_path.rglob("*")))
     saving.one_run_to_a_folder(module)
-    seen = module.main(cfg)
+    seen = module.main(configuration(save_dir=str(tmp_path / "run"), no_save=no_save))
     assert (tmp_path / "run" / folder_lock.NAME in seen) == (not no_save)
     assert not list(tmp_path.rglob(folder_lock.NAME))
 
 
+def configuration(**settings: Any) -> Any:
+    return OmegaConf.merge(OmegaConf.structured(FairseqConfig), {"checkpoint": settings})
+
+
 def test_a_folder_that_may_not_be_written_is_named() -> None:
-    cfg = SimpleNamespace(no_save=False, save_dir=f"{__file__}/run", distributed_rank=0)
+    module = SimpleNamespace(main=lambda cfg: pytest.fail("it trains"))
+    saving.one_run_to_a_folder(module)
     with pytest.raises(WriteError, match=f"cannot write {__file__}/run: not a directory"):
-        fairseq_cli.train.main(cfg)
+        module.main(configuration(save_dir=f"{__file__}/run"))
 
 
 def test_writing_in_the_background_is_refused() -> None:
     """refuse_to_write_in_the_background"""
-    cfg = SimpleNamespace(checkpoint=SimpleNamespace(write_checkpoints_asynchronously=True))
+    module = SimpleNamespace(main=lambda cfg: pytest.fail("it trains"))
+    saving.refuse_to_write_in_the_background(module)
     with pytest.raises(FlagError, match="--write-checkpoints-asynchronously writes damaged"):
-        fairseq_cli.train.main(cfg)
+        module.main(configuration(write_checkpoints_asynchronously=True))
     assert PathManager.supports_rename("checkpoint.pt")
