@@ -1,6 +1,7 @@
 """A model that a checkpoint describes is built within what the checkpoint holds.
 
-Its mend is to come after those of checkpoints.py, which put a checkpoint's files together.
+Its mend must be outside those of checkpoints.py, which put a checkpoint's files together: so the files' names
+have it (registry.py).
 """
 
 from __future__ import annotations
