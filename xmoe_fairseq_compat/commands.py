@@ -12,7 +12,7 @@ from typing import Any
 from xmoe_fairseq_compat.errors import FlagError, UserError
 from xmoe_fairseq_compat.folders import check_language_model
 from xmoe_fairseq_compat.registry import has, mend, stand_in
-from xmoe_fairseq_compat.settings import whole
+from xmoe_fairseq_compat.settings import configuration
 from xmoe_fairseq_compat.shares import Names, Turns, shared, with_each_task
 from xmoe_fairseq_compat.splits import load_with_targets
 
@@ -120,7 +120,7 @@ def generate_on_several_ranks(module: Any) -> None:
     def main(cfg: Any) -> Any:
         from fairseq.distributed import utils
 
-        cfg = whole(cfg)
+        cfg = configuration(cfg)
         alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
         return shared_main(cfg) if alone else utils.call_main(cfg, shared_main)
 

@@ -32,7 +32,7 @@ def check(settings: Mapping[str, Any], rules: Iterable[Rule]) -> None:
         for name in names.split():
             if name in given:
                 try:
-                    given[name] = literal(given[name])
+                    given[name] = as_number(given[name])
                     holds_for_each = _each(given[name], given, holds)
                 except KeyError:  # a rule between two settings, of which one is not given
                     continue
@@ -40,7 +40,7 @@ def check(settings: Mapping[str, Any], rules: Iterable[Rule]) -> None:
                     raise FlagError(f"{flag(name)} {rule.format(**given)}, got {settings[name]}")
 
 
-def literal(value: Any) -> Any:
+def as_number(value: Any) -> Any:
     """Numbers that fairseq keeps as a string, such as "(0.9, 0.98)"."""
     try:
         return ast.literal_eval(value) if isinstance(value, str) else value

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from xmoe_fairseq_compat.errors import FlagError, flag
 from xmoe_fairseq_compat.registry import mend
-from xmoe_fairseq_compat.settings import whole
+from xmoe_fairseq_compat.settings import configuration
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -173,7 +173,7 @@ def check_flags_of_generation(module: Any) -> None:
 
     @functools.wraps(plain_main)
     def main(cfg: Any) -> Any:
-        cfg = whole(cfg)
+        cfg = configuration(cfg)
         g = cfg.generation
         check_generation(g)
         other, unread = "fairseq-interactive", {"--constraints": g.constraints}

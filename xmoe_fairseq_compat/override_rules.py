@@ -24,7 +24,7 @@ def refuse_flag(name: str, meant: str) -> None:
     refuse(f"{name} is no setting of a model, but a flag: {flag(meant)}")
 
 
-def settings_of(group: Any) -> dict[str, Any]:
+def all_settings(group: Any) -> dict[str, Any]:
     """Those of a part of a configuration, also of its parts."""
     from omegaconf import DictConfig, OmegaConf
 
@@ -34,7 +34,7 @@ def settings_of(group: Any) -> dict[str, Any]:
         return {}
     own = OmegaConf.to_container(group, resolve=False) if isinstance(group, DictConfig) else group
     assert isinstance(own, dict)
-    inner = (settings_of(value) for value in own.values() if isinstance(value, dict))
+    inner = (all_settings(value) for value in own.values() if isinstance(value, dict))
     return {str(name): value for part in (*inner, own) for name, value in part.items()}
 
 
@@ -71,12 +71,12 @@ def check_overrides(overrides: Mapping[str, Any], cfg: Any, path: Any) -> None:
         overrides: what the user asked for.
         cfg: the checkpoint's configuration, before they are applied.
     """
-    groups = {name: flags_of(cfg.get(name)) | settings_of(cfg.get(name)) for name in GROUPS}
+    groups = {name: flags_of(cfg.get(name)) | all_settings(cfg.get(name)) for name in GROUPS}
     known = {name: value for group in reversed(groups.values()) for name, value in group.items()}
     chosen = component_settings(overrides)
     flat: dict[str, Any] = {}
     for name, value in overrides.items():
-        whole = settings_of(cfg.get(name)) if name in cfg else {}
+        whole = all_settings(cfg.get(name)) if name in cfg else {}
         if whole and isinstance(value, dict):
             for inner in value:
                 check_known(inner, whole, cfg, path)
@@ -101,7 +101,7 @@ def check_known(name: str, known: Mapping[str, Any], cfg: Any, path: Any) -> Non
     if name in known:
         return
     plain = name.strip("-").replace("-", "_")
-    if any(plain in settings_of(cfg[group]) for group in cfg if group not in GROUPS):
+    if any(plain in all_settings(cfg[group]) for group in cfg if group not in GROUPS):
         refuse_flag(name, plain)
     refuse(f"the model of {path} has no setting {name}{did_you_mean(plain, known)}")
 

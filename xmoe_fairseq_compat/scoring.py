@@ -10,7 +10,7 @@ from typing import Any
 
 from xmoe_fairseq_compat.errors import FlagError
 from xmoe_fairseq_compat.registry import mend, replaced
-from xmoe_fairseq_compat.settings import whole
+from xmoe_fairseq_compat.settings import configuration
 from xmoe_fairseq_compat.shares import with_each_task
 from xmoe_fairseq_compat.trained import complete_defaults
 from xmoe_fairseq_compat.words import Text, texts_of
@@ -108,7 +108,7 @@ def score_every_block(module: Any) -> None:
     @functools.wraps(plain_main)
     def main(cfg: Any, **kwargs: Any) -> Any:
         if isinstance(cfg, Namespace):  # of a script that parses flags itself
-            cfg = whole(cfg)
+            cfg = configuration(cfg)
             complete_defaults(cfg)
 
         def see_to(task: Any) -> None:

@@ -20,7 +20,7 @@ def as_dict(cfg: Any) -> dict[str, Any]:
     return dict(cfg) if isinstance(cfg, Mapping) else {}
 
 
-def whole(cfg: Any) -> Any:
+def configuration(cfg: Any) -> Any:
     """The configuration that a command's main is called with: a program may give it parsed flags."""
     from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from xmoe_fairseq_compat.errors import UserError
 from xmoe_fairseq_compat.registry import replaced, stand_in
-from xmoe_fairseq_compat.settings import whole
+from xmoe_fairseq_compat.settings import configuration
 
 
 class Turns:
@@ -121,7 +121,7 @@ def shared(module: Any, prepare: Callable[[Turns, Any], Names]) -> Callable[...,
 
     @functools.wraps(plain_main)
     def main(cfg: Any, *args: Any, **kwargs: Any) -> Any:
-        cfg = whole(cfg)
+        cfg = configuration(cfg)
         turns, progress = Turns(cfg), module.progress_bar
         bar = stand_in(progress, progress_bar=functools.partial(turns.bar, progress.progress_bar))
         with turns.printing_once(), replaced(module, progress_bar=bar, **prepare(turns, cfg)):

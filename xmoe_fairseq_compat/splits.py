@@ -9,7 +9,7 @@ from typing import Any
 from xmoe_fairseq_compat.dictionaries import names_in, task_of
 from xmoe_fairseq_compat.errors import FlagError, UserError
 from xmoe_fairseq_compat.registry import mend, replaced
-from xmoe_fairseq_compat.settings import whole
+from xmoe_fairseq_compat.settings import configuration
 from xmoe_fairseq_compat.shares import with_each_task
 
 
@@ -81,7 +81,7 @@ def read_the_sets_that_are_asked_for(module: Any) -> None:
 
     @functools.wraps(plain_main)
     def main(cfg: Any) -> Any:
-        cfg = whole(cfg)
+        cfg = configuration(cfg)
 
         def see_to(task: Any) -> None:
             plain_load = task.load_dataset
