@@ -12,6 +12,10 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+# What ast.literal_eval raises, by what is wrong with a text.
+NO_LITERAL = (ValueError, SyntaxError, TypeError, MemoryError, RecursionError)
+
+
 class UserError(Exception):
     """Its text is one line: which flag or file, the rule, the value, and where it helps what to do."""
 

@@ -10,7 +10,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from xmoe_fairseq_compat.errors import FlagError, flag
+from xmoe_fairseq_compat.errors import NO_LITERAL, FlagError, flag
 from xmoe_fairseq_compat.flag_rules import RUN, TRANSFORMER, Holds, Rule, numbers
 from xmoe_fairseq_compat.registry import mend
 from xmoe_fairseq_compat.settings import as_dict, when_parsed
@@ -44,7 +44,7 @@ def as_number(value: Any) -> Any:
     """Numbers that fairseq keeps as a string, such as "(0.9, 0.98)"."""
     try:
         return ast.literal_eval(value) if isinstance(value, str) else value
-    except (ValueError, SyntaxError):
+    except NO_LITERAL:
         return value
 
 
@@ -72,7 +72,7 @@ def check_strings(settings: Mapping[str, Any]) -> None:
         if isinstance(text, str):
             try:
                 fits = isinstance(read(text), dict)
-            except (ValueError, SyntaxError):
+            except NO_LITERAL:
                 fits = False
             if not fits:
                 raise FlagError(f"{flag(name)} must be a dictionary such as {example}, got {text}")

@@ -7,7 +7,7 @@ from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from xmoe_fairseq_compat.errors import FlagError
+from xmoe_fairseq_compat.errors import NO_LITERAL, FlagError
 from xmoe_fairseq_compat.override_rules import check_overrides, refuse, refuse_flag
 from xmoe_fairseq_compat.registry import mend
 from xmoe_fairseq_compat.settings import when_parsed
@@ -28,7 +28,7 @@ def read_overrides(text: str) -> dict[str, Any]:
     """Raises FlagError if --model-overrides is no dictionary of literals with names as keys."""
     try:
         overrides = ast.literal_eval(text)
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+    except NO_LITERAL:
         overrides = None
     if not isinstance(overrides, dict):
         example = "\"{'moe_threshold': 0.5}\""

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from xmoe_fairseq_compat.errors import FlagError, UserError
+from xmoe_fairseq_compat.errors import NO_LITERAL, FlagError, UserError
 from xmoe_fairseq_compat.reading import MOST_TIMES
 from xmoe_fairseq_compat.registry import EVERY, mend, mend_around, stand_in
 
@@ -42,7 +42,7 @@ def literal(text: Any) -> Any:
         return text
     try:
         return value(ast.parse(text.strip(), mode="eval").body)
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
+    except NO_LITERAL as error:
         rule = "a setting must be written out, as in (0.9, 0.98) or {'dropout': 0.1}"
         raise FlagError(f"{rule}, got {' '.join(text.split())[:200]}") from error
 

@@ -64,6 +64,8 @@ def parse(*arguments: str, parser: Any = options.get_training_parser) -> Namespa
         ("--save-dir", "${a}", NOT_HYDRAS),
         ("--train-subset", "a\\", NOT_HYDRAS),
         ("--train-subset", "a\\'b", NOT_HYDRAS),
+        ("--optimizer-overrides", "{[]: 1}", "must be a dictionary such as \"{'lr': 0.1}\""),
+        ("--adam-betas", "{[]: 1}", "must be two numbers in [0, 1), such as (0.9, 0.98)"),
         ("--optimizer-overrides", "x", "must be a dictionary such as \"{'lr': 0.1}\""),
         ("--eval-bleu-args", "x", "must be a dictionary such as '{\"beam\": 4}'"),
     ],
