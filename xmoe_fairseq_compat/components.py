@@ -37,7 +37,7 @@ TEXT: dict[str, set[str]] = {
     "criterion": {
         "adaptive_loss", "composite_loss", "cross_entropy", "label_smoothed_cross_entropy",
         "label_smoothed_cross_entropy_with_alignment", "latency_augmented_label_smoothed_cross_entropy",
-        "legacy_masked_lm_loss", "masked_lm", "nat_loss", "sentence_prediction",
+        "legacy_masked_lm_loss", "masked_lm", "model", "nat_loss", "sentence_prediction",
         "sentence_prediction_adapters", "sentence_ranking", "vocab_parallel_cross_entropy",
     },
     "tokenizer": {"moses", "nltk", "space"},

@@ -69,9 +69,17 @@ def digest(symbols: list[str]) -> str:
     return hashlib.sha256("\n".join(symbols).encode()).hexdigest()
 
 
+def dictionary_of(task: Any, side: str) -> Any:
+    """None for a task of a user's own that has none: its data need not be text."""
+    try:
+        return getattr(task, f"{side}_dictionary", None)
+    except NotImplementedError:
+        return None
+
+
 def trained_on(task: Any) -> dict[str, Any]:
     """What a checkpoint is to say of the dictionaries, and of the languages if there are two."""
-    sides = {"source": task.source_dictionary, "target": task.target_dictionary}
+    sides = {side: dictionary_of(task, side) for side in ("source", "target")}
     found: dict[str, Any] = {
         side: {"entries": len(symbols), "digest": symbols.digest}
         for side, symbols in sides.items()
@@ -137,8 +145,7 @@ def resume_with_the_same_dictionaries(module: Any) -> None:
         def load_checkpoint_to_cpu(*args: Any, **kwargs: Any) -> Any:
             state = utils.load_checkpoint_to_cpu(*args, **kwargs)
             try:
-                if hasattr(type(self.task), "source_dictionary"):
-                    check_dictionaries(self.task, (state.get("task_state") or {}).get("trained_on", {}))
+                check_dictionaries(self.task, (state.get("task_state") or {}).get("trained_on", {}))
             except UserError as error:
                 if not reset_optimizer:
                     raise

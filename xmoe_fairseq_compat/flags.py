@@ -78,6 +78,17 @@ def check_strings(settings: Mapping[str, Any]) -> None:
                 raise FlagError(f"{flag(name)} must be a dictionary such as {example}, got {text}")
 
 
+def own_settings(parser: Any, namespace: Any) -> dict[str, Any]:
+    """Of a command line: without flags that a user's model or task has beside fairseq's of the same name."""
+    from fairseq.dataclass.configs import GenerationConfig
+
+    settings = dict(vars(namespace))
+    if "--max-update" in parser._option_string_actions:  # fairseq-train, which has none of generation
+        for name in GenerationConfig.__dataclass_fields__:
+            settings.pop(name, None)
+    return settings
+
+
 @mend("fairseq.options")
 def check_flags(module: Any) -> None:
     """Every torch: fairseq checks next to no value, so nonsense ends in a traceback or, worse, trains."""
@@ -91,7 +102,7 @@ def check_flags(module: Any) -> None:
                     f"{flag(name)} must not hold ${{ (which stands for another setting), nor a backslash at "
                     f"its end or before a quote, got {value}"
                 )
-        check(vars(namespace), RUN)
+        check(own_settings(parser, namespace), RUN)
         check_strings(vars(namespace))
 
     when_parsed(module, see)

@@ -16,8 +16,10 @@ def check_folders(task: Any, folders: list[str]) -> None:
         file: str = getattr(dictionary, "file", None) or ""
         for folder in folders if file else []:
             other = os.path.join(folder, os.path.basename(file))
-            # of the same class: some tasks' dictionaries have symbols of their own
-            if os.path.exists(other) and type(dictionary).load(other).digest != dictionary.digest:
+            if not os.path.exists(other) or os.path.samefile(other, file):
+                continue
+            # by the task, some of which have dictionaries with symbols of their own
+            if task.load_dictionary(other).digest != dictionary.digest:
                 raise UserError(f"{other} is another dictionary than {file}; binarise all folders with one")
 
 

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import sys
 from collections.abc import Mapping
 from typing import Any
 
 from xmoe_fairseq_compat.errors import CheckpointError, UserError, flag
+from xmoe_fairseq_compat.registry import mend
 from xmoe_fairseq_compat.settings import as_dict
 
 logger = logging.getLogger(__name__)
 
 SHOWN = 3
+_words: list[str] = []  # of the command line that a script has made itself
 SIZE = re.compile(
     r"size mismatch for (\S+): copying a param with shape (?:torch\.Size\()?(\[[^]]*\])\)? from checkpoint, "
     r"the shape in current model is (?:torch\.Size\()?(\[[^]]*\])"
@@ -63,6 +66,18 @@ def settings_of(state: Mapping[str, Any]) -> dict[str, Any]:
     return as_dict(cfg.get("model") if isinstance(cfg, Mapping) else None) or as_dict(state.get("args"))
 
 
+@mend("fairseq.options")
+def remember_what_a_script_asks_for(module: Any) -> None:
+    """Every torch: a script may hand over the words of a command line, which `sys.argv` does not have."""
+    plain_parse = module.parse_args_and_arch
+
+    def parse_args_and_arch(parser: Any, input_args: Any = None, *args: Any, **kwargs: Any) -> Any:
+        _words[:] = map(str, input_args or ())
+        return plain_parse(parser, input_args, *args, **kwargs)
+
+    module.parse_args_and_arch = parse_args_and_arch
+
+
 def check_left_out(path: Any, changed: Mapping[str, tuple[Any, Any]]) -> None:
     """fairseq builds a model from the command line alone and fills it with a checkpoint's weights, so that a
     setting which was left out would silently be the default.
@@ -73,10 +88,11 @@ def check_left_out(path: Any, changed: Mapping[str, tuple[Any, Any]]) -> None:
     Raises:
         CheckpointError: says what to type.
     """
-    given = {word.split("=")[0].lstrip("+") for word in sys.argv}  # for fairseq-train, or for hydra
+    given = {word.split("=")[0].lstrip("+") for word in _words or sys.argv}  # for fairseq-train, or for hydra
     left_out = sorted(name for name in changed if not {as_flag(name), f"model.{name}"} & given)
     if left_out:
-        keep, change = (" ".join(as_flag(name, changed[name][i]) for name in left_out) for i in (0, 1))
+        typed = hydras if os.path.basename(sys.argv[0]) == "fairseq-hydra-train" else as_flag
+        keep, change = (" ".join(typed(name, changed[name][i]) for name in left_out) for i in (0, 1))
         raise CheckpointError(
             path,
             "it was trained or converted with other settings than this run's, which its weights do not show;"
@@ -84,6 +100,11 @@ def check_left_out(path: Any, changed: Mapping[str, tuple[Any, Any]]) -> None:
         )
     for name, (was, now) in changed.items():
         logger.warning(f"{path} was saved with {as_flag(name, was)}; from here on {as_flag(name, now)}")
+
+
+def hydras(name: str, value: Any) -> str:
+    """A setting of the model as it is typed for fairseq-hydra-train."""
+    return f"++model.{name}={value}"
 
 
 def as_flag(name: str, value: Any = "") -> str:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import re
 from importlib import metadata
 from types import SimpleNamespace
 from typing import Any
 
+from xmoe_fairseq_compat.checkpoints import load_checkpoint as load
 from xmoe_fairseq_compat.errors import CheckpointError, FlagError, UserError
+from xmoe_fairseq_compat.files import MAPPED, from_all_ranks
 from xmoe_fairseq_compat.registry import has, mend, stand_in
 
 
@@ -100,6 +103,32 @@ def refuse_averages_that_stand_still(module: Any) -> None:
         plain_init(self, model, config, *args, **kwargs)
 
     module.EMA.__init__ = init
+
+
+@mend("fairseq.trainer")
+def begin_an_average_later(module: Any) -> None:
+    """Every torch: a run that goes on with --store-ema from a checkpoint without an average ends in
+    KeyError: 'model', for it begins at weights that have just been thrown away."""
+    plain_load = module.Trainer.load_checkpoint
+
+    @functools.wraps(plain_load)
+    def load_checkpoint(self: Any, filename: str, *args: Any, **kwargs: Any) -> Any:
+        ema, begins = self.cfg.ema, False
+        if ema.store_ema and self.data_parallel_rank == 0 and module.PathManager.isfile(filename):
+            path = module.PathManager.get_local_path(filename)
+            begins = "ema" not in (load(path, sums=False, **MAPPED).get("extra_state") or {})
+        if not (ema.store_ema and any(from_all_ranks(begins))):
+            return plain_load(self, filename, *args, **kwargs)
+        ema.store_ema = False
+        try:
+            extra_state = plain_load(self, filename, *args, **kwargs)
+        finally:
+            ema.store_ema = True
+        module.logger.warning(f"{filename} holds no average (EMA): it begins at its weights")
+        self.ema.restore(self.model.state_dict(), build_fp32_params=ema.ema_fp32)
+        return extra_state
+
+    module.Trainer.load_checkpoint = load_checkpoint
 
 
 @mend("fairseq.checkpoint_utils")

@@ -22,7 +22,8 @@ OF_TRANSLATIONS = {
 
 def check_names(task: Any, arch: Any, criterion: Any) -> None:
     """Raises FlagError for a model that cannot do the task, or a criterion that wants other data. A task or
-    criterion that a user adds is left alone, and a name that is not known (yet)."""
+    criterion that a user adds is left alone, a model with a forward of its own, and a name that is not known
+    (yet)."""
     from fairseq.criterions import CRITERION_REGISTRY
     from fairseq.models import ARCH_MODEL_REGISTRY, FairseqLanguageModel
     from fairseq.tasks import TASK_REGISTRY
@@ -34,11 +35,14 @@ def check_names(task: Any, arch: Any, criterion: Any) -> None:
     if kind is None or model is None:
         return
     is_language_model = issubclass(model, FairseqLanguageModel)
-    if is_language_model and issubclass(kind, (TranslationTask, MultilingualTranslationTask)):
+    reads_no_source = model.forward is FairseqLanguageModel.forward
+    if reads_no_source and issubclass(kind, (TranslationTask, MultilingualTranslationTask)):
         raise FlagError(
             f"--arch must be a model that translates with --task {task}, got the language model {arch}"
         )
-    if not is_language_model and issubclass(kind, LanguageModelingTask):
+    of_fairseq = model.__module__.startswith("fairseq.")
+    says_its_targets = hasattr(model, "supported_targets") and not of_fairseq  # all that the task asks for
+    if not (is_language_model or says_its_targets) and issubclass(kind, LanguageModelingTask):
         raise FlagError(
             f"--arch must be a language model (such as transformer_lm) with --task {task}, got {arch}"
         )

@@ -10,8 +10,11 @@ from commands import run
 from fairseq.checkpoint_utils import load_checkpoint_to_cpu
 from fairseq.data import Dictionary
 from fairseq.data.data_utils import infer_language_pair
+from fairseq.dataclass import FairseqDataclass
+from fairseq.tasks import FairseqTask
 from stock import LANGUAGE
 
+from xmoe_fairseq_compat.dictionaries import check_dictionaries, trained_on
 from xmoe_fairseq_compat.errors import UserError
 
 CPU = ("--cpu", "--num-workers", 0)
@@ -117,3 +120,10 @@ def test_a_language_pair_is_inferred(corpus: tuple[Path, Path], tmp_path: Path) 
     assert infer_language_pair(str(corpus[0])) == ["en", "de"]
     with pytest.raises(UserError, match=f"cannot read data folder {tmp_path / 'nowhere'}: No such file"):
         infer_language_pair(str(tmp_path / "nowhere"))
+
+
+def test_a_task_may_have_no_dictionaries() -> None:
+    """And go on from its own checkpoint, or from one of a task that has them."""
+    task = FairseqTask(FairseqDataclass())
+    assert trained_on(task) == {}
+    check_dictionaries(task, {"source": {"entries": 4, "digest": "of text"}})

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from commands import run
 from fairseq import options
-from fairseq.models import build_model
+from fairseq.models import ARCH_CONFIG_REGISTRY, ARCH_MODEL_REGISTRY, BaseFairseqModel, build_model
 from fairseq.models.transformer import TransformerConfig, TransformerModelBase
 from fairseq.registry import REGISTRIES
 from omegaconf import OmegaConf
@@ -212,3 +212,17 @@ def test_a_nested_configuration() -> None:
         FlagError, match="--encoder-attention-heads must divide --encoder-embed-dim 512, got 7"
     ):
         TransformerModelBase.build_model(cfg, task())
+
+
+def test_a_users_flag_may_have_the_name_of_another_commands(monkeypatch: pytest.MonkeyPatch) -> None:
+    """fairseq-generate's --temperature must be above 0; what a model's means is its own affair."""
+
+    class Model(BaseFairseqModel):
+        @staticmethod
+        def add_args(parser: Any) -> None:
+            parser.add_argument("--temperature", type=float)
+
+    monkeypatch.setitem(ARCH_MODEL_REGISTRY, "own", Model)
+    monkeypatch.setitem(ARCH_CONFIG_REGISTRY, "own", lambda args: None)
+    arguments = ["data", "--batch-size", "1", "--task", "translation", "--arch", "own", "--temperature", "0"]
+    assert options.parse_args_and_arch(options.get_training_parser(), arguments).temperature == 0

@@ -28,11 +28,23 @@ def test_folders_have_one_dictionary(corpus: tuple[Path, Path], tmp_path: Path) 
         )
 
 
-def test_a_dictionary_may_have_symbols_of_its_own(corpus: tuple[Path, Path]) -> None:
+def test_a_dictionary_may_have_symbols_of_its_own(corpus: tuple[Path, Path], tmp_path: Path) -> None:
     """As that of fairseq's masked language models has a mask."""
-    symbols = MaskedLMDictionary.load(str(corpus[1] / "dict.txt"))
-    task = SimpleNamespace(source_dictionary=symbols, target_dictionary=symbols)
-    check_folders(task, [str(corpus[1])])
+    load = MaskedLMDictionary.load
+    symbols = load(str(corpus[1] / "dict.txt"))
+    task = SimpleNamespace(source_dictionary=symbols, target_dictionary=symbols, load_dictionary=load)
+    shutil.copy(corpus[1] / "dict.txt", tmp_path)
+    check_folders(task, [str(corpus[1]), str(tmp_path)])
+
+
+def test_the_output_may_have_a_part_of_the_dictionary(corpus: tuple[Path, Path], tmp_path: Path) -> None:
+    shutil.copy(corpus[1] / "dict.txt", tmp_path)
+    cfg = LanguageModelingConfig(data=f"{corpus[1]}:{tmp_path}", output_dictionary_size=20)
+    task = LanguageModelingTask.setup_task(cfg)
+    assert len(task.target_dictionary) == 20
+    (tmp_path / "dict.txt").write_text("other 3\n")
+    with pytest.raises(UserError, match="another dictionary"):
+        LanguageModelingTask.setup_task(cfg)
 
 
 @pytest.mark.parametrize("fits", [True, False])

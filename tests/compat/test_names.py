@@ -5,6 +5,8 @@ import pickle
 
 import pytest
 from fairseq import options
+from fairseq.models import ARCH_MODEL_REGISTRY, BaseFairseqModel, FairseqLanguageModel
+from torch import Tensor
 from toy import task  # noqa: F401  (registers this package's models)
 
 from xmoe_fairseq_compat.errors import FlagError
@@ -56,3 +58,18 @@ def test_what_goes_together() -> None:
     check_names("audio_pretraining", "wav2vec2", "wav2vec")
     check_names(None, None, None)
     check_names(LM, "of_a_user", None)
+
+
+def test_models_of_a_users_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A decoder that translates by itself, and a language model that is built otherwise."""
+
+    class Translates(FairseqLanguageModel):
+        def forward(self, src_tokens: Tensor, src_lengths: Tensor, prev_output_tokens: Tensor) -> None: ...
+
+    class Predicts(BaseFairseqModel):
+        supported_targets = ("future",)
+
+    monkeypatch.setitem(ARCH_MODEL_REGISTRY, "translates", Translates)
+    monkeypatch.setitem(ARCH_MODEL_REGISTRY, "predicts", Predicts)
+    check_names(MT, "translates", None)
+    check_names(LM, "predicts", None)

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from fairseq import checkpoint_utils
+from fairseq import checkpoint_utils, options
 from fairseq.dataclass.configs import CheckpointConfig
 from fairseq.models import BaseFairseqModel
 from torch import nn
 
 from xmoe_fairseq_compat.errors import CheckpointError, FlagError
-from xmoe_fairseq_compat.misfits import WeightsError, misfit, other_sizes
+from xmoe_fairseq_compat.misfits import WeightsError, check_left_out, misfit, other_sizes
 from xmoe_fairseq_compat.resuming import check_named_files
 
 
@@ -92,3 +92,20 @@ def test_sizes_are_compared_not_what_a_run_may_change() -> None:
     expected = " (it was trained with --decoder-embed-dim 8, here 16, --moe-freq 2, here 1)"
     assert other_sizes(saved, here) == expected
     assert other_sizes(saved, saved) == ""
+
+
+def test_a_script_may_change_a_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it hands over counts, not its own command line."""
+    changed = {"activation_fn": ("gelu", "relu")}
+    arguments = ["data", "--batch-size", "1", "--arch", "transformer"]
+    options.parse_args_and_arch(options.get_training_parser(), [*arguments, "--activation-fn", "relu"])
+    check_left_out("x.pt", changed)
+    options.parse_args_and_arch(options.get_training_parser(), arguments)
+    with pytest.raises(CheckpointError, match="add --activation-fn gelu to keep"):
+        check_left_out("x.pt", changed)
+    monkeypatch.setattr("sys.argv", ["bin/fairseq-hydra-train", "--config-name", "of_mine"])
+    with pytest.raises(CheckpointError, match=r"add \+\+model.activation_fn=gelu to keep"):
+        check_left_out("x.pt", changed)
+    monkeypatch.setattr("xmoe_fairseq_compat.misfits._words", [])
+    monkeypatch.setattr("sys.argv", ["bin/fairseq-hydra-train", "++model.activation_fn=relu"])
+    check_left_out("x.pt", changed)
