@@ -152,6 +152,9 @@ def retain_the_dropout_that_is_named(module: Any) -> None:
         if given is not None:
             known = {m.module_name for m in self.modules() if hasattr(m, "apply_during_inference")} - {None}
             names = re.findall(r"\w+", given) if isinstance(given, str) else list(given)
+            # As in fairseq's examples: older names of layers, and the model, which itself drops nothing
+            names = [f"{name}Base" if f"{name}Base" in known else name for name in names]
+            names = [name for name in names if name not in {of.__name__ for of in type(self).__mro__}]
             if unknown := sorted({*names} - known):
                 raise FlagError(
                     f"--retain-dropout-modules must name some of {', '.join(sorted(known))},"

@@ -156,6 +156,7 @@ def check_indexed_data(module: Any) -> None:
 
     def make_dataset(path: str, impl: str, fix_lua_indexing: bool = False, dictionary: Any = None) -> Any:
         pair = Pair(path, module._code_to_dtype)
+        impl = str(impl)  # of the command line, a member of an enumeration
         if impl in ("mmap", "cached", "lazy", "huffman") and pair.both():
             kind = pair.kind()
             if impl.replace("lazy", "cached") != kind:
@@ -174,3 +175,16 @@ def check_indexed_data(module: Any) -> None:
         return bool(plain_exists(path, impl))
 
     module.make_dataset, module.dataset_exists = make_dataset, dataset_exists
+
+
+@mend("fairseq.data.indexed_dataset")
+def read_what_was_not_prefetched(module: Any) -> None:
+    """Every torch: data of the older kind, unless with --dataset-impl lazy, ends in a KeyError: what is left
+    to be cached beforehand is not."""
+    cached = module.IndexedCachedDataset
+    plain_get = cached.__getitem__
+
+    def __getitem__(self: Any, i: Any) -> Any:
+        return plain_get(self, i) if i in self.cache_index else super(cached, self).__getitem__(i)
+
+    cached.__getitem__ = __getitem__

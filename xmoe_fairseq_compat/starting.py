@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import shutil
 from collections.abc import Callable
 from typing import Any
@@ -26,6 +27,10 @@ def has_gpu(cfg: Any) -> bool:
 
 def is_backend(name: str) -> Callable[[Any], bool]:
     return lambda cfg: str(cfg.distributed_training.ddp_backend) == name
+
+
+def ranks_of_torchrun() -> int:
+    return int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
 
 
 def validates(cfg: Any) -> bool:
@@ -52,6 +57,12 @@ NEEDS: tuple[tuple[str, Callable[[Any], bool], Callable[[Any], bool], str], ...]
             cfg.distributed_training.distributed_world_size > 1 or has_module("fairscale.utils.testing")
         ),
         f"several GPUs, or fairscale below 0.4.6; {INSTEAD}",
+    ),
+    (
+        "--distributed-backend nccl, the default,",
+        lambda cfg: cfg.distributed_training.distributed_backend == "nccl" and ranks_of_torchrun() > 1,
+        lambda cfg: not cfg.common.cpu,
+        "GPUs; give --distributed-backend gloo with --cpu",
     ),
 )  # fmt: skip
 

@@ -73,11 +73,11 @@ def checkpoint_config() -> dict[str, dict[str, Any]]:
     return saved_config(first) if Path(first).is_file() else {}
 
 
-def trained_task() -> tuple[str | None, Any]:
-    """Name and class of the checkpoint's task; None, None where there is none to read.
+def trained_task(needed: bool = True) -> tuple[str | None, Any]:
+    """Name and class of the checkpoint's task; None where there is none to read.
 
     Raises:
-        CheckpointError: fairseq has no such task.
+        CheckpointError: fairseq has no such task, and it is needed, for the command line names none.
     """
     from fairseq import utils
     from fairseq.tasks import TASK_REGISTRY
@@ -85,7 +85,7 @@ def trained_task() -> tuple[str | None, Any]:
     path, folder = on_command_line("--path", "--user-dir")
     name = checkpoint_config().get("task", {}).get("_name")
     utils.import_user_module(argparse.Namespace(user_dir=folder))
-    if name is not None and name not in TASK_REGISTRY:
+    if needed and name is not None and name not in TASK_REGISTRY:
         raise CheckpointError(path, unknown("task", name))
     return name, TASK_REGISTRY.get(name)
 
@@ -162,9 +162,11 @@ def translate_as_trained(module: Any) -> None:
         from fairseq.tasks import TASK_REGISTRY
 
         args = options.parse_args_and_arch(parser)
-        name, task = trained_task()
+        name, task = trained_task(needed=False)
         language_model = hasattr(task, "eval_lm_dataloader")
-        if task is not None and language_model != hasattr(TASK_REGISTRY[args.task], "eval_lm_dataloader"):
+        asked = TASK_REGISTRY[args.task]  # one of a user's own may do anything with a model
+        of_fairseq = all(kind.__module__.startswith("fairseq.") for kind in (task, asked) if kind)
+        if task is not None and of_fairseq and language_model != hasattr(asked, "eval_lm_dataloader"):
             raise UserError(f"{args.path} was trained with --task {name}, and cannot do --task {args.task}")
         languages = ("source_lang", "target_lang")
         one_given = any(getattr(args, side, None) for side in languages)

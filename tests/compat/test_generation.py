@@ -181,3 +181,13 @@ def test_a_prefix_of_no_reference_is_told(caplog: pytest.LogCaptureFixture) -> N
     check_flags_of_generation(module)
     assert module.main(SimpleNamespace(generation=GenerationConfig(prefix_size=1))) == "ran"
     assert "--prefix-size is read by fairseq-generate alone: nothing is forced" in caplog.text
+
+
+def test_the_names_of_fairseqs_examples_are_dropout_to_retain() -> None:
+    """As its examples write them."""
+    model = translation_model(moe_freq=0)
+    text = '["TransformerModel", "TransformerEncoder", "TransformerEncoderLayer"]'
+    model.make_generation_fast_(retain_dropout=True, retain_dropout_modules=text)
+    assert model.encoder.dropout_module.apply_during_inference
+    assert model.encoder.layers[0].dropout_module.apply_during_inference
+    assert not model.decoder.layers[0].dropout_module.apply_during_inference

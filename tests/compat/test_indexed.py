@@ -11,6 +11,7 @@ import torch
 from fairseq.data import Dictionary
 from fairseq.data.data_utils import load_indexed_dataset
 from fairseq.data.indexed_dataset import MMapIndexedDataset, dataset_exists, make_builder, make_dataset
+from fairseq.dataclass.constants import DATASET_IMPL_CHOICES
 
 from xmoe_fairseq_compat.errors import UserError
 
@@ -153,3 +154,11 @@ def test_places_beyond_two_gigabytes(tmp_path: Path) -> None:
     builder.finalize(f"{tmp_path / 'train'}.idx")
     index = MMapIndexedDataset.Index(f"{tmp_path / 'train'}.idx")
     assert [int(index[i][0]) for i in range(4)] == [2 * size * i for i in range(4)]
+
+
+@pytest.mark.parametrize("impl", ["lazy", "cached"])
+def test_older_data_is_read_one_by_one(impl: str, tmp_path: Path) -> None:
+    """As it is asked for on the command line, by a member of an enumeration."""
+    write(tmp_path / "train", "cached")
+    data = load_indexed_dataset(str(tmp_path / "train"), None, DATASET_IMPL_CHOICES(impl))
+    assert [data[i].tolist() for i in range(len(data))] == SENTENCES

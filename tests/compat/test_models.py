@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from commands import run
 from fairseq import checkpoint_utils
 from fairseq.dataclass.configs import EMAConfig
 from fairseq.models.ema.ema import EMA
+from stock import LANGUAGE
 from tolerances import assert_same
 from torch import Tensor
 from toy import language_model, sentences, translation_model
@@ -125,3 +127,12 @@ def test_embeddings_that_do_not_fit(tmp_path: Path) -> None:
     file.write_text("1 32\nsymbol0" + " 0.5" * 32 + "\n")
     model = translation_model(moe_freq=0, encoder_embed_path=str(file))
     assert torch.equal(model.encoder.embed_tokens.weight[4], torch.full((32,), 0.5))
+
+
+def test_an_average_may_begin_where_a_run_goes_on(corpus: tuple[Path, Path], tmp_path: Path) -> None:
+    flags = (corpus[1], *LANGUAGE, "--save-dir", tmp_path, "--max-update")
+    run("fairseq-train", *flags, 1)
+    output = run("fairseq-train", *flags, 2, "--store-ema", "--ema-decay", 0.5)
+    assert "holds no average (EMA): it begins at its weights" in output
+    state = checkpoint_utils.load_checkpoint_to_cpu(str(tmp_path / "checkpoint_last.pt"))
+    assert state["extra_state"]["ema"].keys() >= {"decoder.embed_tokens.weight"}

@@ -1,5 +1,6 @@
 """What is refused when a training starts."""
 
+import contextlib
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,6 +22,7 @@ def configuration(**given: Any) -> Any:
         "lr_scheduler": {"_name": "fixed"},
         "distributed_training": {
             "ddp_backend": "pytorch_ddp", "distributed_world_size": 1, "distributed_init_method": None,
+            "distributed_backend": "nccl",
             "tpu": False, "pipeline_model_parallel": False, "distributed_port": -1,
             "distributed_no_spawn": True,
         },
@@ -50,6 +52,17 @@ def test_flags_that_need_what_is_not_there(given: dict[str, Any], line: str) -> 
     assert not ran
     utils.call_main(configuration(patience=3), ran.append)
     assert len(ran) == 1
+
+
+@pytest.mark.parametrize("backend", ["nccl", "gloo"])
+def test_ranks_on_the_cpu_need_gloo(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    ran: list[Any] = []
+    needs_gloo = pytest.raises(FlagError, match="needs GPUs; give --distributed-backend gloo with --cpu")
+    with needs_gloo if backend == "nccl" else contextlib.nullcontext():
+        utils.call_main(configuration(distributed_backend=backend), ran.append)
+    assert len(ran) == (backend == "gloo")
 
 
 def test_a_checkpoint_that_holds_nan_is_refused() -> None:

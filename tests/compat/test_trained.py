@@ -5,7 +5,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from commands import run
+from fairseq.checkpoint_utils import load_checkpoint_to_cpu
 
 CPU = ("--cpu", "--num-workers", 0)
 
@@ -90,6 +92,53 @@ def test_a_model_of_another_task_is_refused(
     ):
         output = run(command, data, "--task", task, "--path", model, *CPU, succeeds=False)
         assert output.splitlines()[-1].endswith(f"and cannot do --task {task}") and "Traceback" not in output
+
+
+OWN_TASK = """
+from fairseq.tasks import FairseqTask, register_task
+from fairseq.tasks.language_modeling import LanguageModelingConfig, LanguageModelingTask
+
+@register_task("own", dataclass=LanguageModelingConfig)
+class Own(FairseqTask):
+    def __init__(self, cfg):
+        super().__init__(cfg)
+        self.inner = LanguageModelingTask.setup_task(cfg)
+
+    source_dictionary = property(lambda self: self.inner.source_dictionary)
+    target_dictionary = property(lambda self: self.inner.target_dictionary)
+
+    def load_dataset(self, split, **kwargs):
+        self.inner.load_dataset(split)
+        self.datasets = self.inner.datasets
+
+    def build_generator(self, *args, **kwargs):
+        return self.inner.build_generator(*args, **kwargs)
+
+    def inference_step(self, *args, **kwargs):
+        return self.inner.inference_step(*args, **kwargs)
+"""
+
+
+def test_a_task_of_a_users_own_may_do_anything_with_a_model(
+    corpus: tuple[Path, Path], stock_models: tuple[Path, Path], tmp_path: Path
+) -> None:
+    (tmp_path / "own_task").mkdir()
+    (tmp_path / "own_task" / "__init__.py").write_text(OWN_TASK)
+    flags = ("--user-dir", tmp_path / "own_task", "--task", "own", "--path", stock_models[1], *CPU)
+    flags = (*flags, "--tokens-per-sample", 32, "--batch-size", 4, "--beam", 1, "--max-len-b", 5)
+    output = run("fairseq-generate", corpus[1], *flags)
+    assert len(re.findall(r"^H-\d+", output, re.M)) == 3
+
+
+def test_a_task_that_is_not_used_need_not_be_known(
+    corpus: tuple[Path, Path], stock_models: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """A translation model trained in a task of its own translates in fairseq's, which the user names."""
+    state = load_checkpoint_to_cpu(str(stock_models[0]))
+    state["cfg"]["task"]["_name"] = "of_a_user"
+    torch.save(state, tmp_path / "model.pt")
+    flags = ("--path", tmp_path / "model.pt", *CPU, "--batch-size", 12, "--max-len-b", 5)
+    assert "BLEU4" in run("fairseq-generate", corpus[0], *flags)
 
 
 def test_a_language_model_goes_on_with_text(
