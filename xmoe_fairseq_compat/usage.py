@@ -33,6 +33,9 @@ def hint_of_flags(flags: list[str], known: Iterable[str]) -> str:
     if any(name.startswith("--moe-") for name in flags) and not any(
         name.startswith("--moe-") for name in known
     ):
+        if "--model-overrides" in known:  # the command opens a checkpoint
+            name = next(name for name in flags if name.startswith("--moe-"))[2:].replace("-", "_")
+            return f"; a checkpoint's own settings are changed with --model-overrides \"{{'{name}': ...}}\""
         return "; the --moe-* flags come with --user-dir xmoe_fairseq and --arch xmoe_transformer or _lm"
     close = [each for name in flags for each in difflib.get_close_matches(name, known, 1, 0.75)]
     if close:

@@ -13,7 +13,7 @@ from omegaconf import MissingMandatoryValue, OmegaConf
 
 from xmoe_fairseq.convert.arguments import argument_parser
 from xmoe_fairseq_compat.errors import UserError, one_line
-from xmoe_fairseq_compat.usage import hint
+from xmoe_fairseq_compat.usage import hint, hint_of_flags
 
 TRAIN = ("data", "--arch", "transformer_tiny", "--batch-size", "1")
 
@@ -134,3 +134,10 @@ def test_hydra_with_a_model_of_the_plugin(tmp_path: Path) -> None:
     given += (f"common.user_dir={PLUGIN[1]}", "+model.moe_threshold=3", "+model.moe_treshold=3")
     output = run("fairseq-hydra-train", *given, succeeds=False)
     assert "error: Key 'moe_treshold' not in 'XMoETransformerLanguageModelConfig'" in output
+
+
+def test_a_flag_of_the_model_for_a_command_that_opens_a_checkpoint() -> None:
+    """--moe-threshold 0.5 is no flag of fairseq-generate, and --arch neither."""
+    known = list(options.get_generation_parser()._option_string_actions)
+    advice = "changed with --model-overrides \"{'moe_threshold': ...}\""
+    assert hint_of_flags(["--moe-threshold"], known).endswith(advice)
