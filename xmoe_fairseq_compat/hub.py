@@ -13,6 +13,20 @@ ARGUMENTS = {"skip_invalid_size_inputs", "inference_step_args", "prefix_allowed_
 OF_TASKS = {"keep_inference_langtok"}
 
 
+@mend("fairseq.file_utils")
+def name_the_folder_that_is_not_there(module: Any) -> None:
+    """Every torch: from_pretrained of a misspelt folder ends in a TypeError on None."""
+    plain_load = module.load_archive_file
+
+    def load_archive_file(archive_file: str) -> str:
+        folder: str | None = plain_load(archive_file)
+        if folder is None:
+            raise FlagError(f"{archive_file} does not exist: from_pretrained takes folders and addresses")
+        return folder
+
+    module.load_archive_file = load_archive_file
+
+
 @mend("fairseq.hub_utils")
 def refuse_settings_of_nothing(module: Any) -> None:
     """Every torch: translate() and sample() take any name for a setting, and pass over a misspelt one."""

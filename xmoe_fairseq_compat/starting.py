@@ -82,6 +82,39 @@ def refuse_what_is_not_installed(module: Any) -> None:
     module.call_main = call_main
 
 
+@mend("fairseq.distributed.utils")
+def refuse_more_ranks_than_gpus(module: Any) -> None:
+    """Every torch: --distributed-world-size 2 on a machine without GPUs ends in an AssertionError that names
+    neither the flag nor torchrun."""
+    plain_infer = module._infer_single_node_init
+
+    def _infer_single_node_init(cfg: Any) -> None:
+        import torch
+
+        gpus = torch.cuda.device_count()
+        if cfg.distributed_world_size > gpus:
+            raise FlagError(
+                f"--distributed-world-size must be at most the number of GPUs, {gpus}, got "
+                f"{cfg.distributed_world_size}; torchrun starts several processes on CPUs"
+            )
+        plain_infer(cfg)
+
+    module._infer_single_node_init = _infer_single_node_init
+
+
+@mend("fairseq.optim")
+def name_the_missing_optimizer(module: Any) -> None:
+    """Every torch: training without --optimizer ends in a traceback ("optimizer is required!")."""
+    plain_build = module.build_optimizer
+
+    def build_optimizer(cfg: Any, *args: Any, **kwargs: Any) -> Any:
+        if cfg is None:
+            raise FlagError("--optimizer must be given, such as --optimizer adam")
+        return plain_build(cfg, *args, **kwargs)
+
+    module.build_optimizer = build_optimizer
+
+
 @mend("fairseq_cli.train")
 def refuse_a_store_that_is_gone(module: Any) -> None:
     """Every torch: --use-plasma-view starts a program of pyarrow's, which was taken out in version 12."""

@@ -1,11 +1,12 @@
 """One test per mend of fairseq's Python interface, which fails where the mend is taken away."""
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from fairseq.dataclass.configs import GenerationConfig
-from fairseq.hub_utils import GeneratorHubInterface
+from fairseq.hub_utils import GeneratorHubInterface, from_pretrained
 from omegaconf import OmegaConf
 
 from xmoe_fairseq_compat.errors import FlagError
@@ -28,6 +29,12 @@ def test_settings_that_would_be_passed_over_are_refused(settings: dict[str, Any]
     with pytest.raises(FlagError) as error:
         GeneratorHubInterface.generate(hub, [], **settings)
     assert str(error.value).startswith(message) and "\n" not in str(error.value)
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
+    for folders in ((tmp_path / "none",), (tmp_path, "model.pt", tmp_path / "none")):
+        with pytest.raises(FlagError, match="/none does not exist: "):
+            from_pretrained(*map(str, folders))
 
 
 def test_settings_that_are_known_pass() -> None:

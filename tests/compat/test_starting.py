@@ -7,6 +7,7 @@ from typing import Any
 import fairseq_cli.train
 import pytest
 import torch
+from fairseq import optim
 from fairseq.distributed import utils
 from omegaconf import OmegaConf
 
@@ -63,6 +64,20 @@ def test_ranks_on_the_cpu_need_gloo(backend: str, monkeypatch: pytest.MonkeyPatc
     with needs_gloo if backend == "nccl" else contextlib.nullcontext():
         utils.call_main(configuration(distributed_backend=backend), ran.append)
     assert len(ran) == (backend == "gloo")
+
+
+def test_more_ranks_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    cfg = configuration(distributed_world_size=2).distributed_training
+    with pytest.raises(
+        FlagError, match="^--distributed-world-size must be at most the number of GPUs, 1, got 2"
+    ):
+        utils.infer_init_method(cfg, force_distributed=True)
+
+
+def test_training_without_an_optimizer() -> None:
+    with pytest.raises(FlagError, match="^--optimizer must be given, such as --optimizer adam$"):
+        optim.build_optimizer(None, [])
 
 
 def test_a_checkpoint_that_holds_nan_is_refused() -> None:
