@@ -172,7 +172,12 @@ def translate_as_trained(module: Any) -> None:
         one_given = any(getattr(args, side, None) for side in languages)
         taken = OF_LANGUAGE_MODELS if language_model else () if one_given else languages
         if name == args.task:
-            complete(args, checkpoint_config()["task"], taken, "fairseq_cli.generate")
+            saved = checkpoint_config()["task"]
+            complete(args, saved, taken, "fairseq_cli.generate")
+            there, asked = [[part.get(side) for side in languages] for part in (saved, vars(args))]
+            if one_given and asked == there[::-1] != there:
+                warning = "the model was trained from %s to %s, not from %s to %s"
+                logging.getLogger("fairseq_cli.generate").warning(warning, *there, *asked)
         return args
 
     module.options = stand_in(options, parse_args_and_arch=parse_args_and_arch)

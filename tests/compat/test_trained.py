@@ -81,6 +81,14 @@ def test_generate_takes_the_direction_of_the_checkpoint(
     assert re.search(r"^S-0\tw\d", output, re.M) and re.search(r"^T-0\tW\d", output, re.M)
 
 
+def test_the_wrong_way_round_is_said(corpus: tuple[Path, Path], stock_models: tuple[Path, Path]) -> None:
+    """A shared vocabulary hides it: BLEU is near 0, with exit status 0."""
+    flags = (corpus[0], "--path", stock_models[0], *CPU, "--batch-size", 12, "--max-len-b", 5)
+    warning = "the model was trained from en to de, not from de to en"
+    assert warning in run("fairseq-generate", *flags, "-s", "de", "-t", "en")
+    assert warning not in run("fairseq-generate", *flags, "-s", "en", "-t", "de")
+
+
 @pytest.mark.parametrize("command", ["fairseq-generate", "fairseq-interactive"])
 def test_a_model_of_another_task_is_refused(
     command: str, corpus: tuple[Path, Path], stock_models: tuple[Path, Path]
