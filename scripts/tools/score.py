@@ -30,6 +30,8 @@ class Scorer:
     """Runs the stock commands for one checkpoint of a run; what they print is kept in RUN/score.TAG/."""
 
     def __init__(self, run: Path, task: str, average: int, splits: list[str]) -> None:
+        if not (run / "run.json").exists():
+            raise ResultError(f"RUN must be a folder of scripts/{task}/train.sh, with run.json, got {run}")
         about = json.loads(read(run / "run.json"))
         if about["task"] != task:
             raise ResultError(f"{run} is a run of {about['task']}, not of {task}")
@@ -141,7 +143,8 @@ def score_language_model(run: Scorer) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    usage = "bash scripts/wmt|lm/score.sh RUN [--average N] [--splits SPLIT ...]"
+    parser = argparse.ArgumentParser(prog="score", usage=usage, description=__doc__.splitlines()[0])
     parser.add_argument("task", choices=PRESETS)
     parser.add_argument("run", type=Path)
     parser.add_argument(

@@ -58,7 +58,8 @@ class Meter:
 
     def __init__(self, checkpoint: Path, data: Path) -> None:
         if not checkpoint.is_file():
-            raise ResultError(f"CHECKPOINT {checkpoint}: No such file")
+            problem = "is a folder, no checkpoint" if checkpoint.is_dir() else "No such file"
+            raise ResultError(f"CHECKPOINT {checkpoint}: {problem}")
         if not list((data / "bin").glob("valid*.idx")):
             raise ResultError(f"--data must be a folder of data-prep with bin/valid... in it, got {data}")
         state = checkpoint_utils.load_checkpoint_to_cpu(str(checkpoint))

@@ -102,13 +102,15 @@ def integer(name: str, default: int) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    usage = "bash scripts/wmt|lm/train.sh PRESET MODEL DATA RUN [FLAGS OF fairseq-train ...]"
+    parser = argparse.ArgumentParser(prog="train", usage=usage, description=__doc__.splitlines()[0])
     parser.add_argument("task", choices=PRESETS)
     parser.add_argument("preset")
     parser.add_argument("model")
     parser.add_argument("data", type=Path, help="folder of data-prep")
     parser.add_argument("run", type=Path, help="folder for checkpoints and logs")
-    parser.add_argument("flags", nargs=argparse.REMAINDER, help="further flags of fairseq-train")
+    flags = parser.add_argument("flags", nargs=argparse.REMAINDER, help="further flags of fairseq-train")
+    flags.required = False  # or "the following arguments are required" names it
     args = parser.parse_args()
     try:
         plan, seed = Plan(args.task, args.preset, args.model, 1).check(), integer("SEED", 1)

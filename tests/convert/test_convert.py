@@ -150,6 +150,7 @@ def test_stock_commands_open_the_result(stock: Stock, tmp_path: Path) -> None:
         ((), {"more": ("--no-moe-decoder",)}, "leave nothing to convert"),
         ((), {"data": "elsewhere"}, "--calibration must be a folder of data-prep or fairseq-preprocess"),
         ((), {"dense": "nothing.pt"}, "nothing.pt: no such file"),
+        ((), {"dense": "."}, ": is a folder, no checkpoint"),
         ((), {"sparse": "there.pt"}, "there.pt exists already"),
     ],
 )

@@ -104,6 +104,7 @@ def test_errors(
     here = ("--data", data, "--budget", 2)
     bad = [
         ((tmp_path / "none.pt", *here), "none.pt: No such file"),
+        ((tmp_path, *here), f"{tmp_path}: is a folder, no checkpoint"),
         (
             (checkpoint, "--data", tmp_path, "--budget", 2),
             "--data must be a folder of data-prep with bin/valid",

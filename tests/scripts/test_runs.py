@@ -47,9 +47,9 @@ def test_translation(mt_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     about = json.loads((run / "run.json").read_text())
     assert (about["model"], about["seed"], about["gpus"]) == ("xmoe-s2", 3, 1)
     assert logged(output, "valid")[-1]["valid_best_bleu"] >= 0  # the checkpoint is chosen by BLEU
-    assert f"score: {tmp_path / 'none/run.json'}: No such file" in script(
-        "wmt/score.sh", tmp_path / "none", succeeds=False
-    )
+    none = tmp_path / "none"
+    message = f"score: RUN must be a folder of scripts/wmt/train.sh, with run.json, got {none}"
+    assert message in script("wmt/score.sh", none, succeeds=False)
     score_with_forks(monkeypatch, "wmt", run)
     scores = json.loads((run / "scores.best.json").read_text())
     assert scores["checkpoint"] == "checkpoint_best.pt" and set(scores["splits"]) == {"valid", "test"}
@@ -133,6 +133,7 @@ def test_bad_arguments_of_train(lm_data: Path, tmp_path: Path, monkeypatch: pyte
     for arguments, message in bad:
         assert message in call(train.main, monkeypatch, *arguments)
     assert not run.exists()
+    assert script("lm/train.sh", succeeds=False).endswith("are required: preset, model, data, run\n")
     monkeypatch.setenv("SEED", "one")
     assert "SEED must be a whole number, got one" in call(
         train.main, monkeypatch, "lm", "tiny", "dense", lm_data, run

@@ -44,7 +44,7 @@ def read_dense(path: Path, binarised: str) -> Dense:
         ConvertError: no such file, no such model, or one that cannot be converted.
     """
     if not path.is_file():
-        raise ConvertError(f"{path}: no such file")
+        raise ConvertError(f"{path}: {'is a folder, no checkpoint' if path.is_dir() else 'no such file'}")
     state = checkpoint_utils.load_checkpoint_to_cpu(str(path), {"data": binarised})
     cfg = state.get("cfg")
     if state.get("args") is not None:
