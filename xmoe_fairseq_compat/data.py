@@ -6,6 +6,7 @@ import io
 import os
 from typing import Any
 
+from xmoe_fairseq_compat.errors import FlagError
 from xmoe_fairseq_compat.registry import has, mend, stand_in
 
 
@@ -73,3 +74,19 @@ def map_empty_data(module: Any) -> None:
         return numpy.memmap(path, **kwargs)
 
     module.np = stand_in(numpy, memmap=memmap)
+
+
+@mend("fairseq.data.data_utils")
+def name_what_joins_pieces(module: Any) -> None:
+    """Every torch: a misspelt --remove-bpe ends in a traceback, after the first batch was translated."""
+    plain_process = module.post_process
+
+    def post_process(sentence: str, symbol: str | None) -> Any:
+        try:
+            return plain_process(sentence, symbol)
+        except NotImplementedError as error:
+            known = "subword_nmt, sentencepiece, wordpiece, letter, silence, _EOW, none"
+            rule = f"--remove-bpe (--post-process) must be one of {known}, got {symbol}"
+            raise FlagError(rule) from error
+
+    module.post_process = post_process

@@ -6,13 +6,14 @@ from pathlib import Path
 import pytest
 from commands import PLUGIN, run
 from fairseq import options
+from fairseq.data import data_utils
 from fairseq.data.encoders.sentencepiece_bpe import SentencepieceConfig
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq_cli import score
 from omegaconf import MissingMandatoryValue, OmegaConf
 
 from xmoe_fairseq.convert.arguments import argument_parser
-from xmoe_fairseq_compat.errors import UserError, one_line
+from xmoe_fairseq_compat.errors import FlagError, UserError, one_line
 from xmoe_fairseq_compat.usage import hint, hint_of_flags
 
 TRAIN = ("data", "--arch", "transformer_tiny", "--batch-size", "1")
@@ -134,6 +135,12 @@ def test_hydra_with_a_model_of_the_plugin(tmp_path: Path) -> None:
     given += (f"common.user_dir={PLUGIN[1]}", "+model.moe_threshold=3", "+model.moe_treshold=3")
     output = run("fairseq-hydra-train", *given, succeeds=False)
     assert "error: Key 'moe_treshold' not in 'XMoETransformerLanguageModelConfig'" in output
+
+
+def test_a_misspelt_remove_bpe() -> None:
+    with pytest.raises(FlagError, match=r"^--remove-bpe .* must be one of .*, got sentencpiece$"):
+        data_utils.post_process("\u2581a b", "sentencpiece")
+    assert data_utils.post_process("\u2581a b", "sentencepiece") == "ab"
 
 
 def test_a_flag_of_the_model_for_a_command_that_opens_a_checkpoint() -> None:
