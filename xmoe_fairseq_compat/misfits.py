@@ -78,6 +78,11 @@ def remember_what_a_script_asks_for(module: Any) -> None:
     module.parse_args_and_arch = parse_args_and_arch
 
 
+def typed_words() -> list[str]:
+    """Of the command line: what a script handed over, or what a user typed."""
+    return _words or sys.argv[1:]
+
+
 def check_left_out(path: Any, changed: Mapping[str, tuple[Any, Any]]) -> None:
     """fairseq builds a model from the command line alone and fills it with a checkpoint's weights, so that a
     setting which was left out would silently be the default.
@@ -88,7 +93,7 @@ def check_left_out(path: Any, changed: Mapping[str, tuple[Any, Any]]) -> None:
     Raises:
         CheckpointError: says what to type.
     """
-    given = {word.split("=")[0].lstrip("+") for word in _words or sys.argv}  # for fairseq-train, or for hydra
+    given = {word.split("=")[0].lstrip("+") for word in typed_words()}  # for fairseq-train, or for hydra
     left_out = sorted(name for name in changed if not {as_flag(name), f"model.{name}"} & given)
     if left_out:
         typed = hydras if os.path.basename(sys.argv[0]) == "fairseq-hydra-train" else as_flag

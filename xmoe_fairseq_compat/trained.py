@@ -13,6 +13,7 @@ from xmoe_fairseq_compat.checkpoints import load_checkpoint
 from xmoe_fairseq_compat.components import unknown
 from xmoe_fairseq_compat.errors import CheckpointError, FlagError, UserError, flag
 from xmoe_fairseq_compat.files import MAPPED
+from xmoe_fairseq_compat.misfits import typed_words
 from xmoe_fairseq_compat.opening import NEEDS_PATH
 from xmoe_fairseq_compat.registry import mend, stand_in
 
@@ -34,7 +35,7 @@ def on_command_line(*flags: str) -> list[str | None]:
 
 def given(names: Iterable[str]) -> set[str]:
     """Which settings the command line gives (fairseq takes no abbreviations)."""
-    flags = {word.partition("=")[0] for word in sys.argv[1:]}
+    flags = {word.partition("=")[0] for word in typed_words()}
     return {name for name in names if flag(name) in flags}
 
 
