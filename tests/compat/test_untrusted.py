@@ -263,7 +263,8 @@ def test_an_archive_stays_and_is_unpacked_beside(tmp_path: Path) -> None:
     assert Path(folder, "model.pt").read_bytes() == b"weights" and file.read_bytes() == content
     assert file_utils.load_archive_file(str(file)) == folder, "the second time nothing is unpacked"
     assert file_utils.load_archive_file(folder) == folder
-    assert file_utils.load_archive_file(str(tmp_path / "none.tar.gz")) is None
+    with pytest.raises(UserError, match="none.tar.gz does not exist"):
+        file_utils.load_archive_file(str(tmp_path / "none.tar.gz"))
     flat = archive(tmp_path / "y.tar.gz", {"dict.txt": b"a 1\n", "model.pt": b"weights"})
     assert Path(file_utils.load_archive_file(str(flat)), "dict.txt").read_bytes() == b"a 1\n"
 
