@@ -14,6 +14,10 @@ from xmoe_fairseq_compat.registry import mend, replaced, stand_in
 FLAG = " #fairseq:overwrite"
 
 
+class DictionaryError(UserError, RuntimeError, ValueError):
+    """An entry that is wrong; stock fairseq raises one of the other two."""
+
+
 def lines_of(file: str) -> list[str]:
     """Raises UserError where the file is missing or not UTF-8."""
     from fairseq.file_io import PathManager
@@ -41,10 +45,10 @@ def add_entries(dictionary: Any, lines: Iterable[str], first: int, file: str) ->
         word, _, count = entry.removesuffix(FLAG).rpartition(" ")
         if not (word and count.isascii() and count.isdigit()):
             rule = "must be a token, a space and its count (0 or more)"
-            raise UserError(f"{file}, line {number}: {rule}, got {entry[:80]!r}")
+            raise DictionaryError(f"{file}, line {number}: {rule}, got {entry[:80]!r}")
         if word in dictionary and not overwrite:
-            rule = f"is there already; leave one out, or end the later line with{FLAG}"
-            raise UserError(f"{file}, line {number}: {word[:80]!r} {rule}")
+            rule = f"leave one out, or end the later line with{FLAG}"
+            raise DictionaryError(f"{file}, line {number}: Duplicate of {word[:80]!r}; {rule}")
         dictionary.add_symbol(word, n=int(count), overwrite=overwrite)
 
 

@@ -27,7 +27,7 @@ CPU = ("--cpu", "--num-workers", 0)
         (b"a 3\n\nb 2\n", 2, "must be a token, a space and its count (0 or more), got ''"),
         (b"a -3\n", 1, "must be a token, a space and its count (0 or more), got 'a -3'"),
         (b"a 3\nb many\n", 2, "must be a token, a space and its count (0 or more), got 'b many'"),
-        (b"a 3\nb 2\na 1\n", 3, "'a' is there already"),
+        (b"a 3\nb 2\na 1\n", 3, "Duplicate of 'a'; leave one out"),
         (b"a 3\n\xff\xfeb 2\n", 2, "not UTF-8"),
     ],
 )
