@@ -23,7 +23,7 @@ from textio import DataError, in_chunks, normalize, run
 
 Pair = tuple[str, str]
 BABEL_NAMES = {"zh": "zh_Hans"}
-NOT_REAL = {"XA", "XB", "XXX", "ZZ", "mul", "root", "und", "zxx"}  # CLDR's pseudo and unknown codes
+PSEUDO_CODES = {"XA", "XB", "XXX", "ZZ", "mul", "root", "und", "zxx"}  # and CLDR's for what is unknown
 SPLITS = ("train", "valid", "test")
 MOST_NAMES = 4  # in a list
 MOST_PAIRS = 10_000_000
@@ -58,7 +58,7 @@ class Generator:
         self.languages = sorted(k for k in source.languages if k in target.languages and len(k) <= 3)
         self.currencies = sorted(c for c in source.currencies if c in target.currencies)
         for names in (self.territories, self.languages, self.currencies):
-            names[:] = [name for name in names if name not in NOT_REAL]
+            names[:] = [name for name in names if name not in PSEUDO_CODES]
         self.units = sorted(u for u in source.unit_display_names if self._formats(u))
         if min(map(len, (self.territories, self.languages, self.currencies, self.units))) < MOST_NAMES:
             raise DataError(f"CLDR has too few names in both {source_lang} and {target_lang}; take others")

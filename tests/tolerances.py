@@ -14,9 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-MARGIN = (
-    4  # a few such sums follow one another; none of the processors tried has used a quarter of what it gives
-)
+# A few such sums follow one another. No processor that was tried has used more than half of what it gives.
+MARGIN = 4
 TERMS = 256  # of the sums in the tests' models and batches, at most
 
 

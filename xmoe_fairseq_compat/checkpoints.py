@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from xmoe_fairseq_compat.errors import CheckpointError, UserError
-from xmoe_fairseq_compat.reading import DAMAGED, check_claims, check_configuration, check_zip
+from xmoe_fairseq_compat.reading import DAMAGED, check_claims, check_zip
 from xmoe_fairseq_compat.registry import has, mend, stand_in
+from xmoe_fairseq_compat.saved_configuration import check_configuration, follow_references
 
 
 @mend("fairseq.checkpoint_utils", when=lambda: has("torch", 2, 6))
@@ -102,6 +103,7 @@ def load_checkpoint(file: Any, *args: Any, **kwargs: Any) -> Any:
         raise CheckpointError(file, f"its model holds {strange[0]!r}, where the name of a tensor belongs")
     for name in ("cfg", "args"):
         check_configuration(file, state.get(name))
+        follow_references(state.get(name))
     return state
 
 

@@ -20,7 +20,6 @@ from xmoe_fairseq_compat.errors import CheckpointError
 MOST_TIMES = 100  # as large as its compressed form: weights, zeros between them, come nowhere near
 SMALL = 2**26  # bytes that any machine has: a tensor may be a view that repeats a few numbers
 BLOCK = 2**22
-DEEPEST = 50  # level of a configuration
 DAMAGED = "it is damaged or no checkpoint; copy it again or use another"
 
 
@@ -155,35 +154,3 @@ def plain(value: Any) -> Any:
     """What a node of omegaconf's holds; anything else is as it is."""
     inside = getattr(value, "__dict__", {})
     return inside.get("_val", inside.get("_content", value))
-
-
-def check_configuration(file: Any, cfg: Any) -> None:
-    """Raises CheckpointError for a configuration that grows when it is read: parts that are used in many
-    places, or in themselves, and references (`${...}`), which may be to the environment, too."""
-    sizes: dict[int, int] = {}
-    own = 0
-
-    def written_out(value: Any, name: str, depth: int) -> int:
-        """The number of entries, those that are used twice counted twice."""
-        nonlocal own
-        if id(value) in sizes and sizes[id(value)] == 0 or depth > DEEPEST:
-            problem = f"its configuration is nested without end at {name[:60]}; do not use it"
-            raise CheckpointError(file, problem)
-        if id(value) in sizes:
-            return sizes[id(value)]
-        text = plain(value)
-        if isinstance(text, str) and "${" in text:
-            problem = f"{name} is {text[:60]!r}, a reference; its configuration must hold plain values"
-            raise CheckpointError(file, problem)
-        sizes[id(value)] = 0  # in progress
-        found = list(children(value))
-        own += len(found)
-        sizes[id(value)] = 1 + sum(written_out(child, f"{name}.{key}", depth + 1) for key, child in found)
-        return sizes[id(value)]
-
-    total = written_out(cfg, "cfg", 0)
-    if total > 10 * max(own, 1000):
-        problem = (
-            f"its configuration has {own:,} entries that become {total:,} when they are read; do not use it"
-        )
-        raise CheckpointError(file, problem)

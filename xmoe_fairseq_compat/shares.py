@@ -88,9 +88,11 @@ class Turns:
             yield
             return
         logging.disable(logging.WARNING)
-        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-            yield
-        logging.disable(logging.NOTSET)
+        try:
+            with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+                yield
+        finally:
+            logging.disable(logging.NOTSET)
 
 
 class Share:

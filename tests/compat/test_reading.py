@@ -16,7 +16,7 @@ from hostile import checkpoint
 
 from xmoe_fairseq.parallel import shards, whole
 from xmoe_fairseq.parallel.tool import main
-from xmoe_fairseq_compat import reading
+from xmoe_fairseq_compat import saved_configuration
 from xmoe_fairseq_compat.checkpoints import load, load_checkpoint
 from xmoe_fairseq_compat.errors import CheckpointError
 
@@ -216,6 +216,9 @@ def deep() -> list[Any]:
         (deep(), "is nested without end at cfg.task.node"),
         ("${oc.env:HOME}", r"cfg.task.node is '\$\{oc.env:HOME\}', a reference"),
         (["${model}${model}"], "cfg.task.node.0 is .*, a reference"),
+        ("${model}", "cfg.task.node is .*, a reference"),  # to many values
+        ("${task.node}", "cfg.task.node is .*, a reference"),
+        ("${task.none}", "cfg.task.node is .*, a reference"),
     ],
 )
 def test_a_configuration_that_grows_is_refused(node: Any, problem: str, tmp_path: Path) -> None:
@@ -223,9 +226,21 @@ def test_a_configuration_that_grows_is_refused(node: Any, problem: str, tmp_path
     assert re.search(problem, refused(path))
 
 
+def test_references_to_plain_values_are_followed(tmp_path: Path) -> None:
+    """fairseq saved them until May 2021."""
+    own = {"lr": [0.1, 0.2], "seed": None, "first": "${task.second}", "second": 3}
+    asked = {"a": "${task.lr}", "b": ["${task.seed}"], "c": "${task.first}"}
+    path = checkpoint(tmp_path, lambda state: state["cfg"]["task"].update(own, asked=asked))
+    task = load_checkpoint(path)["cfg"]["task"]
+    assert task["asked"] == {"a": [0.1, 0.2], "b": [None], "c": 3} and task["first"] == 3
+    assert task["asked"]["a"] is not task["lr"]
+
+
 def test_an_honest_configuration_may_be_large_and_share_parts() -> None:
     pairs = [f"en-l{number}" for number in range(200_000)]
-    reading.check_configuration("file", {"task": {"lang_pairs": pairs}, "model": {"lang_pairs": pairs}})
+    saved_configuration.check_configuration(
+        "file", {"task": {"lang_pairs": pairs}, "model": {"lang_pairs": pairs}}
+    )
 
 
 @pytest.mark.parametrize(

@@ -20,11 +20,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 BINS = 1024  # of the histogram over [0, 1]
-TOKENS, TAKEN, COUNTS = (
-    BINS,
-    BINS + 1,
-    BINS + 2,
-)  # what stands behind the bins, and how many numbers there are
+TOKENS, TAKEN = BINS, BINS + 1  # places of what stands behind the bins
+COUNTS = BINS + 2  # numbers in all
 # Of the way that t goes in one update; all of it in the first. At 0.1 t was 10 updates late while the router
 # changed quickly, and a token took up to 4.9 experts for 4; at 0.5 up to 4.2.
 RATE = 0.5
