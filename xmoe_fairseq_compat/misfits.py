@@ -98,10 +98,11 @@ def check_left_out(path: Any, changed: Mapping[str, tuple[Any, Any]]) -> None:
     if left_out:
         typed = hydras if os.path.basename(sys.argv[0]) == "fairseq-hydra-train" else as_flag
         keep, change = (" ".join(typed(name, changed[name][i]) for name in left_out) for i in (0, 1))
+        can_change = typed is hydras or not any(changed[name][1] is False for name in left_out)
         raise CheckpointError(
             path,
             "it was trained or converted with other settings than this run's, which its weights do not show;"
-            f" add {keep} to keep them, or {change} to change them",
+            f" add {keep} to keep them" + (f", or {change} to change them" if can_change else ""),
         )
     for name, (was, now) in changed.items():
         logger.warning(f"{path} was saved with {as_flag(name, was)}; from here on {as_flag(name, now)}")
@@ -113,10 +114,10 @@ def hydras(name: str, value: Any) -> str:
 
 
 def as_flag(name: str, value: Any = "") -> str:
-    """A setting as it is typed."""
+    """A setting as it is typed; one that is off cannot be, where an architecture has it on."""
     text = flag(name)
     if isinstance(value, bool):
-        return text if value else f"no {text}"
+        return text if value else f"an --arch without {text}"
     return f"{text} {value}".rstrip()
 
 

@@ -109,3 +109,20 @@ def test_a_script_may_change_a_setting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("xmoe_fairseq_compat.misfits._words", [])
     monkeypatch.setattr("sys.argv", ["bin/fairseq-hydra-train", "++model.activation_fn=relu"])
     check_left_out("x.pt", changed)
+
+
+@pytest.mark.parametrize(
+    ("saved", "here", "what"),
+    [
+        (False, True, "add an --arch without --decoder-normalize-before to keep them"),
+        (True, False, "add --decoder-normalize-before to keep them"),
+    ],
+)
+def test_a_switch_that_is_off_is_not_told_to_be_typed(
+    saved: bool, here: bool, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("xmoe_fairseq_compat.misfits._words", ["data"])
+    change = ", or --decoder-normalize-before to change them" if here else ""
+    with pytest.raises(CheckpointError) as error:
+        check_left_out("x.pt", {"decoder_normalize_before": (saved, here)})
+    assert str(error.value).endswith(what + change)
