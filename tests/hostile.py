@@ -6,10 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from fairseq import options, tasks
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from omegaconf import OmegaConf
+
+from xmoe_fairseq_compat.checkpoints import load_checkpoint
+from xmoe_fairseq_compat.errors import CheckpointError
 
 ARGUMENTS = (
     "data", "--task", "language_modeling", "--arch", "transformer_lm", "--decoder-embed-dim", "8",
@@ -54,3 +58,10 @@ def checkpoint(folder: Path, change: Change = lambda state: None) -> Path:
     path = folder / "hostile.pt"
     torch.save(content, path)
     return path
+
+
+def refused(path: Path, **options: Any) -> str:
+    with pytest.raises(CheckpointError) as error:
+        load_checkpoint(path, **options)
+    assert "\n" not in str(error.value) and str(path) in str(error.value)
+    return str(error.value)

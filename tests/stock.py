@@ -1,5 +1,8 @@
 """Flags for fairseq's own models, tiny and hardly trained."""
 
+from collections.abc import Callable
+from pathlib import Path
+
 TINY = (
     "--cpu", "--optimizer", "adam", "--lr", "0.01", "--max-tokens", "200", "--no-epoch-checkpoints",
     "--log-format", "simple", "--num-workers", "0", "--seed", "3", "--max-update", "4",
@@ -13,3 +16,6 @@ TRANSLATION = (
 LANGUAGE = (
     *TINY, "--task", "language_modeling", "--arch", "transformer_lm", "--tokens-per-sample", "32",
 )  # fmt: skip
+# Of xmoe-convert, which is to look at little text.
+SMALL = ("--calibration-tokens", "300", "--valid-tokens", "60", "--max-tokens", "100")
+Stock = Callable[..., tuple[Path, Path]]  # the fixture `stock`: a checkpoint, and its data

@@ -1,11 +1,14 @@
 """Small models and batches for the plugin's tests."""
 
+import copy
 from argparse import Namespace
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from fairseq.data import Dictionary
+from fairseq.models.transformer import TransformerConfig
+from fairseq.modules.transformer_layer import TransformerEncoderLayerBase
 from torch import Tensor
 
 import xmoe_fairseq  # noqa: F401  (registers the models)
@@ -85,3 +88,9 @@ def language_sample(target: Tensor) -> dict[str, Any]:
         "target": target,
         "ntokens": int(target.ne(PAD).sum()),
     }
+
+
+def encoder_layer() -> TransformerEncoderLayerBase:
+    cfg = copy.deepcopy(TransformerConfig())  # its parts are one for all of them
+    cfg.encoder.embed_dim, cfg.encoder.ffn_embed_dim, cfg.encoder.attention_heads = 8, 8, 2
+    return TransformerEncoderLayerBase(cfg)

@@ -2,6 +2,7 @@
 
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,9 +13,10 @@ from fairseq.dataclass.configs import EMAConfig
 from fairseq.models.ema.ema import EMA
 from stock import LANGUAGE
 from tolerances import assert_same
-from torch import Tensor
-from toy import language_model, sentences, translation_model
+from torch import Tensor, nn
+from toy import encoder_layer, language_model, sentences, translation_model
 
+from xmoe_fairseq_compat import models
 from xmoe_fairseq_compat.errors import CheckpointError, FlagError, UserError
 
 
@@ -136,3 +138,31 @@ def test_an_average_may_begin_where_a_run_goes_on(corpus: tuple[Path, Path], tmp
     assert "holds no average (EMA): it begins at its weights" in output
     state = checkpoint_utils.load_checkpoint_to_cpu(str(tmp_path / "checkpoint_last.pt"))
     assert state["extra_state"]["ema"].keys() >= {"decoder.embed_tokens.weight"}
+
+
+def test_ema_averages_floats_and_copies_whole_numbers() -> None:
+    model = nn.BatchNorm1d(2)  # counts its batches
+    ema = EMA(model, EMAConfig(ema_decay=0.5))
+    with torch.no_grad():
+        model.weight.fill_(3.0)
+        model.num_batches_tracked.fill_(7)
+    ema.step(model)
+    assert ema.get_model().weight.tolist() == [2.0, 2.0]
+    assert ema.get_model().num_batches_tracked == 7
+
+
+def test_encoder_layer_evaluates() -> None:
+    layer = encoder_layer().eval()
+    padding = torch.tensor([[False, False, True]])
+    with torch.no_grad():
+        assert not layer.can_use_fastpath
+        assert layer(torch.ones(3, 1, 8), padding).isfinite().all()
+
+
+def test_development_versions_of_torch_can_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """read_development_versions"""
+    monkeypatch.setattr(torch, "__version__", "2.14.0a0+git1234")
+    module = SimpleNamespace()
+    models.read_development_versions(module)
+    assert module.torch.__version__ == "2.14.0"
+    assert module.torch.cat is torch.cat

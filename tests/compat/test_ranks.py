@@ -1,5 +1,15 @@
 """Mends of ranks.py that need no ranks."""
 
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.distributed as dist
+from fairseq.distributed import utils as distributed_utils
+from fairseq.models import distributed_fairseq_model
+from toy import encoder_layer
+
 from xmoe_fairseq_compat.errors import UserError
 from xmoe_fairseq_compat.ranks import unreadable
 
@@ -15,3 +25,26 @@ def test_what_could_not_be_read_is_the_last_line_of_a_workers_traceback() -> Non
 
 def test_an_error_that_names_its_file_stays() -> None:
     assert str(unreadable(UserError("train.bin is damaged"), [])) == "train.bin is damaged"
+
+
+@pytest.fixture
+def group(monkeypatch: pytest.MonkeyPatch) -> Iterator[dist.ProcessGroup]:
+    """A gloo group of this process alone."""
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # torch's, which names the rank, would stay
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+def test_ddp_on_cpu_does_not_wait_for_unused_weights(group: dist.ProcessGroup) -> None:
+    layer = encoder_layer()
+    trainable = [name for name, parameter in layer.named_parameters() if parameter.requires_grad]
+    ddp = distributed_fairseq_model.DistributedDataParallel(layer, device_ids=[0], process_group=group)
+    for _ in range(2):
+        ddp(torch.ones(3, 1, 8), None).sum().backward()
+    assert [name for name, parameter in layer.named_parameters() if parameter.requires_grad] == trainable
+
+
+def test_gather_on_cpu(group: dist.ProcessGroup) -> None:
+    large = {"loss": 1.5, "ids": list(range(20_000))}
+    assert distributed_utils.all_gather_list(large, group, max_size=16384) == [large]

@@ -1,11 +1,14 @@
 """One test per mend of training.py that no command shows more simply."""
 
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from fairseq.nan_detector import NanDetector
+from fairseq.optim.amp_optimizer import AMPOptimizer
+from fairseq.tasks import FairseqTask
 from torch import Tensor, nn
 
 
@@ -66,3 +69,22 @@ def test_finite_gradients_are_no_error() -> None:
     model = Odd("record")
     with NanDetector(model):
         model(torch.ones(1, 2)).weight.sum().backward()
+
+
+def test_amp_computes_in_bf16_on_a_cpu() -> None:
+    """autocast_on_cpu"""
+    seen = []
+
+    class Model(nn.Linear):
+        def set_num_updates(self, number: int) -> None:
+            pass
+
+    def criterion(model: Model, sample: torch.Tensor) -> tuple[torch.Tensor, int, dict]:
+        y = model(sample)
+        seen.append(y.dtype)
+        return y.sum(), 1, {}
+
+    for optimizer in (object.__new__(AMPOptimizer), SimpleNamespace()):
+        optimizer.backward = lambda loss: None
+        FairseqTask(None).train_step(torch.ones(1, 2), Model(2, 2), criterion, optimizer, 0)
+    assert seen == [torch.bfloat16, torch.float32]

@@ -1,9 +1,7 @@
 """xmoe-convert from end to end: the same outputs at t = 1, what it writes, and what it says of bad input."""
 
-import errno
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +10,7 @@ import torch
 from commands import PLUGIN, TRAIN, run
 from distributed import run_ranks
 from parallel_runs import fairseq_train
+from stock import SMALL, Stock
 from tolerances import about, assert_same
 
 from xmoe_fairseq.convert import thresholds, tool
@@ -27,8 +26,6 @@ LM = ("--task", "language_modeling", "--tokens-per-sample", "16", "--decoder-lay
       "--decoder-embed-dim", "16", "--decoder-ffn-embed-dim", "64", "--decoder-attention-heads", "2",
       "--decoder-output-dim", "16", "--decoder-input-dim", "16", "--dropout", "0", "--batch-size", "4",
       "--criterion", "cross_entropy", "--disable-validation")  # fmt: skip
-SMALL = ("--calibration-tokens", "300", "--valid-tokens", "60", "--max-tokens", "100")
-Stock = Callable[..., tuple[Path, Path]]
 
 
 @pytest.fixture(autouse=True)
@@ -137,73 +134,6 @@ def test_stock_commands_open_the_result(stock: Stock, tmp_path: Path) -> None:
     assert "Perplexity" in run(*evaluate, "--tokens-per-sample", 16, "--batch-size", 4)
 
 
-@pytest.mark.parametrize(
-    "flags, words, message",
-    [
-        ((), {"split": 5}, "--split must be 2 or more and divide --decoder-ffn-embed-dim 64, got 5"),
-        ((), {"split": 1}, "--split must be 2 or more and divide"),
-        (("--activation-fn", "tanh"), {}, "--activation-fn must be one of relu, relu_squared, gelu"),
-        (("--scale-fc",), {}, "--scale-fc cannot be combined with MoE layers"),
-        ((), {"more": ("--budget", "0.01")}, "--budget must be at least 0."),
-        ((), {"more": ("--budget", "1.5")}, "--budget must be in (0, 1], got 1.5"),
-        ((), {"more": ("--max-loss", "-1")}, "--max-loss must be above 0, got -1.0"),
-        ((), {"more": ("--no-moe-decoder",)}, "leave nothing to convert"),
-        ((), {"data": "elsewhere"}, "--calibration must be a folder of data-prep or fairseq-preprocess"),
-        ((), {"dense": "nothing.pt"}, "nothing.pt: no such file"),
-        ((), {"dense": "."}, ": is a folder, no checkpoint"),
-        ((), {"sparse": "there.pt"}, "there.pt exists already"),
-    ],
-)
-def test_one_line_for_bad_input(
-    stock: Stock, tmp_path: Path, flags: tuple[str, ...], words: dict[str, Any], message: str,
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    path, data = stock("lm", *flags)
-    (tmp_path / "there.pt").touch()
-    sparse = tmp_path / words.get("sparse", "sparse.pt")
-    said = said_by(
-        monkeypatch, capsys, words.get("dense", path), sparse, "--split", words.get("split", 8),
-        "--calibration", tmp_path / words["data"] if "data" in words else data, *SMALL,
-        *words.get("more", ()),
-    )  # fmt: skip
-    (line,) = [line for line in said.splitlines() if line.startswith("xmoe-convert: ")]
-    assert message in line
-    assert [file.name for file in tmp_path.iterdir()] == ["there.pt"]
-
-
-def said_by(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: Any) -> str:
-    """stderr of a call that must fail."""
-    monkeypatch.setattr(sys, "argv", ["xmoe-convert", *map(str, words)])
-    with pytest.raises(SystemExit) as exit:
-        tool.main()
-    assert exit.value.code not in (0, None)
-    return capsys.readouterr().err
-
-
-def test_other_models_are_refused(
-    stock: Stock, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path, data = stock(
-        "lm", "--arch", "xmoe_transformer_lm", "--moe-num-experts", "4", "--moe-ffn-split", "4"
-    )
-    common = (tmp_path / "sparse.pt", "--split", 4, "--calibration", data)
-    assert "is sparse already" in said_by(monkeypatch, capsys, path, *common)
-    state = torch.load(path, weights_only=True)
-    state["cfg"]["model"]["_name"] = "lstm"
-    torch.save(state, tmp_path / "lstm.pt")
-    said = said_by(monkeypatch, capsys, tmp_path / "lstm.pt", *common)
-    assert "must hold a transformer or transformer_lm, got lstm" in said
-    path, data = stock("lm")
-    state = torch.load(path, weights_only=True)
-    for number, words in (("nan", "number.pt: it holds NaN in"), ("inf", "number.pt holds NaN or inf in")):
-        state["model"]["decoder.layers.1.fc1.weight"][3, 4] = float(number)
-        torch.save(state, tmp_path / "number.pt")
-        said = said_by(monkeypatch, capsys, tmp_path / "number.pt", *common)
-        assert f"{words} decoder.layers.1.fc1.weight" in said
-    torch.save({"weights": torch.zeros(2)}, tmp_path / "other.pt")
-    assert "other.pt" in said_by(monkeypatch, capsys, tmp_path / "other.pt", *common)
-
-
 def test_fairseq_train_goes_on_with_the_settings_of_the_result(stock: Stock, tmp_path: Path) -> None:
     """Or says which it would lose, as flags that make it go on."""
     path, data = stock("lm")
@@ -230,75 +160,3 @@ def test_fairseq_train_goes_on_with_the_settings_of_the_result(stock: Stock, tmp
     assert run_ranks(1, train) == [""]
     kept = torch.load(save_dir / "checkpoint_last.pt", weights_only=True)["cfg"]["model"]
     assert kept["moe_threshold"] == t and kept["moe_combine"] == "ones"
-
-
-def test_an_interruption_leaves_no_file(
-    stock: Stock, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def interrupted(_: Any, file: Any) -> None:
-        file.write(b"half of it")
-        raise KeyboardInterrupt
-
-    path, data = stock("lm")
-    monkeypatch.setattr(torch, "save", interrupted)
-    said = said_by(
-        monkeypatch, capsys, path, tmp_path / "sparse.pt", "--split", 8, "--calibration", data, *SMALL
-    )
-    assert said.endswith("xmoe-convert: interrupted; run it again to go on\n")
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_full_disk_leaves_no_file(
-    stock: Stock, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(_: Any, file: Any) -> None:
-        file.write(b"half of it")
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    path, data = stock("lm")
-    monkeypatch.setattr(torch, "save", full)
-    said = said_by(
-        monkeypatch, capsys, path, tmp_path / "sparse.pt", "--split", 8, "--calibration", data, *SMALL
-    )
-    assert said.splitlines()[-1].endswith(f"cannot write {tmp_path}/sparse.pt: no space left on device")
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("grouping", ["coactivation", "clustering", "random"])
-@pytest.mark.parametrize("name", ["fc1.weight", "fc2.weight"])
-def test_weights_beyond_all_measure(
-    grouping: str, name: str, stock: Stock, tmp_path: Path, capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    path, data = stock("lm")
-    state = torch.load(path, weights_only=True)
-    state["model"][f"decoder.layers.0.{name}"].fill_(1e38)
-    torch.save(state, tmp_path / "huge.pt")
-    said = said_by(
-        monkeypatch, capsys, tmp_path / "huge.pt", tmp_path / "sparse.pt", "--split", 8, "--calibration",
-        data, *SMALL, "--grouping", grouping,
-    )  # fmt: skip
-    assert "huge.pt: what decoder.layers.0 computes is beyond fp32, with weights of up to 1e+38" in said
-
-
-def test_weights_that_do_not_fit_take_one_line(
-    stock: Stock, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path, data = stock("lm")
-    state = torch.load(path, weights_only=True)
-    state["model"]["decoder.layers.0.fc1.bias"] = torch.zeros(3)
-    state["model"]["decoder.layers.1.fc1.bias"] = "text"
-    torch.save(state, tmp_path / "other.pt")
-    said = said_by(
-        monkeypatch,
-        capsys,
-        tmp_path / "other.pt",
-        tmp_path / "sparse.pt",
-        "--split",
-        8,
-        "--calibration",
-        data,
-    )
-    (line,) = [line for line in said.splitlines() if "xmoe-convert: " in line]
-    assert "other.pt: its weights do not fit the model: decoder.layers.0.fc1.bias is [3], not [64]" in line
-    assert "decoder.layers.1.fc1.bias is no tensor" in line

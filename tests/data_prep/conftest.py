@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib
 import os
 import stat
 import sys
@@ -9,7 +10,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))  # for prep_scripts.py and stand_ins.py
 
-from prep_scripts import PREP, PREPROCESS, Scripts
+from prep_scripts import PREP, PREPROCESS, Fails, Scripts
 
 sys.path.append(str(PREP))  # its modules, for tests of single functions
 
@@ -37,3 +38,24 @@ def stubbed(tmp_path: Path, environment: dict[str, str]) -> dict[str, str]:
         (tools / name).write_text(text)
         (tools / name).chmod(stat.S_IRWXU)
     return {**environment, "VENV": str(tools.parent)}
+
+
+@pytest.fixture
+def fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fails:
+    """The one line with which a command ends; nothing has changed, and nothing is left."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b"):
+        Path(name).write_text("text\n")
+
+    def run(name: str, *arguments: object) -> str:
+        before = {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
+        command = importlib.import_module(name)
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            importlib.import_module("textio").run(command.main)
+        message = str(end.value.code)
+        assert message.startswith(f"{name}.py: error: ") and "\n" not in message
+        assert {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()} == before
+        return message
+
+    return run

@@ -5,9 +5,12 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+Fails = Callable[..., str]
 
 PREP = Path(__file__).parents[2] / "data-prep"
 NEEDS_CURL = pytest.mark.skipif(shutil.which("curl") is None, reason="downloads need curl")

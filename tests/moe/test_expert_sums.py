@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from xmoe_fairseq.moe import Experts, expert_chunks
 from xmoe_fairseq.moe.dispatch import ExpertRows
-from xmoe_fairseq.moe.expert_chunks import chunks, compute, shares_of
+from xmoe_fairseq.moe.expert_chunks import compute
 from xmoe_fairseq.moe.expert_grouped import can_group, expert_sums_grouped
 from xmoe_fairseq.moe.expert_loop import expert_sums_loop
 from xmoe_fairseq.moe.expert_single import expert_sums_single, is_single
@@ -105,18 +105,6 @@ def test_which_tokens_are_computed_alone() -> None:
     assert not is_single(one)  # gradients
 
 
-def test_chunks_by_hand() -> None:
-    counts = [100, 0, 150, 10, 300, 1, 2, 0]
-    found = [(chunk.experts, chunk.counts, chunk.rows) for chunk in chunks(counts, 256)]
-    assert found == [
-        ([0, 2], [100, 150], slice(0, 250)),
-        ([3], [10], slice(250, 260)),
-        ([4], [300], slice(260, 560)),
-        ([5, 6], [1, 2], slice(560, 563)),
-    ]
-    assert not list(chunks([0, 0], 256))
-
-
 MODULES = {"of its own weight": nn.PReLU(), "random": nn.RReLU(), "in place": nn.SiLU(inplace=True)}
 
 
@@ -150,17 +138,6 @@ def test_threads_share_the_experts(load: str, weighted: bool) -> None:
     with torch.no_grad():
         assert_same(expert_sums_loop(x_SD, rows, stacks, F.gelu), expected[0])
     assert torch.get_num_threads() == 3  # again
-
-
-def test_shares_by_hand() -> None:
-    def experts(counts: list[int], weights: int, threads: int) -> list[list[int]]:
-        return [[e for c in share for e in c.experts] for share in shares_of(counts, weights, threads)]
-
-    assert experts([8, 0, 8, 8, 8], 2**20, 2) == [[0, 2], [3, 4]]
-    assert experts([8, 0, 8, 8, 8], 2**20, 9) == [[0], [2], [3], [4]]
-    assert experts([8, 0, 8, 8, 8], 2**10, 2) == [[0, 2, 3, 4]]  # too little work
-    assert experts([0, 30, 1], 2**20, 3) == [[1], [2]]
-    assert experts([0, 0], 2**20, 2) == [[]]
 
 
 @pytest.mark.usefixtures("three_threads")

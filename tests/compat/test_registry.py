@@ -1,0 +1,70 @@
+"""When a mend runs: before fairseq is imported, in the order of files, for versions that have the defect."""
+
+import os
+import runpy
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+import xmoe_fairseq_compat as compat
+from xmoe_fairseq_compat import registry
+
+COMPAT = Path(compat.__file__)
+
+
+def test_start_up_imports_no_library() -> None:
+    seen = "import sys; print([m for m in ('fairseq', 'numpy', 'torch', 'xmoe_fairseq') if m in sys.modules])"
+    assert subprocess.check_output([sys.executable, "-c", seen], text=True).strip() == "[]"
+
+
+def test_active_once_however_often_it_is_loaded() -> None:
+    assert compat.is_active()
+    runpy.run_path(str(COMPAT))
+    assert sum(getattr(finder, "mends_fairseq", False) for finder in sys.meta_path) == 1
+
+
+def test_not_active_where_fairseq_came_first() -> None:
+    late = f"""
+import runpy, sys, types
+sys.modules["fairseq"] = types.ModuleType("fairseq")
+print(runpy.run_path({str(COMPAT)!r})["is_active"]())
+"""
+    # -S: without the start-up line
+    assert subprocess.check_output([sys.executable, "-S", "-c", late], text=True).strip() == "False"
+
+
+@pytest.mark.parametrize("version", ["0.11.1", "0.13.0", "1.0.0"])
+def test_another_fairseq_is_left_alone(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert compat.Finder.find_spec("fairseq") is not None
+    monkeypatch.setattr(registry, "is_their_fairseq", registry.is_their_fairseq.__wrapped__)
+    monkeypatch.setattr(metadata, "version", lambda package: version)
+    assert compat.Finder.find_spec("fairseq") is None
+
+
+def test_mends_of_a_module_run_in_the_order_of_their_files() -> None:
+    """Of one function each wraps the one before, so this says which is the outer one."""
+    first = """
+import xmoe_fairseq_compat.usage, xmoe_fairseq_compat.scoring
+from xmoe_fairseq_compat import registry
+registry.read_all()
+files = {name: [mend.__module__ for _, mend in mends] for name, mends in registry.after.items()}
+assert all(found == sorted(found) for found in files.values()), files
+print(len(set(files["fairseq_cli.train"])) > 1)
+"""
+    command, env = (
+        [sys.executable, "-S", "-c", first],
+        {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert subprocess.check_output(command, text=True, env=env).strip() == "True"
+
+
+def test_versions_that_have_no_defect_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran = []
+    monkeypatch.setattr(registry, "after", {"m": [(lambda: False, ran.append), (lambda: True, ran.append)]})
+    module = SimpleNamespace()
+    registry.mended("m", lambda module: None)(module)
+    assert ran == [module]
