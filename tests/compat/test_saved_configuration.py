@@ -63,6 +63,12 @@ def test_references_to_plain_values_are_followed(tmp_path: Path) -> None:
     assert task["asked"]["a"] is not task["lr"]
 
 
+def test_references_that_repeat_a_long_list_count_as_often(tmp_path: Path) -> None:
+    many = {"long": list(range(1000)), "asked": ["${task.long}"] * 5000}
+    path = checkpoint(tmp_path, lambda state: state["cfg"]["task"].update(many))
+    assert re.search("entries that become 5,[0-9,]+ when they are read", refused(path))
+
+
 def test_an_honest_configuration_may_be_large_and_share_parts() -> None:
     pairs = [f"en-l{number}" for number in range(200_000)]
     saved_configuration.check_configuration(

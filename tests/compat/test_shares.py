@@ -2,9 +2,14 @@
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch.distributed as dist
 from commands import run, run_as_torchrun
+from distributed import run_ranks
+
+from xmoe_fairseq_compat.shares import Share, Turns
 
 READ = ("--cpu", "--num-workers", 0, "--required-batch-size-multiple", 1)
 GLOO = ("--distributed-backend", "gloo")
@@ -64,3 +69,21 @@ def test_validate_shared(ranks: int, corpus: tuple[Path, Path], stock_models: tu
     one = results(run(*command))
     assert len(one) == 2
     assert results(run_as_torchrun(ranks, *command, *GLOO)) == one
+
+
+def test_each_rank_computes_its_share_and_rank_0_has_all_in_order() -> None:
+    def rank() -> tuple[list[int], list[int]]:
+        here = SimpleNamespace(distributed_rank=dist.get_rank(), distributed_world_size=dist.get_world_size())
+        turns = Turns(SimpleNamespace(common=SimpleNamespace(cpu=True), distributed_training=here))
+        computed = []
+
+        def step(batch: int) -> int:
+            computed.append(batch)
+            return 10 * batch
+
+        found = [turns.compute(step, batch) for batch in Share(turns, range(5))]
+        return computed, found
+
+    first, second = run_ranks(2, rank)
+    assert first == ([0, 2, 4], [0, 10, 20, 30, 40])
+    assert second[0] == [1, 3]

@@ -11,7 +11,7 @@ from hostile import checkpoint
 from torch import nn
 
 from xmoe_fairseq_compat.errors import CheckpointError
-from xmoe_fairseq_compat.sizes import within
+from xmoe_fairseq_compat.sizes import Limit, within
 
 
 @pytest.mark.parametrize(
@@ -33,6 +33,15 @@ def test_a_model_far_larger_than_its_checkpoint_is_refused(settings: dict[str, i
         str(error.value),
     )
     nn.Linear(2, 2)  # outside nothing is counted any more
+
+
+def test_parameters_that_are_too_many_values_together_are_refused() -> None:
+    """None of them, nor their number, is more than a small checkpoint allows."""
+    limit = Limit("x.pt", {"model": {"weight": torch.ones(4)}})
+    parameter = nn.Parameter(torch.empty(2**22, device="meta"))
+    with pytest.raises(CheckpointError, match="asks for more than 272,629,760 values in 65 parameters"):
+        for _ in range(1000):
+            limit.count(None, "weight", parameter)
 
 
 def test_a_checkpoint_that_was_read_before_counts_too(tmp_path: Path) -> None:
