@@ -10,6 +10,8 @@ from typing import Any
 from xmoe_fairseq_compat.errors import UserError
 from xmoe_fairseq_compat.registry import mend, mend_around
 
+GO_ON = ("fairseq-train", "fairseq-hydra-train", "xmoe-convert")  # the others begin anew
+
 
 @mend_around("fairseq")
 def end_an_interruption_with_one_line(module: Any) -> Iterator[None]:
@@ -19,7 +21,8 @@ def end_an_interruption_with_one_line(module: Any) -> Iterator[None]:
     def excepthook(kind: Any, error: BaseException, traceback: Any) -> None:
         command = os.path.basename(sys.argv[0])
         if isinstance(error, KeyboardInterrupt) and command.startswith(("fairseq-", "xmoe-")):
-            print(f"{command}: interrupted; run it again to go on", file=sys.stderr)
+            how = "; run it again to go on" if command in GO_ON else ""
+            print(f"{command}: interrupted{how}", file=sys.stderr)
         else:
             plain_hook(kind, error, traceback)
 

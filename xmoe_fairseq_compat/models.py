@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import re
 from importlib import metadata
 from types import SimpleNamespace
@@ -94,11 +95,12 @@ def refuse_averages_that_stand_still(module: Any) -> None:
         decay = config.ema_decay
         types = {p.dtype for p in model.parameters() if p.dtype.is_floating_point}
         coarse = max(types, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float32)
-        if not config.ema_fp32 and 1 - decay < torch.finfo(coarse).eps:
-            kind = str(coarse).removeprefix("torch.")
+        step = torch.finfo(coarse).eps
+        if not config.ema_fp32 and 1 - decay < step:
+            kind, most = str(coarse).removeprefix("torch."), math.floor((1 - step) * 1e3) / 1e3
             raise FlagError(
                 f"--ema-decay {decay} needs --ema-fp32: weights in {kind} cannot step by {1 - decay:.1e},"
-                " so the average would stay where it began"
+                f" so the average would stay where it began; or give at most {most}"
             )
         plain_init(self, model, config, *args, **kwargs)
 

@@ -10,13 +10,20 @@ from xmoe_fairseq_compat import endings
 from xmoe_fairseq_compat.errors import UserError
 
 
-@pytest.mark.parametrize("command", ["xmoe-convert", "fairseq-train"])
+@pytest.mark.parametrize(
+    ("command", "how"),
+    [
+        ("xmoe-convert", "; run it again to go on"),
+        ("fairseq-train", "; run it again to go on"),
+        ("fairseq-generate", ""),  # which begins anew
+    ],
+)
 def test_an_interruption_takes_one_line(
-    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    command: str, how: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", [f"/bin/{command}"])
     sys.excepthook(KeyboardInterrupt, KeyboardInterrupt(), None)
-    assert capsys.readouterr().err == f"{command}: interrupted; run it again to go on\n"
+    assert capsys.readouterr().err == f"{command}: interrupted{how}\n"
 
 
 def test_a_user_s_own_program_is_left_alone(
