@@ -46,6 +46,6 @@ def refuse_settings_of_nothing(module: Any) -> None:
             raise FlagError(
                 "print_alignment='soft' cannot be printed: leave out verbose, read hypo['alignment']"
             )
-        return plain_generate(self, tokens, beam, verbose, **kwargs)
+        return plain_generate(self, tokens, beam, verbose, *args, **kwargs)
 
     kind.generate = generate

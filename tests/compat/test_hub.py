@@ -10,6 +10,7 @@ from fairseq.hub_utils import GeneratorHubInterface, from_pretrained
 from omegaconf import OmegaConf
 
 from xmoe_fairseq_compat.errors import FlagError
+from xmoe_fairseq_compat.hub import refuse_settings_of_nothing
 
 
 @pytest.mark.parametrize(
@@ -50,3 +51,13 @@ def test_settings_that_are_known_pass() -> None:
             hub, [], 3, lenpen=2.0, keep_inference_langtok=True, skip_invalid_size_inputs=True
         )
     assert error.value.args == (2.0, 3, True)
+
+
+def test_arguments_by_place_reach_the_search() -> None:
+    given: list[Any] = []
+    kind = type("Hub", (), {"generate": lambda self, *args, **kwargs: given.extend(args)})
+    refuse_settings_of_nothing(SimpleNamespace(GeneratorHubInterface=kind))
+    hub = kind()
+    hub.cfg = SimpleNamespace(generation={"lenpen": 1.0})
+    hub.generate("tokens", 3, True, False, {"constraints": None}, lenpen=2.0)
+    assert given == ["tokens", 3, True, False, {"constraints": None}]
