@@ -1,4 +1,4 @@
-"""Metadata and dependencies, and the start-up line that mends fairseq (see xmoe_fairseq_compat)."""
+"""Metadata and dependencies, and the start-up line that patches fairseq (see xmoe_fairseq_compat)."""
 
 from pathlib import Path
 

@@ -165,7 +165,7 @@ def normalize_only(args: argparse.Namespace) -> None:
                 if not all(sides):
                     raise DataError(
                         f"{paths[0] if target else paths[1]}:{number}: empty side; "
-                        "validation and test sets are never cut, so mend the line"
+                        "validation and test sets are never cut, so fix the line"
                     )
                 counts.update(("read", "kept"))
                 source_out.write(source + "\n")

@@ -50,7 +50,7 @@ step() {
   "$@" || {
     status=$?
     [ $status -ne 130 ] || { echo "$STEP_PREFIX $name was interrupted; run this again to go on" >&2; return $status; }
-    echo "$STEP_PREFIX $name failed; mend the cause and run this again, finished steps are kept" >&2
+    echo "$STEP_PREFIX $name failed; fix the cause and run this again, finished steps are kept" >&2
     return 1
   }
   seen+=$'\n'$(fingerprint "${outputs[@]}") || { echo "$STEP_PREFIX $name left no ${outputs[*]}" >&2; return 1; }

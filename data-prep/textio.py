@@ -1,6 +1,6 @@
 """Reading text that may be larger than memory, and how a script ends: what every script here shares.
 
-Readers check the encoding and name file and line. Errors a user can mend are DataError: one line.
+Readers check the encoding and name file and line. Errors a user can fix are DataError: one line.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _INVISIBLE = dict.fromkeys(
 
 
 class DataError(Exception):
-    """Something the user can mend; its text is the one line that is shown."""
+    """Something the user can fix; its text is the one line that is shown."""
 
 
 def run(main: Callable[[], None]) -> None:
@@ -42,7 +42,7 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(f"{name}: error: {describe(error)}")
     except UnicodeEncodeError as error:
         sys.exit(
-            f"{name}: error: {ascii(error.object[:99])}: holds what is no Unicode text; mend the flag or file"
+            f"{name}: error: {ascii(error.object[:99])}: holds what is no Unicode text; fix the flag or file"
         )
     except KeyboardInterrupt:
         print(f"{name}: interrupted; run it again to go on", file=sys.stderr)

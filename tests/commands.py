@@ -49,7 +49,7 @@ FORKS.set_forkserver_preload(["__main__", "torch", "torch._dynamo", "fairseq"])
 
 def run(tool: str, *arguments: object, succeeds: bool = True, stdin: str = "", **env: str) -> str:
     """stdout and stderr together; asserts the exit status. The script's process is a fork that has
-    imported torch and fairseq, and nothing of this package but its mends."""
+    imported torch and fairseq, and nothing of this package but its patches."""
     return _run_forks(tool, arguments, [env], succeeds, stdin)[0]
 
 

@@ -1,4 +1,4 @@
-"""Is what the plugin needs there, in a version that will do? If not: one line that says how to mend it."""
+"""Is what the plugin needs there, in a version that will do? If not: one line that says how to fix it."""
 
 import re
 import sys
@@ -23,12 +23,12 @@ def fairseq_installed() -> bool:
 
 
 def check_requirements() -> None:
-    """Raise RequirementError where torch, fairseq, sentencepiece or the mends of fairseq will not do."""
+    """Raise RequirementError where torch, fairseq, sentencepiece or the patches of fairseq will not do."""
     problem = (
         torch_problem(installed_version("torch"))
         or fairseq_problem(installed_version("fairseq"))
         or sentencepiece_problem(installed_version("sentencepiece"))
-        or compat_problem(mends_are_active(), Path(__file__).resolve().parents[1])
+        or compat_problem(patches_are_active(), Path(__file__).resolve().parents[1])
     )
     if problem:
         raise RequirementError(problem)
@@ -41,8 +41,8 @@ def installed_version(package: str) -> str | None:
         return None
 
 
-def mends_are_active() -> bool:
-    """Whether fairseq is mended. Where no start-up line did it, that is done now if it is not too late."""
+def patches_are_active() -> bool:
+    """Whether fairseq is patched. Where no start-up line did it, that is done now if it is not too late."""
     try:
         import xmoe_fairseq_compat
     except ImportError:
@@ -71,7 +71,7 @@ def compat_problem(active: bool, folder: Path) -> str | None:
         return None
     what = f'-e "{folder}"' if (folder / "setup.py").is_file() else "--force-reinstall xmoe_fairseq"
     return (
-        "fairseq was imported before xmoe_fairseq_compat could mend it: xmoe_fairseq must be installed,"
+        "fairseq was imported before xmoe_fairseq_compat could patch it: xmoe_fairseq must be installed,"
         f" PYTHONPATH alone is not enough; run: python -m pip install --no-deps {what}"
     )
 

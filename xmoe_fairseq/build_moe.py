@@ -37,7 +37,7 @@ def build_moe(
         "name": name,
     }
     if config.moe_router == "gshard":
-        from xmoe_fairseq.moe.gshard import GShardLayer  # fairscale's imports take a second
+        from xmoe_fairseq.moe.routers.gshard import GShardLayer  # fairscale's imports take a second
 
         return GShardLayer(**common)
     return MoELayer(

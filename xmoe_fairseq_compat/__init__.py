@@ -2,8 +2,8 @@
 
 A line in site-packages (a .pth file) imports this package when Python starts, because fairseq's commands
 import fairseq before they read --user-dir. It costs next to nothing then. When fairseq is first looked for,
-the mends are read (registry.py says how one is written), and each runs when fairseq imports the one module
-that it mends, and only for the versions that have the defect.
+the patches are read (registry.py says how one is written), and each runs when fairseq imports the one module
+that it patches, and only for the versions that have the defect.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 
 
 def is_active() -> bool:
-    """Whether the mends were in place before fairseq was imported."""
-    return any(getattr(finder, "mends_fairseq", False) for finder in sys.meta_path)
+    """Whether the patches were in place before fairseq was imported."""
+    return any(getattr(finder, "patches_fairseq", False) for finder in sys.meta_path)
 
 
 class Finder:
-    """Finds the modules to be mended where the other finders do, and runs their mends with them."""
+    """Finds the modules to be patched where the other finders do, and runs their patches with them."""
 
-    mends_fairseq = True
+    patches_fairseq = True
 
     @classmethod
     def find_spec(cls, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
@@ -41,7 +41,7 @@ class Finder:
             if spec is not None and spec.loader is None:
                 return spec  # type: ignore[no-any-return]  # a folder without __init__.py runs nothing
             if spec is not None:
-                spec.loader.exec_module = registry.mended(name, spec.loader.exec_module)
+                spec.loader.exec_module = registry.patched(name, spec.loader.exec_module)
                 return spec  # type: ignore[no-any-return]
         return None
 

@@ -6,10 +6,10 @@ from itertools import pairwise
 from typing import Any
 
 from xmoe_fairseq_compat.errors import FlagError, flag
-from xmoe_fairseq_compat.registry import mend
+from xmoe_fairseq_compat.registry import patch
 
 
-@mend("fairseq.criterions.adaptive_loss")
+@patch("fairseq.criterions.adaptive_loss")
 def adaptive_loss_needs_a_cutoff(module: Any) -> None:
     """Every torch: with a model that has no adaptive softmax it ends in an AssertionError without a word."""
     plain_forward = module.AdaptiveLoss.forward
@@ -34,7 +34,7 @@ def refuse_ddp(criterion: str, cfg: Any) -> None:
         raise FlagError(f"--criterion {criterion} needs --ddp-backend legacy_ddp, got {backend}")
 
 
-@mend("fairseq.criterions.adaptive_loss")
+@patch("fairseq.criterions.adaptive_loss")
 def adaptive_loss_in_one_process(module: Any) -> None:
     """Every torch: it refuses pytorch_ddp, the default, in a page, and where there is one process too."""
 
@@ -45,7 +45,7 @@ def adaptive_loss_in_one_process(module: Any) -> None:
     module.AdaptiveLoss.build_criterion = classmethod(build_criterion)
 
 
-@mend("fairseq.modules.adaptive_softmax")
+@patch("fairseq.modules.adaptive_softmax")
 def train_adaptive_softmax_by_its_own_loss(module: Any) -> None:
     """Every torch: with other criterions training ends in an error about an operation in place."""
     plain_log_prob = module.AdaptiveSoftmax.get_log_prob
@@ -66,7 +66,7 @@ def check_cutoff(flag: str, cutoff: Any, vocab_size: int) -> None:
         raise FlagError(f"{flag} {rule}, got {','.join(map(str, cutoff or [])) or None}")
 
 
-@mend("fairseq.modules.adaptive_softmax", "fairseq.modules.adaptive_input")
+@patch("fairseq.modules.adaptive_softmax", "fairseq.modules.adaptive_input")
 def check_cutoffs(module: Any) -> None:
     """Every torch: cutoffs that do not rise make parts of no size, or end in an AssertionError."""
     name, flag, place = {
@@ -93,7 +93,7 @@ TIED = (
 SHARE = "--share-decoder-input-output-embed"
 
 
-@mend("fairseq.models.transformer_lm")
+@patch("fairseq.models.transformer_lm")
 def check_adaptive_flags(module: Any) -> None:
     """Every torch: embeddings that cannot be shared end in a traceback, or are not shared."""
     plain_build = module.TransformerLanguageModel.build_model.__func__
@@ -118,7 +118,7 @@ def check_adaptive_flags(module: Any) -> None:
 NOT_IN_TRANSLATION = ("adaptive_input", "tie_adaptive_weights", "tie_adaptive_proj", "char_inputs")
 
 
-@mend("fairseq.models.transformer.transformer_base")
+@patch("fairseq.models.transformer.transformer_base")
 def check_embeddings_of_translation(module: Any) -> None:
     """Every torch: a translation model takes --adaptive-input and the like, and has ordinary embeddings."""
     plain_build = module.TransformerModelBase.build_model.__func__
@@ -135,7 +135,7 @@ def check_embeddings_of_translation(module: Any) -> None:
     module.TransformerModelBase.build_model = classmethod(build_model)
 
 
-@mend("fairseq.models.transformer.transformer_decoder")
+@patch("fairseq.models.transformer.transformer_decoder")
 def load_adaptive_softmax(module: Any) -> None:
     """Every torch: with --share-all-embeddings a checkpoint with an adaptive softmax is not loaded."""
     kind = module.TransformerDecoderBase
@@ -150,7 +150,7 @@ def load_adaptive_softmax(module: Any) -> None:
     kind.upgrade_state_dict_named = upgrade_state_dict_named
 
 
-@mend("fairseq.sequence_generator")
+@patch("fairseq.sequence_generator")
 def temperature_of_all_words(module: Any) -> None:
     """Every torch: --temperature tempers each part of an adaptive softmax by itself."""
     plain_init = module.SequenceGenerator.__init__

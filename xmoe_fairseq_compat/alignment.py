@@ -6,7 +6,7 @@ import functools
 from typing import Any
 
 from xmoe_fairseq_compat.errors import FlagError, UserError
-from xmoe_fairseq_compat.registry import mend
+from xmoe_fairseq_compat.registry import patch
 
 
 class Alignment(list[Any]):
@@ -16,7 +16,7 @@ class Alignment(list[Any]):
     written: list[str] | None = None  # the source's tokens as they were read, where that is known
 
 
-@mend("fairseq.sequence_generator")
+@patch("fairseq.sequence_generator")
 def align_what_was_found(module: Any) -> None:
     """Every torch: alignments fail for print_alignment=True, and for hypotheses less than the beam."""
     kind = module.SequenceGeneratorWithAlignment
@@ -46,7 +46,7 @@ def align_what_was_found(module: Any) -> None:
     kind.__init__, kind.generate, kind.written = init, generate, None
 
 
-@mend("fairseq_cli.interactive")
+@patch("fairseq_cli.interactive")
 def keep_unknown_source_words(module: Any) -> None:
     """Every torch: of a source word that is unknown nothing is left by the time it could be copied."""
     plain_batches = module.make_batches
@@ -66,7 +66,7 @@ def keep_unknown_source_words(module: Any) -> None:
     module.make_batches = make_batches
 
 
-@mend("fairseq.tasks.fairseq_task")
+@patch("fairseq.tasks.fairseq_task")
 def align_to_replace_unknown_words(module: Any) -> None:
     """Every torch: --replace-unk asks for no alignment, and fails for want of it."""
     plain_build = module.FairseqTask.build_generator
@@ -88,7 +88,7 @@ def align_to_replace_unknown_words(module: Any) -> None:
     module.FairseqTask.build_generator = build_generator
 
 
-@mend("fairseq.utils")
+@patch("fairseq.utils")
 def read_alignment_dictionaries(module: Any) -> None:
     """Every torch: --replace-unk without a file looks for one called "@@ "; a bad line has no number."""
 
@@ -109,7 +109,7 @@ def read_alignment_dictionaries(module: Any) -> None:
     module.load_align_dict = load_align_dict
 
 
-@mend("fairseq.utils")
+@patch("fairseq.utils")
 def replace_unknown_words(module: Any) -> None:
     """Every torch: pairs of an alignment are taken for positions, so --replace-unk fails."""
     plain_process = module.post_process_prediction
@@ -138,13 +138,13 @@ def replace_unknown_words(module: Any) -> None:
     module.post_process_prediction = post_process_prediction
 
 
-@mend("fairseq.data.base_wrapper_dataset")
+@patch("fairseq.data.base_wrapper_dataset")
 def original_text_through_wrappers(module: Any) -> None:
     """Every torch: a data set that is cut or prefixed does not give the text as it was written."""
     module.BaseWrapperDataset.get_original_text = lambda self, index: self.dataset.get_original_text(index)
 
 
-@mend("fairseq_cli.generate", "fairseq_cli.interactive")
+@patch("fairseq_cli.generate", "fairseq_cli.interactive")
 def check_what_words_are_replaced_by(module: Any) -> None:
     """Every torch: --replace-unk with what turns pieces into words puts wrong words in their place."""
     plain_main, interactive = module.main, module.__name__.endswith("interactive")

@@ -11,11 +11,11 @@ from typing import Any
 
 from xmoe_fairseq_compat.errors import CheckpointError, UserError
 from xmoe_fairseq_compat.reading import DAMAGED, check_claims, check_zip
-from xmoe_fairseq_compat.registry import has, mend, stand_in
+from xmoe_fairseq_compat.registry import has, patch, stand_in
 from xmoe_fairseq_compat.saved_configuration import check_configuration, follow_references
 
 
-@mend("fairseq.checkpoint_utils", when=lambda: has("torch", 2, 6))
+@patch("fairseq.checkpoint_utils", when=lambda: has("torch", 2, 6))
 def allow_plain_types_in_checkpoints(module: Any) -> None:
     """torch >= 2.6 loads tensors and a few builtins only; fairseq saves these plain types too."""
     import numpy as np
@@ -107,7 +107,7 @@ def load_checkpoint(file: Any, *args: Any, **kwargs: Any) -> Any:
     return state
 
 
-@mend("fairseq.checkpoint_utils", when=lambda: has("torch", 2, 6))
+@patch("fairseq.checkpoint_utils", when=lambda: has("torch", 2, 6))
 def say_why_a_checkpoint_is_refused(module: Any) -> None:
     """torch >= 2.6 reports a refused type in a page of advice, and a damaged file without its name."""
     import torch
@@ -115,7 +115,7 @@ def say_why_a_checkpoint_is_refused(module: Any) -> None:
     module.torch = stand_in(torch, load=load_checkpoint)
 
 
-@mend("fairseq.checkpoint_utils")
+@patch("fairseq.checkpoint_utils")
 def say_what_a_checkpoint_lacks(module: Any) -> None:
     """Every torch: fairseq brings a checkpoint up to date as if it were whole, or ends in a traceback."""
     plain_load = module.load_checkpoint_to_cpu
@@ -137,7 +137,7 @@ def say_what_a_checkpoint_lacks(module: Any) -> None:
     module.load_checkpoint_to_cpu = load_checkpoint_to_cpu
 
 
-@mend("fairseq.checkpoint_utils")
+@patch("fairseq.checkpoint_utils")
 def read_experts_whole(module: Any) -> None:
     """Every torch: fairseq reads a checkpoint from one file; experts may lie in files of their own.
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from xmoe_fairseq_compat.errors import FlagError, UserError
 from xmoe_fairseq_compat.folders import check_language_model
-from xmoe_fairseq_compat.registry import has, mend, stand_in
+from xmoe_fairseq_compat.registry import has, patch, stand_in
 from xmoe_fairseq_compat.settings import configuration
 from xmoe_fairseq_compat.shares import Names, Turns, shared, with_each_task
 from xmoe_fairseq_compat.splits import load_with_targets
@@ -29,7 +29,7 @@ def equal_lines(system: Any, reference: Any) -> Iterator[tuple[Any, Any]]:
         raise UserError("--sys and --ref are empty: there is nothing to score")
 
 
-@mend("fairseq_cli.score")
+@patch("fairseq_cli.score")
 def score_all_lines(module: Any) -> None:
     """Every torch: fairseq-score passes over the lines that one of its two files has more; a file that is
     missing or empty ends in a traceback."""
@@ -47,7 +47,7 @@ def score_all_lines(module: Any) -> None:
     module.cli_main = cli_main
 
 
-@mend("fairseq_cli.score", when=lambda: has("sacrebleu", 2))
+@patch("fairseq_cli.score", when=lambda: has("sacrebleu", 2))
 def score_with_sacrebleu_2(module: Any) -> None:
     """fairseq-score --sacrebleu hands over open files, where sacrebleu >= 2 wants lists of lines.
 
@@ -64,7 +64,7 @@ def score_with_sacrebleu_2(module: Any) -> None:
     sacrebleu.corpus_bleu = corpus_bleu
 
 
-@mend("fairseq_cli.score")
+@patch("fairseq_cli.score")
 def score_sentences(module: Any) -> None:
     """Every torch: fairseq-score --sentence-bleu makes its scorer of three numbers, not of one config."""
     from fairseq.scoring import bleu
@@ -93,7 +93,7 @@ def checked_language_model(utils: Any, dictionaries: list[Any]) -> Any:
     return stand_in(utils, load_model_ensemble=load_model_ensemble)
 
 
-@mend("fairseq_cli.generate")
+@patch("fairseq_cli.generate")
 def generate_on_several_ranks(module: Any) -> None:
     """Every torch: under torchrun fairseq-generate joins no ranks, so each translates everything; those that
     are joined score their shares, and print as many results."""
@@ -127,7 +127,7 @@ def generate_on_several_ranks(module: Any) -> None:
     module.main = main
 
 
-@mend("fairseq_cli.eval_lm")
+@patch("fairseq_cli.eval_lm")
 def score_on_several_ranks(module: Any) -> None:
     """Every torch: each rank prints its share's perplexity as the perplexity, and with a context window
     takes for context what came before in its share. So does each of several --num-workers."""
@@ -145,7 +145,7 @@ def score_on_several_ranks(module: Any) -> None:
     module.main = shared(module, prepare)
 
 
-@mend("fairseq_cli.validate")
+@patch("fairseq_cli.validate")
 def validate_on_several_ranks(module: Any) -> None:
     """Every torch: a rank that runs out of batches before the others validates an empty one, and fails; and
     on a GPU, what they log must fit into 16 KB."""

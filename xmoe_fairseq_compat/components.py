@@ -13,7 +13,7 @@ from contextvars import ContextVar
 from typing import Any
 
 from xmoe_fairseq_compat.errors import CheckpointError, FlagError
-from xmoe_fairseq_compat.registry import mend
+from xmoe_fairseq_compat.registry import patch
 
 # By the group of the configuration; models by their name, which all their architectures share.
 TEXT: dict[str, set[str]] = {
@@ -146,7 +146,7 @@ def registered(group: str) -> dict[str, Any]:
     return dict(registry.REGISTRIES[group]["registry"]) if group in registry.REGISTRIES else {}
 
 
-@mend("fairseq.checkpoint_utils")
+@patch("fairseq.checkpoint_utils")
 def name_components_of_text_only(module: Any) -> None:
     """Every torch: a checkpoint may name any of fairseq's components, which its configuration then steers.
 
@@ -173,7 +173,7 @@ def name_components_of_text_only(module: Any) -> None:
     module.load_model_ensemble_and_task = load_model_ensemble_and_task
 
 
-@mend("fairseq.criterions")
+@patch("fairseq.criterions")
 def say_which_criterion_is_unknown(module: Any) -> None:
     """Every torch: fairseq-validate of a checkpoint trained with a criterion of a --user-dir that is missing
     ends in a KeyError."""

@@ -12,11 +12,11 @@ from importlib.util import find_spec
 from typing import Any
 
 from xmoe_fairseq_compat.errors import one_line
-from xmoe_fairseq_compat.registry import mend, mend_around
+from xmoe_fairseq_compat.registry import patch, patch_around
 from xmoe_fairseq_compat.settings import when_parsed
 
 
-@mend_around("fairseq")
+@patch_around("fairseq")
 def quiet_deprecations(module: Any) -> Iterator[None]:
     """hydra >= 1.1, torch >= 2 and fairscale warn of fairseq's old style, some 20 lines at each start.
 
@@ -32,7 +32,7 @@ def quiet_deprecations(module: Any) -> Iterator[None]:
     yield
 
 
-@mend("fairseq")
+@patch("fairseq")
 def end_with_one_line(module: Any) -> None:
     """Every torch: a wrong flag, path or checkpoint, or numbers that overflow, end a command with a page of
     where fairseq was just then."""
@@ -48,7 +48,7 @@ def end_with_one_line(module: Any) -> None:
     sys.excepthook = excepthook
 
 
-@mend_around("fairseq.dataclass.configs", when=lambda: sys.version_info >= (3, 11))
+@patch_around("fairseq.dataclass.configs", when=lambda: sys.version_info >= (3, 11))
 def hashable_configs(module: Any) -> Iterator[None]:
     """Python >= 3.11 refuses `field: Config = Config()` where Config has no hash, as none of fairseq's has.
 
@@ -75,7 +75,7 @@ def hashable_configs(module: Any) -> Iterator[None]:
         dataclasses.dataclass = plain_dataclass
 
 
-@mend("fairseq.utils")
+@patch("fairseq.utils")
 def user_dir_may_be_installed(module: Any) -> None:
     """Every torch: --user-dir takes a folder, so the name of an installed package does not do elsewhere."""
     plain_import = module.import_user_module
@@ -91,7 +91,7 @@ def user_dir_may_be_installed(module: Any) -> None:
     module.import_user_module = import_user_module
 
 
-@mend("fairseq.options")
+@patch("fairseq.options")
 def bf16_without_tpu(module: Any) -> None:
     """Every torch: --bf16 turns --tpu on, and so needs torch_xla also on a CPU or GPU."""
 
@@ -102,7 +102,7 @@ def bf16_without_tpu(module: Any) -> None:
     when_parsed(module, see)
 
 
-@mend("fairseq.options")
+@patch("fairseq.options")
 def help_with_all_flags(module: Any) -> None:
     """Every torch: --help ends the command before the flags of the --arch, --task, ... given are known, and
     without --arch fairseq-train ends with a RuntimeError that says nothing."""

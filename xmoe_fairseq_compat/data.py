@@ -7,10 +7,10 @@ import os
 from typing import Any
 
 from xmoe_fairseq_compat.errors import FlagError
-from xmoe_fairseq_compat.registry import has, mend, stand_in
+from xmoe_fairseq_compat.registry import has, patch, stand_in
 
 
-@mend(
+@patch(
     "fairseq.data.data_utils",
     "fairseq.data.language_pair_dataset",
     "fairseq.data.token_block_dataset",
@@ -30,7 +30,7 @@ def old_numpy_names(module: Any) -> None:
     module.np = stand_in(numpy, int=int, float=float, compat=compat, percentile=percentile)
 
 
-@mend("fairseq.data.iterators")
+@patch("fairseq.data.iterators")
 def resume_on_another_number_of_ranks(module: Any) -> None:
     """Every torch: a checkpoint's place in the epoch counts one rank's batches, so with fewer or more ranks
     a resumed run would read some of the epoch's batches again, or leave some out."""
@@ -47,7 +47,7 @@ def resume_on_another_number_of_ranks(module: Any) -> None:
     iterator.state_dict, iterator.load_state_dict = state_dict, load_state_dict
 
 
-@mend("fairseq.data.indexed_dataset", when=lambda: has("numpy", 2))
+@patch("fairseq.data.indexed_dataset", when=lambda: has("numpy", 2))
 def place_sentences_beyond_two_gigabytes(module: Any) -> None:
     """numpy >= 2 adds a size read from a worker's part to a place in 32 bits: `fairseq-preprocess --workers`
     writes wrong places once the data passes 2 GB, with nothing but a warning of an overflow."""
@@ -60,7 +60,7 @@ def place_sentences_beyond_two_gigabytes(module: Any) -> None:
     module.MMapIndexedDatasetBuilder.finalize = finalize
 
 
-@mend("fairseq.data.indexed_dataset")
+@patch("fairseq.data.indexed_dataset")
 def map_empty_data(module: Any) -> None:
     """Every torch: an empty file cannot be mapped, so an empty set of sentences ends in a ValueError."""
     import numpy
@@ -76,7 +76,7 @@ def map_empty_data(module: Any) -> None:
     module.np = stand_in(numpy, memmap=memmap)
 
 
-@mend("fairseq.data.data_utils")
+@patch("fairseq.data.data_utils")
 def name_what_joins_pieces(module: Any) -> None:
     """Every torch: a misspelt --remove-bpe ends in a traceback, after the first batch was translated."""
     plain_process = module.post_process

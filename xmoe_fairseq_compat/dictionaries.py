@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from xmoe_fairseq_compat.errors import UserError
-from xmoe_fairseq_compat.registry import mend, replaced, stand_in
+from xmoe_fairseq_compat.registry import patch, replaced, stand_in
 
 FLAG = " #fairseq:overwrite"
 
@@ -52,7 +52,7 @@ def add_entries(dictionary: Any, lines: Iterable[str], first: int, file: str) ->
         dictionary.add_symbol(word, n=int(count), overwrite=overwrite)
 
 
-@mend("fairseq.data.dictionary")
+@patch("fairseq.data.dictionary")
 def say_what_is_wrong_with_a_dictionary(module: Any) -> None:
     """Every torch: a dictionary that is missing, damaged or of another encoding ends in a traceback without
     the line, and counts may be negative."""
@@ -113,7 +113,7 @@ def task_of(module: Any) -> Any:
     return getattr(module, "TranslationTask", None) or module.LanguageModelingTask
 
 
-@mend("fairseq.tasks.language_modeling", "fairseq.tasks.translation")
+@patch("fairseq.tasks.language_modeling", "fairseq.tasks.translation")
 def know_the_dictionaries_of_training(module: Any) -> None:
     """Every torch: a checkpoint does not know its dictionaries, so another of as many entries passes, and the
     model reads other words than were written. Checkpoints without this are taken as they are."""
@@ -134,7 +134,7 @@ def remember_dictionaries(task: Any) -> None:
     task.state_dict, task.load_state_dict = state_dict, load_state_dict
 
 
-@mend("fairseq.trainer")
+@patch("fairseq.trainer")
 def resume_with_the_same_dictionaries(module: Any) -> None:
     """Every torch: training goes on with another dictionary of as many entries. (A warning for fine-tuning,
     where unused entries may have been given to new words.)"""
@@ -180,7 +180,7 @@ def languages_of(folder: str) -> list[str]:
     return sorted({parts[1] for parts in names if len(parts) >= 3 and len(parts[1].split("-")) == 2})
 
 
-@mend("fairseq.data.data_utils")
+@patch("fairseq.data.data_utils")
 def infer_a_language_pair_if_it_is_one(module: Any) -> None:
     """Every torch: of the language pairs in a data folder, the first in the order of the file system is
     taken; and a folder without any is an exception that does not name it."""

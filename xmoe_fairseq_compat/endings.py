@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from typing import Any
 
 from xmoe_fairseq_compat.errors import UserError
-from xmoe_fairseq_compat.registry import mend, mend_around
+from xmoe_fairseq_compat.registry import patch, patch_around
 
 GO_ON = ("fairseq-train", "fairseq-hydra-train", "xmoe-convert")  # the others begin anew
 
 
-@mend_around("fairseq")
+@patch_around("fairseq")
 def end_an_interruption_with_one_line(module: Any) -> Iterator[None]:
     """Every torch: Ctrl-C ends a command with a page of where it was just then, also while it starts."""
     plain_hook = sys.excepthook
@@ -38,7 +38,7 @@ def user_error_in(page: str) -> UserError | None:
     return UserError(text) if isinstance(found, type) and issubclass(found, UserError) else None
 
 
-@mend("fairseq.distributed.utils")
+@patch("fairseq.distributed.utils")
 def one_line_from_spawned_ranks(module: Any) -> None:
     """Every torch: without torchrun fairseq starts a process for each GPU, and what is wrong in one of them
     comes as a page of where it was."""

@@ -1,4 +1,4 @@
-"""What a user can mend. A program catches an ordinary exception; a command ends with its one line."""
+"""What a user can fix. A program catches an ordinary exception; a command ends with its one line."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class CheckpointError(UserError, RuntimeError):
 def one_line(error: BaseException) -> str | None:
     """What a command that ends with this error has to say; None where only a traceback helps.
 
-    Beside the errors above these are a user's to mend: a file that cannot be opened, a package to install, a
+    Beside the errors above these are a user's to fix: a file that cannot be opened, a package to install, a
     setting that is missing, and what fairseq itself checks of its flags (assert, ValueError; it names them).
     """
     text = str(error)

@@ -12,7 +12,7 @@ from typing import Any
 
 from xmoe_fairseq_compat.errors import NO_LITERAL, FlagError, flag
 from xmoe_fairseq_compat.flag_rules import RUN, TRANSFORMER, Holds, Rule, numbers
-from xmoe_fairseq_compat.registry import mend
+from xmoe_fairseq_compat.registry import patch
 from xmoe_fairseq_compat.settings import as_dict, when_parsed
 
 HYDRAS = re.compile(r"\$\{|\\$|\\'")  # what hydra does not take as it is
@@ -89,7 +89,7 @@ def own_settings(parser: Any, namespace: Any) -> dict[str, Any]:
     return settings
 
 
-@mend("fairseq.options")
+@patch("fairseq.options")
 def check_flags(module: Any) -> None:
     """Every torch: fairseq checks next to no value, so nonsense ends in a traceback or, worse, trains."""
 
@@ -108,7 +108,7 @@ def check_flags(module: Any) -> None:
     when_parsed(module, see)
 
 
-@mend("fairseq_cli.preprocess")
+@patch("fairseq_cli.preprocess")
 def check_flags_of_preprocessing(module: Any) -> None:
     """Every torch: as of the other commands, which parse theirs in another way."""
     plain_main = module.main
@@ -121,7 +121,7 @@ def check_flags_of_preprocessing(module: Any) -> None:
     module.main = main
 
 
-@mend("fairseq_cli.hydra_train")
+@patch("fairseq_cli.hydra_train")
 def check_settings_of_hydra(module: Any) -> None:
     """Every torch: as on the command line."""
     from omegaconf import OmegaConf
@@ -140,7 +140,7 @@ def check_settings_of_hydra(module: Any) -> None:
     module._hydra_main = _hydra_main
 
 
-@mend("fairseq.models.transformer.transformer_base", "fairseq.models.transformer_lm")
+@patch("fairseq.models.transformer.transformer_base", "fairseq.models.transformer_lm")
 def check_sizes_of_a_model(module: Any) -> None:
     """Every torch: widths, heads and the like fail somewhere inside, dropout is not checked at all; what a
     checkpoint, hydra or --model-overrides says passes here too."""

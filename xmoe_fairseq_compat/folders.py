@@ -7,7 +7,7 @@ from typing import Any
 
 from xmoe_fairseq_compat.dictionaries import task_of
 from xmoe_fairseq_compat.errors import UserError
-from xmoe_fairseq_compat.registry import mend
+from xmoe_fairseq_compat.registry import patch
 
 
 def check_folders(task: Any, folders: list[str]) -> None:
@@ -23,7 +23,7 @@ def check_folders(task: Any, folders: list[str]) -> None:
                 raise UserError(f"{other} is another dictionary than {file}; binarise all folders with one")
 
 
-@mend("fairseq.tasks.language_modeling", "fairseq.tasks.translation")
+@patch("fairseq.tasks.language_modeling", "fairseq.tasks.translation")
 def one_dictionary_for_all_folders(module: Any) -> None:
     """Every torch: of DATA1:DATA2 the first one's dictionary counts, and the other may be of another."""
     check_when_set_up(task_of(module))

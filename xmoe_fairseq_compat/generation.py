@@ -7,14 +7,14 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from xmoe_fairseq_compat.errors import FlagError, flag
-from xmoe_fairseq_compat.registry import mend
+from xmoe_fairseq_compat.registry import patch
 from xmoe_fairseq_compat.settings import configuration
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-@mend("fairseq.ngram_repeat_block")
+@patch("fairseq.ngram_repeat_block")
 def block_repeated_ngrams(module: Any) -> None:
     """Every torch: --no-repeat-ngram-size compares with the end of the padded row, so it bans nothing.
 
@@ -43,7 +43,7 @@ def block_repeated_ngrams(module: Any) -> None:
     module.NGramRepeatBlock._no_repeat_ngram = _no_repeat_ngram
 
 
-@mend("fairseq.search")
+@patch("fairseq.search")
 def match_the_source_length(module: Any) -> None:
     """Every torch: --match-source-len gives EOS a log-probability of 0, and longer sentences go on."""
 
@@ -62,7 +62,7 @@ def match_the_source_length(module: Any) -> None:
     module.LengthConstrainedBeamSearch.step = step
 
 
-@mend("fairseq.sequence_generator")
+@patch("fairseq.sequence_generator")
 def limit_each_sentence_by_its_own_length(module: Any) -> None:
     """Every torch: --max-len-a is multiplied by the length of a batch's longest sentence, for all of them.
 
@@ -125,7 +125,7 @@ def check_generation(g: Any) -> None:
             raise FlagError(f"{name} {rule}, got {value}")
 
 
-@mend("fairseq.tasks.fairseq_task")
+@patch("fairseq.tasks.fairseq_task")
 def refuse_steps_of_beam_search(module: Any) -> None:
     """Every torch: --print-step and --retain-iter-history are for models that refine a whole sentence; a beam
     search ends in a KeyError, after the first batch."""
@@ -142,7 +142,7 @@ def refuse_steps_of_beam_search(module: Any) -> None:
     module.FairseqTask.build_generator = build_generator
 
 
-@mend("fairseq.models.fairseq_model")
+@patch("fairseq.models.fairseq_model")
 def retain_the_dropout_that_is_named(module: Any) -> None:
     """Every torch: --retain-dropout-modules is one string, in which any part of it is found as a name."""
     plain_make = module.BaseFairseqModel.make_generation_fast_
@@ -166,7 +166,7 @@ def retain_the_dropout_that_is_named(module: Any) -> None:
     module.BaseFairseqModel.make_generation_fast_ = make_generation_fast_
 
 
-@mend("fairseq_cli.generate", "fairseq_cli.interactive")
+@patch("fairseq_cli.generate", "fairseq_cli.interactive")
 def check_flags_of_generation(module: Any) -> None:
     """Every torch: flags that exclude or need one another are passed over, or end in a traceback.
 

@@ -6,14 +6,14 @@ from typing import Any
 
 from xmoe_fairseq_compat.errors import FlagError
 from xmoe_fairseq_compat.override_rules import did_you_mean
-from xmoe_fairseq_compat.registry import mend
+from xmoe_fairseq_compat.registry import patch
 
 # Besides the settings of a GenerationConfig: arguments of `generate` itself, and what tasks read.
 ARGUMENTS = {"skip_invalid_size_inputs", "inference_step_args", "prefix_allowed_tokens_fn"}
 OF_TASKS = {"keep_inference_langtok"}
 
 
-@mend("fairseq.file_utils")
+@patch("fairseq.file_utils")
 def name_the_folder_that_is_not_there(module: Any) -> None:
     """Every torch: from_pretrained of a misspelt folder ends in a TypeError on None."""
     plain_load = module.load_archive_file
@@ -27,7 +27,7 @@ def name_the_folder_that_is_not_there(module: Any) -> None:
     module.load_archive_file = load_archive_file
 
 
-@mend("fairseq.hub_utils")
+@patch("fairseq.hub_utils")
 def refuse_settings_of_nothing(module: Any) -> None:
     """Every torch: translate() and sample() take any name for a setting, and pass over a misspelt one."""
     kind = module.GeneratorHubInterface

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from xmoe_fairseq_compat.errors import UserError
-from xmoe_fairseq_compat.registry import mend
+from xmoe_fairseq_compat.registry import patch
 
 if TYPE_CHECKING:
     from numpy import dtype, ndarray
@@ -148,7 +148,7 @@ def check_tokens(pair: Pair, tokens: int, item: dtype[Any], first: int, entries:
 CHECKS: dict[str, Callable[[Pair], tuple[int, dtype[Any]]]] = {"mmap": check_mmap, "cached": check_cached}
 
 
-@mend("fairseq.data.indexed_dataset")
+@patch("fairseq.data.indexed_dataset")
 def check_indexed_data(module: Any) -> None:
     """Every torch: the index of other data is accepted, and sentences are left out or cut anew; damaged files
     end in a traceback without a name, or go unnoticed; a missing file is no data, or no references."""
@@ -177,7 +177,7 @@ def check_indexed_data(module: Any) -> None:
     module.make_dataset, module.dataset_exists = make_dataset, dataset_exists
 
 
-@mend("fairseq.data.indexed_dataset")
+@patch("fairseq.data.indexed_dataset")
 def read_what_was_not_prefetched(module: Any) -> None:
     """Every torch: data of the older kind, unless with --dataset-impl lazy, ends in a KeyError: what is left
     to be cached beforehand is not."""

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from xmoe_fairseq_compat.errors import CheckpointError, UserError, flag
-from xmoe_fairseq_compat.registry import mend
+from xmoe_fairseq_compat.registry import patch
 from xmoe_fairseq_compat.settings import as_dict
 
 logger = logging.getLogger(__name__)
@@ -66,7 +66,7 @@ def settings_of(state: Mapping[str, Any]) -> dict[str, Any]:
     return as_dict(cfg.get("model") if isinstance(cfg, Mapping) else None) or as_dict(state.get("args"))
 
 
-@mend("fairseq.options")
+@patch("fairseq.options")
 def remember_what_a_script_asks_for(module: Any) -> None:
     """Every torch: a script may hand over the words of a command line, which `sys.argv` does not have."""
     plain_parse = module.parse_args_and_arch

@@ -13,14 +13,14 @@ from typing import Any
 from xmoe_fairseq_compat.checkpoints import load_checkpoint as load
 from xmoe_fairseq_compat.errors import CheckpointError, FlagError, UserError
 from xmoe_fairseq_compat.files import MAPPED, from_all_ranks
-from xmoe_fairseq_compat.registry import has, mend, stand_in
+from xmoe_fairseq_compat.registry import has, patch, stand_in
 
 
 def development_build() -> bool:
     return has("torch") and not metadata.version("torch").split("+")[0].replace(".", "").isdigit()
 
 
-@mend(
+@patch(
     "fairseq.modules.transformer_layer",
     "fairseq.models.transformer.transformer_encoder",
     when=development_build,
@@ -33,7 +33,7 @@ def read_development_versions(module: Any) -> None:
     module.torch = stand_in(torch, __version__=numbers[0] if numbers else "2.0.0")
 
 
-@mend("fairseq.models.ema.ema")
+@patch("fairseq.models.ema.ema")
 def average_floats_only(module: Any) -> None:
     """Every torch: --store-ema averages all of a state dict; torch refuses to for whole numbers."""
     plain_init = module.EMA.__init__
@@ -47,7 +47,7 @@ def average_floats_only(module: Any) -> None:
     module.EMA.__init__ = init
 
 
-@mend("fairseq.models.ema.ema")
+@patch("fairseq.models.ema.ema")
 def average_tied_weights_once(module: Any) -> None:
     """Every torch: a weight with two names (embedding, output) is averaged twice: its decay is squared."""
     plain_step = module.EMA._step_internal
@@ -62,11 +62,11 @@ def average_tied_weights_once(module: Any) -> None:
     module.EMA._step_internal = step_internal
 
 
-@mend("fairseq.models.ema.ema")
+@patch("fairseq.models.ema.ema")
 def keep_versions_in_averages(module: Any) -> None:
     """Every torch: without its `version` a decoder is taken for one of 2017, which had no final LayerNorm.
 
-    Saved without the mend, an average has lost its LayerNorm; then that of the model takes its place.
+    Saved without the patch, an average has lost its LayerNorm; then that of the model takes its place.
     """
     plain_restore = module.EMA.restore
     logger = logging.getLogger(module.__name__)
@@ -84,7 +84,7 @@ def keep_versions_in_averages(module: Any) -> None:
     module.EMA.restore = restore
 
 
-@mend("fairseq.models.ema.ema")
+@patch("fairseq.models.ema.ema")
 def refuse_averages_that_stand_still(module: Any) -> None:
     """Every torch: steps of 1 - decay below the precision of the weights are rounded away, all of them."""
     import torch
@@ -107,7 +107,7 @@ def refuse_averages_that_stand_still(module: Any) -> None:
     module.EMA.__init__ = init
 
 
-@mend("fairseq.trainer")
+@patch("fairseq.trainer")
 def begin_an_average_later(module: Any) -> None:
     """Every torch: a run that goes on with --store-ema from a checkpoint without an average ends in
     KeyError: 'model', for it begins at weights that have just been thrown away."""
@@ -133,11 +133,11 @@ def begin_an_average_later(module: Any) -> None:
     module.Trainer.load_checkpoint = load_checkpoint
 
 
-@mend("fairseq.checkpoint_utils")
+@patch("fairseq.checkpoint_utils")
 def read_averages_whole(module: Any) -> None:
     """Every torch: an average (EMA) is read from one file, and taken as it is.
 
-    Experts may lie in files of their own, and versions before the mend above lost the final LayerNorm.
+    Experts may lie in files of their own, and versions before the patch above lost the final LayerNorm.
     """
 
     def load_ema_from_checkpoint(fpath: Any) -> Any:
@@ -153,7 +153,7 @@ def read_averages_whole(module: Any) -> None:
     module.load_ema_from_checkpoint = load_ema_from_checkpoint
 
 
-@mend("fairseq.modules.transformer_layer", when=lambda: has("torch", 2))
+@patch("fairseq.modules.transformer_layer", when=lambda: has("torch", 2))
 def no_encoder_fast_path(module: Any) -> None:
     """In evaluation the encoder layer calls a private torch operation whose arguments changed in torch 2."""
     plain_init = module.TransformerEncoderLayerBase.__init__
@@ -165,7 +165,7 @@ def no_encoder_fast_path(module: Any) -> None:
     module.TransformerEncoderLayerBase.__init__ = __init__
 
 
-@mend("fairseq.utils")
+@patch("fairseq.utils")
 def read_embeddings(module: Any) -> None:
     """Every torch: a file of embeddings that is missing or does not fit ends in a traceback."""
     plain_parse, plain_load = module.parse_embedding, module.load_embedding

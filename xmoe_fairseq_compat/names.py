@@ -7,7 +7,7 @@ from argparse import ArgumentParser, Namespace
 from typing import Any
 
 from xmoe_fairseq_compat.errors import FlagError
-from xmoe_fairseq_compat.registry import mend
+from xmoe_fairseq_compat.registry import patch
 from xmoe_fairseq_compat.settings import when_parsed
 from xmoe_fairseq_compat.usage import hint
 
@@ -54,7 +54,7 @@ def check_names(task: Any, arch: Any, criterion: Any) -> None:
         )
 
 
-@mend("fairseq.options")
+@patch("fairseq.options")
 def check_names_on_the_command_line(module: Any) -> None:
     """Every torch: a task and a model that do not go together fail somewhere inside, in as many ways."""
 
@@ -72,7 +72,7 @@ def names_of(cfg: Any) -> list[Any]:
     return [getattr(group, "_name", group) for group in groups]
 
 
-@mend("fairseq_cli.hydra_train")
+@patch("fairseq_cli.hydra_train")
 def check_names_of_hydra(module: Any) -> None:
     """Every torch: as on the command line. References between them are followed here, where names of a
     --user-dir are not known yet."""
@@ -85,7 +85,7 @@ def check_names_of_hydra(module: Any) -> None:
     module._hydra_main = _hydra_main
 
 
-@mend("fairseq_cli.train")
+@patch("fairseq_cli.train")
 def check_names_of_a_user_dir(module: Any) -> None:
     """Every torch: as on the command line; hydra takes any name for a model, and fails in a KeyError."""
     plain_main = module.main

@@ -8,12 +8,12 @@ from typing import Any
 
 from xmoe_fairseq_compat.dictionaries import languages_of
 from xmoe_fairseq_compat.errors import FlagError, UserError
-from xmoe_fairseq_compat.registry import mend
+from xmoe_fairseq_compat.registry import patch
 
 NEEDS_PATH = "--path must name a checkpoint, such as checkpoints/checkpoint_best.pt"
 
 
-@mend("fairseq.checkpoint_utils")
+@patch("fairseq.checkpoint_utils")
 def name_a_missing_checkpoint(module: Any) -> None:
     """Every torch: --path that is missing, a folder or not given ends in a traceback."""
     plain_load = module.load_model_ensemble_and_task
@@ -38,7 +38,7 @@ def name_a_missing_checkpoint(module: Any) -> None:
     module.load_model_ensemble_and_task = load_model_ensemble_and_task
 
 
-@mend("fairseq.checkpoint_utils")
+@patch("fairseq.checkpoint_utils")
 def name_a_save_dir_that_cannot_be_written(module: Any) -> None:
     """Every torch: --save-dir that is a file, or lies in one, ends in a traceback about a file `dummy`."""
     plain_verify = module.verify_checkpoint_directory
@@ -54,7 +54,7 @@ def name_a_save_dir_that_cannot_be_written(module: Any) -> None:
     module.verify_checkpoint_directory = verify_checkpoint_directory
 
 
-@mend("fairseq.utils")
+@patch("fairseq.utils")
 def name_what_is_wrong_with_a_user_dir(module: Any) -> None:
     """Every torch: --user-dir that is missing, or whose import fails, ends in a traceback through fairseq."""
     plain_import = module.import_user_module
@@ -77,7 +77,7 @@ def name_what_is_wrong_with_a_user_dir(module: Any) -> None:
     module.import_user_module = import_user_module
 
 
-@mend("fairseq.tasks")
+@patch("fairseq.tasks")
 def name_a_missing_data_folder(module: Any) -> None:
     """Every torch: a data folder that is missing or a file ends in a traceback about a dictionary in it."""
     plain_setup = module.setup_task
@@ -102,7 +102,7 @@ def name_a_missing_data_folder(module: Any) -> None:
     module.setup_task = setup_task
 
 
-@mend("fairseq.tasks.translation")
+@patch("fairseq.tasks.translation")
 def languages_of_the_data(module: Any) -> None:
     """Every torch: of --source-lang and --target-lang, one given alone is passed over, and languages that the
     data does not have end in a traceback."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from xmoe_fairseq_compat.errors import NO_LITERAL, FlagError
 from xmoe_fairseq_compat.override_rules import check_overrides, refuse, refuse_flag
-from xmoe_fairseq_compat.registry import mend
+from xmoe_fairseq_compat.registry import patch
 from xmoe_fairseq_compat.settings import when_parsed
 
 # What fairseq's own functions add to what they are given: hub_utils.from_pretrained, and those of its models.
@@ -66,7 +66,7 @@ class Asked(dict[str, Any]):
         self.path: Any = None
 
 
-@mend("fairseq.options")
+@patch("fairseq.options")
 def read_overrides_first(module: Any) -> None:
     """Every torch: no dictionary ends late, in a traceback; flags of generation are passed over."""
 
@@ -81,7 +81,7 @@ def read_overrides_first(module: Any) -> None:
     when_parsed(module, see)
 
 
-@mend("fairseq.checkpoint_utils")
+@patch("fairseq.checkpoint_utils")
 def refuse_overrides_of_nothing(module: Any) -> None:
     """Every torch: a misspelt name is passed over, and a study varies nothing; no value's kind is checked."""
     plain_ensemble = module.load_model_ensemble_and_task

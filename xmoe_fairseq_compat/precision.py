@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from xmoe_fairseq_compat.registry import mend
+from xmoe_fairseq_compat.registry import patch
 
 
-@mend("fairseq.optim.amp_optimizer")
+@patch("fairseq.optim.amp_optimizer")
 def unscale_once(module: Any) -> None:
     """Every torch: --amp divides the gradients by the loss scale for clipping, and again for the step.
 

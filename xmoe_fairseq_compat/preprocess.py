@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from xmoe_fairseq_compat.errors import UserError
-from xmoe_fairseq_compat.registry import mend
+from xmoe_fairseq_compat.registry import patch
 
 BLOCK = 1 << 24  # bytes that are read at once
 
@@ -73,7 +73,7 @@ def check_folder(args: Any, dictionary_path: Any) -> None:
             raise UserError(f"{rule}, and {given} is another dictionary; give another --destdir")
 
 
-@mend("fairseq_cli.preprocess")
+@patch("fairseq_cli.preprocess")
 def binarise_what_belongs_together(module: Any) -> None:
     """Every torch: fairseq-preprocess puts sets of two dictionaries into one folder, pairs of unequal length
     too; and bytes that are no text end in "negative seek position"."""

@@ -6,10 +6,10 @@ import os
 from typing import Any
 
 from xmoe_fairseq_compat.errors import UserError
-from xmoe_fairseq_compat.registry import has, mend, stand_in
+from xmoe_fairseq_compat.registry import has, patch, stand_in
 
 
-@mend("fairseq.models.distributed_fairseq_model")
+@patch("fairseq.models.distributed_fairseq_model")
 def torch_ddp(module: Any) -> None:
     """Every torch: pytorch_ddp refuses device_ids on CPU, and its second update waits for unused weights.
 
@@ -39,7 +39,7 @@ def torch_ddp(module: Any) -> None:
     module.DistributedDataParallel = ddp
 
 
-@mend("fairseq.distributed.utils", when=lambda: has("torch", 2))
+@patch("fairseq.distributed.utils", when=lambda: has("torch", 2))
 def restart_among_the_living(module: Any) -> None:
     """torchrun --max-restarts keeps its store: restarted ranks may read the addresses of the dead, and wait
     for them. (pytorch issue 167288 looks alike.) On one node the number of restarts keeps them apart; on
@@ -58,7 +58,7 @@ def restart_among_the_living(module: Any) -> None:
     module.dist = stand_in(dist, init_process_group=init_process_group)
 
 
-@mend("fairseq.distributed.utils")
+@patch("fairseq.distributed.utils")
 def gather_on_cpu(module: Any) -> None:
     """Every torch: all_gather_list packs its data into CUDA tensors, also for gloo on CPU, and of a fixed
     size, which what fairseq-validate logs of a few batches exceeds. torch's own has neither limit."""
@@ -134,7 +134,7 @@ def files_of(dataset: Any) -> list[str]:
     return list(found)
 
 
-@mend("fairseq.data.iterators")
+@patch("fairseq.data.iterators")
 def say_who_cannot_read_what(module: Any) -> None:
     """Every torch: where the data cannot be read, no line names the rank or the file; the other ranks see a
     lost connection."""

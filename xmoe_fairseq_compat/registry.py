@@ -1,4 +1,4 @@
-"""Which mends there are: each for one module of fairseq, and only for the versions that have the defect."""
+"""Which patches there are: each for one module of fairseq, and only for the versions that have the defect."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from importlib import metadata
 from typing import Any
 
 When = Callable[[], bool]
-Mend = Callable[[Any], None]  # takes the module
-MendAround = Callable[[Any], Iterator[None]]
+Patch = Callable[[Any], None]  # takes the module
+PatchAround = Callable[[Any], Iterator[None]]
 
 EVERY = "*"  # in the place of a name: every module of fairseq
 
-# To run after a module, or around it (what is before a mend's `yield` runs before the module).
-after: dict[str, list[tuple[When, Mend]]] = {}
-around: dict[str, list[tuple[When, MendAround]]] = {}
+# To run after a module, or around it (what is before a patch's `yield` runs before the module).
+after: dict[str, list[tuple[When, Patch]]] = {}
+around: dict[str, list[tuple[When, PatchAround]]] = {}
 
 
 def has(package: str, *version: int) -> bool:
@@ -32,26 +32,26 @@ def has(package: str, *version: int) -> bool:
     return tuple(int(part) for part in re.findall(r"\d+", installed)[: len(version)]) >= version
 
 
-def mend(*modules: str, when: When = lambda: True) -> Callable[[Mend], Mend]:
-    def register(mend: Mend) -> Mend:
+def patch(*modules: str, when: When = lambda: True) -> Callable[[Patch], Patch]:
+    def register(patch: Patch) -> Patch:
         for module in modules:
-            after.setdefault(module, []).append((when, mend))
-        return mend
+            after.setdefault(module, []).append((when, patch))
+        return patch
 
     return register
 
 
-def mend_around(module: str, when: When = lambda: True) -> Callable[[MendAround], MendAround]:
-    def register(mend: MendAround) -> MendAround:
-        around.setdefault(module, []).append((when, mend))
-        return mend
+def patch_around(module: str, when: When = lambda: True) -> Callable[[PatchAround], PatchAround]:
+    def register(patch: PatchAround) -> PatchAround:
+        around.setdefault(module, []).append((when, patch))
+        return patch
 
     return register
 
 
 @functools.cache
 def read_all() -> None:
-    """Import every file of this package: each registers its mends.
+    """Import every file of this package: each registers its patches.
 
     Of several for one module those of the file whose name comes later are the outer ones, whichever file a
     program, or another file, has imported first.
@@ -60,36 +60,36 @@ def read_all() -> None:
     for file in sorted(file.name for file in pkgutil.iter_modules(sys.modules[package].__path__)):
         importlib.import_module(f"{package}.{file}")
     registered: list[list[tuple[When, Any]]] = [*after.values(), *around.values()]
-    for mends in registered:
-        mends.sort(key=lambda entry: str(entry[1].__module__))
+    for patches in registered:
+        patches.sort(key=lambda entry: str(entry[1].__module__))
 
 
 @functools.cache
 def is_their_fairseq() -> bool:
-    """Whether the fairseq that is installed is the one that the mends are for."""
+    """Whether the fairseq that is installed is the one that the patches are for."""
     return has("fairseq", 0, 12) and not has("fairseq", 0, 13)
 
 
 def concerns(name: str) -> bool:
-    """Whether a module of fairseq has mends."""
+    """Whether a module of fairseq has patches."""
     names = {name, EVERY}
     return not (names.isdisjoint(after) and names.isdisjoint(around)) and is_their_fairseq()
 
 
-def mended(name: str, exec_module: Callable[[Any], None]) -> Callable[[Any], None]:
-    """What runs a module, with its mends."""
+def patched(name: str, exec_module: Callable[[Any], None]) -> Callable[[Any], None]:
+    """What runs a module, with its patches."""
 
-    def exec_mended_module(module: Any) -> None:
+    def exec_patched_module(module: Any) -> None:
         with contextlib.ExitStack() as stack:
-            for when, mend_around in around.get(EVERY, []) + around.get(name, []):
+            for when, patch_around in around.get(EVERY, []) + around.get(name, []):
                 if when():
-                    stack.enter_context(contextlib.contextmanager(mend_around)(module))
+                    stack.enter_context(contextlib.contextmanager(patch_around)(module))
             exec_module(module)
-        for when, mend in after.get(EVERY, []) + after.get(name, []):
+        for when, patch in after.get(EVERY, []) + after.get(name, []):
             if when():
-                mend(module)
+                patch(module)
 
-    return exec_mended_module
+    return exec_patched_module
 
 
 def stand_in(library: Any, **replaced: Any) -> Any:

@@ -15,7 +15,7 @@ from xmoe_fairseq_compat.misfits import (
     other_sizes,
     settings_of,
 )
-from xmoe_fairseq_compat.registry import mend
+from xmoe_fairseq_compat.registry import patch
 from xmoe_fairseq_compat.settings import as_dict
 
 DEFAULT = "checkpoint_last.pt"
@@ -46,7 +46,7 @@ def check_named_files(cfg: Any, suffix: str, is_file: Any) -> None:
             raise FlagError(f"{name}: there is no file {path}")
 
 
-@mend("fairseq.checkpoint_utils")
+@patch("fairseq.checkpoint_utils")
 def refuse_a_missing_checkpoint(module: Any) -> None:
     """Every torch: a --restore-file that is not there, or a folder, trains from scratch without a word."""
     plain_load = module.load_checkpoint
@@ -83,7 +83,7 @@ def check_scheduler(filename: str, state: dict[str, Any], cfg: Any) -> None:
         )
 
 
-@mend("fairseq.trainer")
+@patch("fairseq.trainer")
 def look_at_a_checkpoint_first(module: Any) -> None:
     """Every torch: what is wrong with a checkpoint shows amid loading, on one rank or in pages, another
     scheduler not at all. A trainer may have a look too, in a method `check_checkpoint`."""
@@ -124,7 +124,7 @@ def look_at_a_checkpoint_first(module: Any) -> None:
     module.Trainer.load_checkpoint = load_checkpoint
 
 
-@mend("fairseq.trainer")
+@patch("fairseq.trainer")
 def say_why_a_checkpoint_does_not_fit(module: Any) -> None:
     """Every torch: weights of other sizes, another criterion or optimizer end in pages of traceback."""
     plain_load = module.Trainer.load_checkpoint
@@ -155,11 +155,11 @@ def say_why_a_checkpoint_does_not_fit(module: Any) -> None:
     module.Trainer.load_checkpoint = load_checkpoint
 
 
-@mend("fairseq.models.fairseq_model")
+@patch("fairseq.models.fairseq_model")
 def name_the_weights_that_do_not_fit(module: Any) -> None:
     """Every torch: weights of other sizes are listed on a page, one by one."""
 
-    def mended(plain_load: Any) -> Any:
+    def patched(plain_load: Any) -> Any:
         def load_state_dict(self: Any, *args: Any, **kwargs: Any) -> Any:
             try:
                 return plain_load(self, *args, **kwargs)
@@ -172,10 +172,10 @@ def name_the_weights_that_do_not_fit(module: Any) -> None:
         return load_state_dict
 
     for model in (module.BaseFairseqModel, module.FairseqMultiModel):
-        model.load_state_dict = mended(model.load_state_dict)
+        model.load_state_dict = patched(model.load_state_dict)
 
 
-@mend("fairseq.checkpoint_utils")
+@patch("fairseq.checkpoint_utils")
 def name_the_checkpoint_that_does_not_fit(module: Any) -> None:
     """Every torch: where weights do not fit the model, the file is not named."""
     plain_load = module.load_model_ensemble_and_task

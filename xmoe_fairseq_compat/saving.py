@@ -17,10 +17,10 @@ from xmoe_fairseq_compat.files import (
     write_atomically,
 )
 from xmoe_fairseq_compat.folder_lock import hold
-from xmoe_fairseq_compat.registry import mend
+from xmoe_fairseq_compat.registry import patch
 
 
-@mend("fairseq.checkpoint_utils")
+@patch("fairseq.checkpoint_utils")
 def write_checkpoints_whole_or_not(module: Any) -> None:
     """Every torch: a write that fails is tried again on the same open file, ends in pages of traceback, and
     leaves a part of the file."""
@@ -37,7 +37,7 @@ def write_checkpoints_whole_or_not(module: Any) -> None:
     module.torch_persistent_save = torch_persistent_save
 
 
-@mend("fairseq.checkpoint_utils")
+@patch("fairseq.checkpoint_utils")
 def copy_checkpoints_whole(module: Any) -> None:
     """Every torch: checkpoint_last.pt is a plain copy, so a kill at that moment leaves half a checkpoint."""
     plain = module.PathManager
@@ -57,7 +57,7 @@ def copy_checkpoints_whole(module: Any) -> None:
     module.PathManager = PathManager
 
 
-@mend("fairseq.checkpoint_utils")
+@patch("fairseq.checkpoint_utils")
 def say_on_all_ranks_that_saving_failed(module: Any) -> None:
     """Every torch: the rank that saves fails alone, and the others wait for it or say that it is lost."""
     plain_save = module.save_checkpoint
@@ -79,7 +79,7 @@ def say_on_all_ranks_that_saving_failed(module: Any) -> None:
     module.save_checkpoint = save_checkpoint
 
 
-@mend("fairseq_cli.train")
+@patch("fairseq_cli.train")
 def one_run_to_a_folder(module: Any) -> None:
     """Every torch: two runs that save into the same folder overwrite each other's checkpoints without a word,
     and a folder that may not be written ends in a traceback on one rank and a lost connection on the rest."""
@@ -103,7 +103,7 @@ def one_run_to_a_folder(module: Any) -> None:
     module.main = main
 
 
-@mend("fairseq_cli.train")
+@patch("fairseq_cli.train")
 def refuse_to_write_in_the_background(module: Any) -> None:
     """Every torch: --write-checkpoints-asynchronously writes damaged files, and without iopath nothing is
     trained; with exit status 0 both."""

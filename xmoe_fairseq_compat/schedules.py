@@ -7,10 +7,10 @@ from collections.abc import Callable
 from typing import Any, get_args
 
 from xmoe_fairseq_compat.errors import FlagError, flag
-from xmoe_fairseq_compat.registry import mend
+from xmoe_fairseq_compat.registry import patch
 
 
-@mend("fairseq.dataclass.utils")
+@patch("fairseq.dataclass.utils")
 def follow_the_setting_that_is_a_default(module: Any) -> None:
     """Every torch: on a command line a number whose default is another setting begins as None and is refused.
     So --lr-scheduler polynomial_decay never takes --max-update for its --total-num-update."""
@@ -70,7 +70,7 @@ SCHEDULES: dict[str, tuple[tuple[str, str, Callable[[Any], bool]], ...]] = {
 }  # fmt: skip
 
 
-@mend("fairseq.optim.lr_scheduler")
+@patch("fairseq.optim.lr_scheduler")
 def say_what_a_schedule_needs(module: Any) -> None:
     """Every torch: a schedule without what it needs ends in an assertion, most of them without a word, or
     divides by zero."""

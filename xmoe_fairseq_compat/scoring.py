@@ -9,7 +9,7 @@ from argparse import Namespace
 from typing import Any
 
 from xmoe_fairseq_compat.errors import FlagError
-from xmoe_fairseq_compat.registry import mend, replaced
+from xmoe_fairseq_compat.registry import patch, replaced
 from xmoe_fairseq_compat.settings import configuration
 from xmoe_fairseq_compat.shares import with_each_task
 from xmoe_fairseq_compat.trained import complete_defaults
@@ -58,7 +58,7 @@ def power_of_2(exponent: float) -> float:
     return float(np.exp2(exponent))
 
 
-@mend("fairseq_cli.eval_lm")
+@patch("fairseq_cli.eval_lm")
 def perplexity_per_word(module: Any) -> None:
     """Every torch: --remove-bpe has no effect on fairseq-eval-lm (it compares its own default constant with
     others), so that a perplexity per piece passes for one per word; sentencepiece is not there; a word that a
@@ -99,7 +99,7 @@ def perplexity_per_word(module: Any) -> None:
     module.eval_lm = eval_lm
 
 
-@mend("fairseq_cli.eval_lm")
+@patch("fairseq_cli.eval_lm")
 def score_every_block(module: Any) -> None:
     """Every torch: fairseq-eval-lm leaves out the blocks that are longer than the model takes, whatever
     --skip-invalid-size-inputs-valid-test says, and scores the rest."""

@@ -1,7 +1,7 @@
 """A model that a checkpoint describes is built within what the checkpoint holds.
 
-Its mend must be outside those of checkpoints.py, which put a checkpoint's files together: so the files' names
-have it (registry.py).
+Its patch must be outside those of checkpoints.py, which put a checkpoint together from its files: so the
+files' names have it (registry.py).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from contextvars import ContextVar
 from typing import Any
 
 from xmoe_fairseq_compat.errors import CheckpointError
-from xmoe_fairseq_compat.registry import mend
+from xmoe_fairseq_compat.registry import patch
 
 # As many times as large may a model be as its checkpoint: some parameters are built to be replaced or shared.
 VALUES, PARAMETERS = 8, 4
@@ -97,7 +97,7 @@ def size_of_result(func: Any, args: Any) -> int:
     return max((math.prod(size) for size in sizes), default=0)
 
 
-@mend("fairseq.checkpoint_utils")
+@patch("fairseq.checkpoint_utils")
 def build_within_what_a_checkpoint_holds(module: Any) -> None:
     """Every torch: a model is built as its checkpoint's configuration says, of 10^6 layers if it says so."""
     plain_load, plain_ensemble = module.load_checkpoint_to_cpu, module.load_model_ensemble_and_task

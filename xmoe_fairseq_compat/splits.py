@@ -8,12 +8,12 @@ from typing import Any
 
 from xmoe_fairseq_compat.dictionaries import names_in, task_of
 from xmoe_fairseq_compat.errors import FlagError, UserError
-from xmoe_fairseq_compat.registry import mend, replaced
+from xmoe_fairseq_compat.registry import patch, replaced
 from xmoe_fairseq_compat.settings import configuration
 from xmoe_fairseq_compat.shares import with_each_task
 
 
-@mend("fairseq.tasks.language_modeling", "fairseq.tasks.translation")
+@patch("fairseq.tasks.language_modeling", "fairseq.tasks.translation")
 def name_a_missing_set(module: Any) -> None:
     """Every torch: a data folder, or a set in it, that is not there ends in a traceback."""
     say_which_sets_there_are(task_of(module))
@@ -39,7 +39,7 @@ def say_which_sets_there_are(task: Any) -> None:
     task.load_dataset = load_dataset
 
 
-@mend("fairseq.tasks.translation")
+@patch("fairseq.tasks.translation")
 def join_sets_of_pairs(module: Any) -> None:
     """Every torch: sets that are joined (train and train1, or --combine-valid-subsets) end in "negative
     dimensions", because --upsample-primary is -1 where it is not given; and two sides of unequal length in an
@@ -59,7 +59,7 @@ def join_sets_of_pairs(module: Any) -> None:
     module.load_langpair_dataset = load_langpair_dataset
 
 
-@mend("fairseq.data.data_utils")
+@patch("fairseq.data.data_utils")
 def refuse_an_empty_set(module: Any) -> None:
     """Every torch: a set without a sentence ends in an assertion, in a division by zero or in BLEU 0."""
     plain_load = module.load_indexed_dataset
@@ -73,7 +73,7 @@ def refuse_an_empty_set(module: Any) -> None:
     module.load_indexed_dataset = load_indexed_dataset
 
 
-@mend("fairseq_cli.train")
+@patch("fairseq_cli.train")
 def read_the_sets_that_are_asked_for(module: Any) -> None:
     """Every torch: --disable-validation reads the validation sets all the same, and fails if one is not there
     or empty; --combine-valid-subsets reads one joined set, and looks for those of --valid-subset."""
@@ -110,14 +110,14 @@ def load_with_targets(task: Any, load: Callable[..., Any], split: str, *args: An
         raise UserError(f"the set {split!r} in {task.cfg.data} has no target side ({task.cfg.target_lang})")
 
 
-@mend("fairseq.data.data_utils")
+@patch("fairseq.data.data_utils")
 def know_the_names_of_valid_sets(module: Any) -> None:
     """Every torch: for pairs, `--valid-subset valid,valid1` is refused: valid1.en-de.en was not named."""
     plain_find = module._find_extra_valid_paths
     module._find_extra_valid_paths = lambda path: {name.split(".")[0] for name in plain_find(path)}
 
 
-@mend("fairseq.data.data_utils")
+@patch("fairseq.data.data_utils")
 def say_which_length_is_too_long(module: Any) -> None:
     """Every torch: --max-tokens below the longest sentence ends in an assertion."""
     plain_batches = module.batch_by_size
@@ -147,7 +147,7 @@ def say_which_length_is_too_long(module: Any) -> None:
     module.batch_by_size = batch_by_size
 
 
-@mend("fairseq.tasks.fairseq_task")
+@patch("fairseq.tasks.fairseq_task")
 def say_which_sentence_is_too_long(module: Any) -> None:
     """Every torch: a sentence that is longer than the model takes ends in a traceback."""
     plain_filter = module.FairseqTask.filter_indices_by_size
@@ -165,7 +165,7 @@ def say_which_sentence_is_too_long(module: Any) -> None:
     module.FairseqTask.filter_indices_by_size = filter_indices_by_size
 
 
-@mend("fairseq.data.iterators")
+@patch("fairseq.data.iterators")
 def say_that_no_sentence_fits(module: Any) -> None:
     """Every torch: a set whose sentences are all too long ends in a traceback."""
     plain_first = module.EpochBatchIterator.first_batch.fget

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from xmoe_fairseq_compat.errors import CheckpointError, FlagError
-from xmoe_fairseq_compat.registry import mend
+from xmoe_fairseq_compat.registry import patch
 
 
 def has_module(name: str) -> bool:
@@ -67,7 +67,7 @@ NEEDS: tuple[tuple[str, Callable[[Any], bool], Callable[[Any], bool], str], ...]
 )  # fmt: skip
 
 
-@mend("fairseq.distributed.utils")
+@patch("fairseq.distributed.utils")
 def refuse_what_is_not_installed(module: Any) -> None:
     """Every torch: a flag for which a library, a GPU or the validation is missing ends in an exception of
     whatever it meets first, or is passed over (--patience; slowmo in one process)."""
@@ -82,7 +82,7 @@ def refuse_what_is_not_installed(module: Any) -> None:
     module.call_main = call_main
 
 
-@mend("fairseq.distributed.utils")
+@patch("fairseq.distributed.utils")
 def refuse_more_ranks_than_gpus(module: Any) -> None:
     """Every torch: --distributed-world-size 2 on a machine without GPUs ends in an AssertionError that names
     neither the flag nor torchrun."""
@@ -102,7 +102,7 @@ def refuse_more_ranks_than_gpus(module: Any) -> None:
     module._infer_single_node_init = _infer_single_node_init
 
 
-@mend("fairseq.optim")
+@patch("fairseq.optim")
 def name_the_missing_optimizer(module: Any) -> None:
     """Every torch: training without --optimizer ends in a traceback ("optimizer is required!")."""
     plain_build = module.build_optimizer
@@ -115,7 +115,7 @@ def name_the_missing_optimizer(module: Any) -> None:
     module.build_optimizer = build_optimizer
 
 
-@mend("fairseq_cli.train")
+@patch("fairseq_cli.train")
 def refuse_a_store_that_is_gone(module: Any) -> None:
     """Every torch: --use-plasma-view starts a program of pyarrow's, which was taken out in version 12."""
     plain_store = module.PlasmaStore
@@ -130,7 +130,7 @@ def refuse_a_store_that_is_gone(module: Any) -> None:
     module.PlasmaStore = store
 
 
-@mend("fairseq.checkpoint_utils")
+@patch("fairseq.checkpoint_utils")
 def refuse_weights_that_are_no_numbers(module: Any) -> None:
     """Every torch: a checkpoint that holds NaN is opened like any other, and everything it makes is NaN."""
     import torch
@@ -151,7 +151,7 @@ def refuse_weights_that_are_no_numbers(module: Any) -> None:
     module.load_checkpoint_to_cpu = load_checkpoint_to_cpu
 
 
-@mend("fairseq_cli.train")
+@patch("fairseq_cli.train")
 def refuse_a_metric_that_nobody_logs(module: Any) -> None:
     """Every torch: a --best-checkpoint-metric that validation does not log fails after the first epoch, where
     nothing has been saved yet. One batch is validated to see what there is."""

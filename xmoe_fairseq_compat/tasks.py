@@ -7,10 +7,10 @@ import logging
 from typing import Any
 
 from xmoe_fairseq_compat.errors import FlagError
-from xmoe_fairseq_compat.registry import mend
+from xmoe_fairseq_compat.registry import patch
 
 
-@mend("fairseq.tasks.translation_from_pretrained_bart")
+@patch("fairseq.tasks.translation_from_pretrained_bart")
 def fine_tune_bart(module: Any) -> None:
     """Every torch: translation_from_pretrained_bart reads `args`, which its parent has renamed `cfg`."""
     kind = module.TranslationFromPretrainedBARTTask
@@ -24,7 +24,7 @@ def fine_tune_bart(module: Any) -> None:
     kind.__init__, kind.args = init, property(lambda self: self.cfg)
 
 
-@mend("fairseq.tasks.translation_from_pretrained_bart")
+@patch("fairseq.tasks.translation_from_pretrained_bart")
 def search_with_bart(module: Any) -> None:
     """Every torch: translation_from_pretrained_bart passes over --sampling, --lm-path and the like."""
     from fairseq.tasks import FairseqTask
@@ -46,7 +46,7 @@ def search_with_bart(module: Any) -> None:
     kind.build_generator = build_generator
 
 
-@mend("fairseq.tasks.language_modeling")
+@patch("fairseq.tasks.language_modeling")
 def leave_room_for_bos(module: Any) -> None:
     """Every torch: --add-bos-token makes blocks one longer than the positions that are learned: IndexError.
 
@@ -83,7 +83,7 @@ def leave_room_for_bos(module: Any) -> None:
     kind.max_positions = lambda self: getattr(self, "room", None)
 
 
-@mend("fairseq.tasks.multilingual_translation", "fairseq.tasks.semisupervised_translation")
+@patch("fairseq.tasks.multilingual_translation", "fairseq.tasks.semisupervised_translation")
 def a_model_for_each_pair(module: Any) -> None:
     """Every torch: a task of several models, given an architecture of one, ends in a traceback."""
     own = (value for value in vars(module).values() if getattr(value, "__module__", "") == module.__name__)
@@ -107,7 +107,7 @@ def a_model_for_each_pair(module: Any) -> None:
     kind.build_model = build_model
 
 
-@mend("fairseq.search")
+@patch("fairseq.search")
 def constraints_that_arrive(module: Any) -> None:
     """Every torch: some tasks pass over the constraints that fairseq-interactive reads: TypeError."""
     kind = module.LexicallyConstrainedBeamSearch

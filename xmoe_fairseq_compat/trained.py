@@ -15,7 +15,7 @@ from xmoe_fairseq_compat.errors import CheckpointError, FlagError, UserError, fl
 from xmoe_fairseq_compat.files import MAPPED
 from xmoe_fairseq_compat.misfits import typed_words
 from xmoe_fairseq_compat.opening import NEEDS_PATH
-from xmoe_fairseq_compat.registry import mend, stand_in
+from xmoe_fairseq_compat.registry import patch, stand_in
 
 # Of a language model's task: how the text is cut, and what the model reads and predicts.
 OF_LANGUAGE_MODELS = (
@@ -115,7 +115,7 @@ def complete_defaults(cfg: Any) -> None:
             cfg.task[name] = saved[name]
 
 
-@mend("fairseq_cli.eval_lm")
+@patch("fairseq_cli.eval_lm")
 def evaluate_as_trained(module: Any) -> None:
     """Every torch: fairseq-eval-lm cuts the text into blocks of 1024 unless told, drops those that are longer
     than the model takes, and so scores a fragment or nothing ("Perplexity: 1.00")."""
@@ -153,7 +153,7 @@ def evaluate_as_trained(module: Any) -> None:
     )
 
 
-@mend("fairseq_cli.generate", "fairseq_cli.interactive")
+@patch("fairseq_cli.generate", "fairseq_cli.interactive")
 def translate_as_trained(module: Any) -> None:
     """Every torch: without --source-lang and --target-lang, the direction comes from the names of files, and
     a model may translate the wrong way round; and a language model in --task translation scores BLEU 0."""
@@ -184,7 +184,7 @@ def translate_as_trained(module: Any) -> None:
     module.options = stand_in(options, parse_args_and_arch=parse_args_and_arch)
 
 
-@mend("fairseq_cli.validate")
+@patch("fairseq_cli.validate")
 def validate_as_trained(module: Any) -> None:
     """Every torch: without --task, which the checkpoint knows, fairseq-validate ends in `KeyError: None`."""
     options = module.options

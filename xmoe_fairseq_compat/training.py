@@ -7,10 +7,10 @@ import sys
 from typing import Any
 
 from xmoe_fairseq_compat.reading import tensors
-from xmoe_fairseq_compat.registry import mend, stand_in
+from xmoe_fairseq_compat.registry import patch, stand_in
 
 
-@mend("fairseq.trainer")
+@patch("fairseq.trainer")
 def model_may_bring_its_trainer(module: Any) -> None:
     """Every torch: the trainer takes it that all ranks hold the same parameters, and leaves a model no say.
 
@@ -23,7 +23,7 @@ def model_may_bring_its_trainer(module: Any) -> None:
     module.Trainer.__new__ = __new__
 
 
-@mend("fairseq.trainer")
+@patch("fairseq.trainer")
 def skip_an_overflow_on_cpu(module: Any) -> None:
     """Every torch: where --fp16 skips an update whose gradients overflowed, the norm is put on a GPU."""
     import torch
@@ -38,7 +38,7 @@ def skip_an_overflow_on_cpu(module: Any) -> None:
         )
 
 
-@mend("fairseq.trainer")
+@patch("fairseq.trainer")
 def count_what_came_before_a_dummy_batch(module: Any) -> None:
     """Every torch: a rank whose last micro-batch of an update is a dummy loses the size of its real ones.
 
@@ -97,7 +97,7 @@ def not_finite(named_parameters: Any, first_found: str) -> str | None:
     )
 
 
-@mend("fairseq.nan_detector")
+@patch("fairseq.nan_detector")
 def name_the_parameter_that_is_not_finite(module: Any) -> None:
     """Every torch: when gradients are NaN, fairseq makes the step again with a backward hook on every module.
 
@@ -132,7 +132,7 @@ def name_the_parameter_that_is_not_finite(module: Any) -> None:
     detector.__exit__ = __exit__
 
 
-@mend("fairseq.optim.fp16_optimizer")
+@patch("fairseq.optim.fp16_optimizer")
 def flatten_on_cpu(module: Any) -> None:
     """Every torch: --fp16 keeps its flat copy of the parameters under the number of the current GPU. Without
     one it fails, and with one --cpu would train nothing, as a parameter's own device has another number."""
@@ -150,7 +150,7 @@ def flatten_on_cpu(module: Any) -> None:
     mixin.build_fp32_params = classmethod(build_fp32_params)
 
 
-@mend("fairseq.tasks.fairseq_task")
+@patch("fairseq.tasks.fairseq_task")
 def autocast_on_cpu(module: Any) -> None:
     """Every torch: --amp turns on the autocast of GPUs alone, so that a CPU computes in fp32 all the same."""
     import torch
@@ -170,7 +170,7 @@ def autocast_on_cpu(module: Any) -> None:
     module.FairseqTask.train_step = train_step
 
 
-@mend("fairseq_cli.train")
+@patch("fairseq_cli.train")
 def count_experts(module: Any) -> None:
     """Every torch: parameters of experts are counted by a mark that also keeps them out of DDP and out of the
     gradient norm. Where every rank holds all experts, which so have none, the log says that there are 0.
@@ -184,7 +184,7 @@ def count_experts(module: Any) -> None:
     module.getattr = has_mark
 
 
-@mend("fairseq_cli.train")
+@patch("fairseq_cli.train")
 def stop_where_the_run_has_ended(module: Any) -> None:
     """Every torch: a run that has made all its --max-update updates makes one more whenever it is resumed."""
     plain_train = module.train

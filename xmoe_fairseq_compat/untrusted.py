@@ -15,7 +15,7 @@ from typing import Any
 
 from xmoe_fairseq_compat.errors import NO_LITERAL, FlagError, UserError
 from xmoe_fairseq_compat.reading import MOST_TIMES
-from xmoe_fairseq_compat.registry import EVERY, mend, mend_around, stand_in
+from xmoe_fairseq_compat.registry import EVERY, patch, patch_around, stand_in
 
 LONGEST = 10**6  # of a list that is written as a product
 
@@ -54,7 +54,7 @@ def _length(left: Any, right: Any) -> int:
     return len(right) * abs(int(left)) if hasattr(right, "__len__") else 0
 
 
-@mend_around(EVERY)
+@patch_around(EVERY)
 def evaluate_literals_only(module: Any) -> Iterator[None]:
     """Every torch: fairseq calls eval on strings of a model's configuration, which a checkpoint brings along,
     and of the command line. A name in the module hides the builtin."""
@@ -62,7 +62,7 @@ def evaluate_literals_only(module: Any) -> Iterator[None]:
     yield
 
 
-@mend_around(EVERY)
+@patch_around(EVERY)
 def load_weights_only(module: Any) -> Iterator[None]:
     """Every torch: fairseq leaves it to torch's default what torch.load may run; an environment variable, or
     torch < 2.6, makes that anything."""
@@ -92,7 +92,7 @@ def fasta_index(path: str) -> tuple[Any, Any]:
     return np.array(starts, dtype=np.int64), np.array(sizes, dtype=np.int64)
 
 
-@mend("fairseq.data.fasta_dataset")
+@patch("fairseq.data.fasta_dataset")
 def read_fasta_without_a_shell(module: Any) -> None:
     """Every torch: --dataset-impl fasta puts the file's name into a shell command, where $(...) is run."""
     module.FastaDataset._build_index = lambda self, path: fasta_index(module.fasta_file_path(path))
@@ -134,7 +134,7 @@ def _extract(archive: str, folder: Path) -> None:
         raise UserError(f"{archive}: it cannot be unpacked safely: {str(error).splitlines()[0]}") from error
 
 
-@mend("fairseq.file_utils")
+@patch("fairseq.file_utils")
 def keep_archives(module: Any) -> None:
     """Every torch: from_pretrained of an archive writes where its members say, then deletes the archive."""
     plain_load = module.load_archive_file

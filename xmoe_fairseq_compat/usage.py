@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from typing import Any, NoReturn
 
 from xmoe_fairseq_compat.errors import UserError, flag, one_line
-from xmoe_fairseq_compat.registry import mend, stand_in
+from xmoe_fairseq_compat.registry import patch, stand_in
 
 FEW = 12  # so many names are listed
 
@@ -60,13 +60,13 @@ class Parser(argparse.ArgumentParser):
             raise argparse.ArgumentError(action, text)
 
 
-@mend("fairseq.options", "fairseq_cli.score")
+@patch("fairseq.options", "fairseq_cli.score")
 def errors_without_usage(module: Any) -> None:
     """Every torch: one misspelt flag prints 197 lines of usage, one misspelt name a list of 150."""
     module.argparse = stand_in(argparse, ArgumentParser=Parser)
 
 
-@mend("fairseq_cli.score")
+@patch("fairseq_cli.score")
 def order_of_bleu(module: Any) -> None:
     """Every torch: fairseq-score --order 0 divides by zero, -1 scores 100 (its Scorer knows 1 to 4)."""
     plain_parser = module.get_parser
@@ -105,7 +105,7 @@ def explained(error: Exception) -> Exception:
     return UserError(in_one_line(error)) if known else error
 
 
-@mend("fairseq.dataclass.utils")
+@patch("fairseq.dataclass.utils")
 def settings_in_one_line(module: Any) -> None:
     """Every torch: a value that a setting does not take (--tokenizer moses without --source-lang) ends in a
     page of all settings there are."""
@@ -121,7 +121,7 @@ def settings_in_one_line(module: Any) -> None:
     module.logger.addFilter(lambda record: not record.getMessage().startswith("Error when composing"))
 
 
-@mend("fairseq_cli.hydra_train")
+@patch("fairseq_cli.hydra_train")
 def hydra_errors_in_one_line(module: Any) -> None:
     """Every torch: hydra reports any error in a block of lines, a misspelt task in all that there are."""
     from hydra._internal import utils
@@ -130,7 +130,7 @@ def hydra_errors_in_one_line(module: Any) -> None:
     plain_main, plain_cli = module._hydra_main, module.cli_main
 
     def _hydra_main(cfg: Any, **kwargs: Any) -> Any:
-        """Ends here what a user can mend: hydra would precede it by all that it was called with."""
+        """Ends here what a user can fix: hydra would precede it by all that it was called with."""
         try:
             return plain_main(cfg, **kwargs)
         except Exception as error:

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 from xmoe_fairseq.moe import MoELayer, ThresholdRouter
-from xmoe_fairseq.moe.expert_grouped import can_group, expert_sums_grouped
-from xmoe_fairseq.moe.expert_sums import expert_sums_plain
+from xmoe_fairseq.moe.experts.grouped import can_group, expert_sums_grouped
+from xmoe_fairseq.moe.experts.plain import expert_sums_plain
 
 FLOOR, OURS = "two dense products", "XMoE layer"
 AIM = 0.75  # of the dense products' rate

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xmoe_fairseq.moe import Experts
-from xmoe_fairseq.moe.dispatch import ExpertRows
-from xmoe_fairseq.moe.expert_sums import Activation, Stacks, expert_sums_plain
+from xmoe_fairseq.moe.dispatch.local import ExpertRows
+from xmoe_fairseq.moe.experts.plain import Activation, Stacks, expert_sums_plain
 
 PADDED_TO = 16  # rows; torchtitan pads an expert's rows to a multiple of 8 (bf16) to 32
 

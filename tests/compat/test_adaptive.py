@@ -1,4 +1,4 @@
-"""One test per mend of adaptive softmax and input, which fails where the mend is taken away."""
+"""One test per patch of adaptive softmax and input, which fails where the patch is taken away."""
 
 from types import SimpleNamespace
 from typing import Any

@@ -1,4 +1,4 @@
-"""One test per mend of alignments and of --replace-unk, which fails where the mend is taken away."""
+"""One test per patch of alignments and of --replace-unk, which fails where the patch is taken away."""
 
 from argparse import Namespace
 from importlib import import_module
@@ -143,7 +143,7 @@ def test_a_wrapped_data_set_gives_the_text_as_it_was_written() -> None:
 def test_words_are_replaced_not_pieces(command: str, flags: dict[str, Any], message: str) -> None:
     given = {"bpe": None, "tokenizer": None, "post_process": None, "dataset_impl": "raw"}
     module = SimpleNamespace(__name__=f"fairseq_cli.{command}", main=lambda cfg: "ran")
-    assert check_what_words_are_replaced_by in [mend for _, mend in registry.after[module.__name__]]
+    assert check_what_words_are_replaced_by in [patch for _, patch in registry.after[module.__name__]]
     check_what_words_are_replaced_by(module)
 
     def run(bpe: Any, tokenizer: Any, post_process: Any, dataset_impl: Any, replace_unk: str | None) -> Any:

@@ -157,5 +157,7 @@ def test_the_task_still_hears_that_a_model_is_a_checkpoints(tmp_path: Path) -> N
     """fairseq leaves out settings that a model does not have (any more) where `from_checkpoint` is named."""
     assert opened(checkpoint(tmp_path, lambda state: state["cfg"]["model"].update(of_another_version=1)))
     for name in components.TEXT["task"]:
-        mended = getattr(TASK_REGISTRY[name].build_model, "__module__", "").startswith("xmoe_fairseq_compat")
-        assert not mended or "from_checkpoint" in inspect.getfullargspec(TASK_REGISTRY[name].build_model).args
+        patched = getattr(TASK_REGISTRY[name].build_model, "__module__", "").startswith("xmoe_fairseq_compat")
+        assert (
+            not patched or "from_checkpoint" in inspect.getfullargspec(TASK_REGISTRY[name].build_model).args
+        )

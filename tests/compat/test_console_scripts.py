@@ -1,4 +1,4 @@
-"""fairseq's own commands with fairseq's own models, end to end: what the mends are for."""
+"""fairseq's own commands with fairseq's own models, end to end: what the patches are for."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""One test per mend of fairseq's data sets and their numbers."""
+"""One test per patch of fairseq's data sets and their numbers."""
 
 from types import SimpleNamespace
 

@@ -1,4 +1,4 @@
-"""One test per mend of fairseq's generation, which fails where the mend is taken away."""
+"""One test per patch of fairseq's generation, which fails where the patch is taken away."""
 
 import logging
 from argparse import Namespace
@@ -168,7 +168,7 @@ def test_a_beam_search_has_no_steps_to_print(name: str) -> None:
 )
 def test_flags_that_a_command_would_pass_over(command: str, flags: dict[str, Any], message: str) -> None:
     module = SimpleNamespace(__name__=f"fairseq_cli.{command}", main=lambda cfg: "ran")
-    assert check_flags_of_generation in [mend for _, mend in registry.after[module.__name__]]
+    assert check_flags_of_generation in [patch for _, patch in registry.after[module.__name__]]
     check_flags_of_generation(module)
     assert module.main(SimpleNamespace(generation=GenerationConfig())) == "ran"
     with pytest.raises(FlagError, match=f"^{message}"):

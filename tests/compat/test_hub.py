@@ -1,4 +1,4 @@
-"""One test per mend of fairseq's Python interface, which fails where the mend is taken away."""
+"""One test per patch of fairseq's Python interface, which fails where the patch is taken away."""
 
 from pathlib import Path
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""One test per mend of fairseq's models, which fails where the mend is taken away."""
+"""One test per patch of fairseq's models, which fails where the patch is taken away."""
 
 import logging
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Mends of ranks.py that need no ranks."""
+"""Patches of ranks.py that need no ranks."""
 
 import sys
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""When a mend runs: before fairseq is imported, in the order of files, for versions that have the defect."""
+"""When a patch runs: before fairseq is imported, in the order of files, for versions that have the defect."""
 
 import os
 import runpy
@@ -24,7 +24,7 @@ def test_start_up_imports_no_library() -> None:
 def test_active_once_however_often_it_is_loaded() -> None:
     assert compat.is_active()
     runpy.run_path(str(COMPAT))
-    assert sum(getattr(finder, "mends_fairseq", False) for finder in sys.meta_path) == 1
+    assert sum(getattr(finder, "patches_fairseq", False) for finder in sys.meta_path) == 1
 
 
 def test_not_active_where_fairseq_came_first() -> None:
@@ -45,13 +45,13 @@ def test_another_fairseq_is_left_alone(version: str, monkeypatch: pytest.MonkeyP
     assert compat.Finder.find_spec("fairseq") is None
 
 
-def test_mends_of_a_module_run_in_the_order_of_their_files() -> None:
+def test_patches_of_a_module_run_in_the_order_of_their_files() -> None:
     """Of one function each wraps the one before, so this says which is the outer one."""
     first = """
 import xmoe_fairseq_compat.usage, xmoe_fairseq_compat.scoring
 from xmoe_fairseq_compat import registry
 registry.read_all()
-files = {name: [mend.__module__ for _, mend in mends] for name, mends in registry.after.items()}
+files = {name: [patch.__module__ for _, patch in patches] for name, patches in registry.after.items()}
 assert all(found == sorted(found) for found in files.values()), files
 print(len(set(files["fairseq_cli.train"])) > 1)
 """
@@ -66,5 +66,5 @@ def test_versions_that_have_no_defect_are_left_alone(monkeypatch: pytest.MonkeyP
     ran = []
     monkeypatch.setattr(registry, "after", {"m": [(lambda: False, ran.append), (lambda: True, ran.append)]})
     module = SimpleNamespace()
-    registry.mended("m", lambda module: None)(module)
+    registry.patched("m", lambda module: None)(module)
     assert ran == [module]

@@ -1,4 +1,4 @@
-"""What a missing or wrong package says: one line with the command that mends it."""
+"""What a missing or wrong package says: one line with the command that fixes it."""
 
 import os
 import subprocess
@@ -49,7 +49,7 @@ def test_sentencepiece() -> None:
         )
 
 
-def test_command_for_mends_that_came_too_late(tmp_path: Path) -> None:
+def test_command_for_patches_that_came_too_late(tmp_path: Path) -> None:
     assert requirements.compat_problem(True, tmp_path) is None
     installed = str(requirements.compat_problem(False, tmp_path))
     assert installed.endswith("run: python -m pip install --no-deps --force-reinstall xmoe_fairseq")

@@ -1,4 +1,4 @@
-"""One test per mend of fairseq's tasks, which fails where the mend is taken away."""
+"""One test per patch of fairseq's tasks, which fails where the patch is taken away."""
 
 from argparse import Namespace
 from dataclasses import fields

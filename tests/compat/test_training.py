@@ -1,4 +1,4 @@
-"""One test per mend of training.py that no command shows more simply."""
+"""One test per patch of training.py that no command shows more simply."""
 
 from dataclasses import dataclass
 from types import SimpleNamespace

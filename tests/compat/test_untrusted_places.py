@@ -19,7 +19,7 @@ CALLS = {
 }  # fmt: skip
 
 
-# Where fairseq calls one of these and it is mended; test_what_is_mended looks whether it is.
+# Where fairseq calls one of these and it is patched; test_what_is_patched looks whether it is.
 MENDED = {
     "eval": "each module's own name `eval` reads literals only",
     "torch.load": "each module's own name `torch` has a load that takes weights only",
@@ -137,16 +137,16 @@ def test_whatever_writes_a_file_has_its_name_from_the_user() -> None:
     assert {name for name, text in sources() if writes(text)} == WRITING.keys()
 
 
-def test_whatever_could_run_code_is_mended_or_cannot_be_reached() -> None:
+def test_whatever_could_run_code_is_patched_or_cannot_be_reached() -> None:
     places = found()
     assert ("criterions/ctc.py", "eval") in places and len(places) > 40
     known = MENDED.keys() | UNREACHABLE.keys()
     unknown = {f"{file} {what}" for file, what in places if what not in known} - known
-    assert not unknown, "new in this fairseq: mend it, or say above why nobody reaches it"
+    assert not unknown, "new in this fairseq: patch it, or say above why nobody reaches it"
     assert known <= {what for _, what in places} | {f"{file} {what}" for file, what in places}
 
 
-def test_what_is_mended() -> None:
+def test_what_is_patched() -> None:
     """evaluate_literals_only, load_weights_only"""
     for file, what in sorted(found()):
         module = file.removesuffix(".py").replace("/", ".").removesuffix(".__init__")

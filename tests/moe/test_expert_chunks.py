@@ -1,6 +1,6 @@
 """Chunks of rows, and how threads share the experts, by hand."""
 
-from xmoe_fairseq.moe.expert_chunks import chunks, shares_of
+from xmoe_fairseq.moe.experts.chunks import chunks, shares_of
 
 
 def test_chunks_by_hand() -> None:

@@ -11,13 +11,14 @@ from tolerances import TERMS, assert_same
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from xmoe_fairseq.moe import Experts, expert_chunks
-from xmoe_fairseq.moe.dispatch import ExpertRows
-from xmoe_fairseq.moe.expert_chunks import compute
-from xmoe_fairseq.moe.expert_grouped import can_group, expert_sums_grouped
-from xmoe_fairseq.moe.expert_loop import expert_sums_loop
-from xmoe_fairseq.moe.expert_single import expert_sums_single, is_single
-from xmoe_fairseq.moe.expert_sums import Stacks, expert_sums_plain
+from xmoe_fairseq.moe import Experts
+from xmoe_fairseq.moe.dispatch.local import ExpertRows
+from xmoe_fairseq.moe.experts import chunks as expert_chunks
+from xmoe_fairseq.moe.experts.chunks import compute
+from xmoe_fairseq.moe.experts.grouped import can_group, expert_sums_grouped
+from xmoe_fairseq.moe.experts.loop import expert_sums_loop
+from xmoe_fairseq.moe.experts.plain import Stacks, expert_sums_plain
+from xmoe_fairseq.moe.experts.single import expert_sums_single, is_single
 
 SOURCES, MODEL_DIM, EXPERT_DIM = 9, 8, 16
 LOADS = {

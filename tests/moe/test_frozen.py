@@ -12,7 +12,8 @@ from tolerances import assert_same
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from xmoe_fairseq.moe import Experts, MoELayer, TopKRouter, experts
+from xmoe_fairseq.moe import Experts, MoELayer, TopKRouter
+from xmoe_fairseq.moe.experts import experts
 
 PRODUCTS = ("mm", "addmm", "mv", "addmv", "bmm", "baddbmm", "addmm_", "addmv_")
 PARTS = ("x", "router", "fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias")

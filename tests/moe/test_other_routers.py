@@ -18,8 +18,8 @@ from xmoe_fairseq.moe import (
     balanced_table,
     random_table,
 )
-from xmoe_fairseq.moe.gshard import GShardLayer, fill_up
 from xmoe_fairseq.moe.losses import load_balance_loss
+from xmoe_fairseq.moe.routers.gshard import GShardLayer, fill_up
 
 
 def test_balanced_table_evens_out_frequencies() -> None:

@@ -19,7 +19,7 @@ from xmoe_fairseq.moe import (
     record_routing,
 )
 from xmoe_fairseq.moe.capacity import expert_capacity, keep_within_capacity
-from xmoe_fairseq.moe.dispatch import ExpertRows, LocalDispatcher
+from xmoe_fairseq.moe.dispatch.local import ExpertRows, LocalDispatcher
 from xmoe_fairseq.moe.losses import load_balance_loss, z_loss
 from xmoe_fairseq.moe.stats import load_cv
 

@@ -17,7 +17,7 @@ from xmoe_fairseq.moe import (
     TopKRouter,
     step_budgets,
 )
-from xmoe_fairseq.moe.gshard import GShardLayer
+from xmoe_fairseq.moe.routers.gshard import GShardLayer
 
 
 def with_probs(router: Router, probs_TE: list[list[float]]) -> Routing:

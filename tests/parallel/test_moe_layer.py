@@ -11,7 +11,7 @@ from tolerances import assert_same
 from torch import Tensor
 
 from xmoe_fairseq.moe import MoELayer, ThresholdRouter, TopKRouter
-from xmoe_fairseq.moe.all_to_all import exchange_rows
+from xmoe_fairseq.moe.dispatch.all_to_all import exchange_rows
 
 MODEL_DIM, NUM_EXPERTS = 8, 8
 TOKENS = {

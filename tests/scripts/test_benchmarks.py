@@ -15,8 +15,8 @@ from torch import Tensor
 from translation import batch, build_setup
 
 from xmoe_fairseq.moe import Experts, MoELayer
-from xmoe_fairseq.moe.dispatch import ExpertRows
-from xmoe_fairseq.moe.expert_sums import Stacks, expert_sums_plain
+from xmoe_fairseq.moe.dispatch.local import ExpertRows
+from xmoe_fairseq.moe.experts.plain import Stacks, expert_sums_plain
 
 SMALL = [
     "--threads", "1", "--rounds", "2", "--per-token", "2", "--sentences", "6", "--vocabulary", "60",

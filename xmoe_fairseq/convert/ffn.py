@@ -11,7 +11,7 @@ from fairseq import utils
 from torch import Tensor, nn
 
 from xmoe_fairseq.convert.data import Batches, real_tokens
-from xmoe_fairseq.moe.expert_sums import Activation
+from xmoe_fairseq.moe.experts.plain import Activation
 
 
 @dataclass(frozen=True, eq=False)

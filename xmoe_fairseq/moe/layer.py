@@ -9,12 +9,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from xmoe_fairseq.moe.capacity import expert_capacity, keep_within_capacity
-from xmoe_fairseq.moe.dispatch import Dispatcher, LocalDispatcher
-from xmoe_fairseq.moe.expert_sums import Activation
-from xmoe_fairseq.moe.experts import Experts
-from xmoe_fairseq.moe.hash_router import HashRouter
-from xmoe_fairseq.moe.parallel_dispatch import ExpertParallelDispatcher
-from xmoe_fairseq.moe.router import Router
+from xmoe_fairseq.moe.dispatch.local import Dispatcher, LocalDispatcher
+from xmoe_fairseq.moe.dispatch.parallel import ExpertParallelDispatcher
+from xmoe_fairseq.moe.experts.experts import Experts
+from xmoe_fairseq.moe.experts.plain import Activation
+from xmoe_fairseq.moe.routers.base import Router
+from xmoe_fairseq.moe.routers.hash import HashRouter
 from xmoe_fairseq.moe.routing import Routing
 from xmoe_fairseq.moe.stats import RoutingStats
 

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from xmoe_fairseq.moe.experts import slice_experts
+from xmoe_fairseq.moe.experts.experts import slice_experts
 from xmoe_fairseq.parallel.groups import ExpertParallel, expert_names
 
 State = dict[str, Any]

@@ -7,7 +7,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import fairseq.checkpoint_utils  # noqa: F401  (its mend says which types a checkpoint may hold)
+import fairseq.checkpoint_utils  # noqa: F401  (its patch says which types a checkpoint may hold)
 import torch
 from torch import Tensor
 

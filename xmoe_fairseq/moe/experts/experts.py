@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from xmoe_fairseq.moe.dispatch import ExpertRows
-from xmoe_fairseq.moe.expert_grouped import can_group, expert_sums_grouped
-from xmoe_fairseq.moe.expert_loop import expert_sums_loop
-from xmoe_fairseq.moe.expert_single import expert_sums_single, is_single
-from xmoe_fairseq.moe.expert_sums import Activation, Stacks, expert_sums_plain
+from xmoe_fairseq.moe.dispatch.local import ExpertRows
+from xmoe_fairseq.moe.experts.grouped import can_group, expert_sums_grouped
+from xmoe_fairseq.moe.experts.loop import expert_sums_loop
+from xmoe_fairseq.moe.experts.plain import Activation, Stacks, expert_sums_plain
+from xmoe_fairseq.moe.experts.single import expert_sums_single, is_single
 
 ACTIVATIONS: dict[str, Activation] = {
     "relu": F.relu,

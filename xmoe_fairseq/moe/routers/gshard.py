@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from fairscale.nn.moe import MOELayer, Top2Gate
 from torch import Tensor, nn
 
-from xmoe_fairseq.moe.expert_sums import Activation
+from xmoe_fairseq.moe.experts.plain import Activation
 from xmoe_fairseq.moe.layer import MoELayer
 from xmoe_fairseq.moe.losses import z_loss
-from xmoe_fairseq.moe.router import may_overflow
+from xmoe_fairseq.moe.routers.base import may_overflow
 from xmoe_fairseq.moe.routing import Routing
 from xmoe_fairseq.moe.stats import RoutingStats
 

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from xmoe_fairseq.moe.router import Router, by_preference
+from xmoe_fairseq.moe.routers.base import Router, by_preference
 
 
 class ExpertChoiceRouter(Router):

@@ -1,4 +1,4 @@
-"""The gradients of expert_loop.py, written out: those that somebody wants, and no product for the others."""
+"""The gradients of loop.py, written out: those that somebody wants, and no product for the others."""
 
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from xmoe_fairseq.moe.expert_chunks import Chunk, buffer_for
-from xmoe_fairseq.moe.expert_sums import Activation, Stacks
+from xmoe_fairseq.moe.experts.chunks import Chunk, buffer_for
+from xmoe_fairseq.moe.experts.plain import Activation, Stacks
 
 
 class Call(NamedTuple):

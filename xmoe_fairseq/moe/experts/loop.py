@@ -1,7 +1,7 @@
 """Weighted sums of what experts make of rows, a few experts at a time: the fast path of a CPU.
 
 A chunk of rows is gathered, computed, weighted and added to the output while it lies in the cache; of all R
-rows nothing but the hidden layer is kept. The gradients are worked out in expert_gradients.py because
+rows nothing but the hidden layer is kept. The gradients are worked out in gradients.py because
 autograd would keep the gathered rows too, and would copy the gradient of every expert into the stack.
 """
 
@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from xmoe_fairseq.moe.dispatch import ExpertRows
-from xmoe_fairseq.moe.expert_chunks import Chunk, buffer_for, compute, shares_of
-from xmoe_fairseq.moe.expert_gradients import Call, Gradients, gradients_of_share
-from xmoe_fairseq.moe.expert_sums import Activation, Stacks, expert_sums_plain
+from xmoe_fairseq.moe.dispatch.local import ExpertRows
+from xmoe_fairseq.moe.experts.chunks import Chunk, buffer_for, compute, shares_of
+from xmoe_fairseq.moe.experts.gradients import Call, Gradients, gradients_of_share
+from xmoe_fairseq.moe.experts.plain import Activation, Stacks, expert_sums_plain
 
 
 def expert_sums_loop(x_SD: Tensor, rows: ExpertRows, stacks: Stacks, activation: Activation) -> Tensor:

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from xmoe_fairseq.moe.dispatch import ExpertRows
-from xmoe_fairseq.moe.expert_sums import Activation, Stacks, expert_sums_plain
+from xmoe_fairseq.moe.dispatch.local import ExpertRows
+from xmoe_fairseq.moe.experts.plain import Activation, Stacks, expert_sums_plain
 
 ALIGNMENT = 16  # bytes between rows that torch's grouped product asks for
 MOST_EXPERTS = 1023  # torch 2.11 on an H100: "Can't process more than 1024 groups", from 1024 on

@@ -7,8 +7,8 @@ rows, and no scattering of results.
 import torch
 from torch import Tensor
 
-from xmoe_fairseq.moe.dispatch import ExpertRows
-from xmoe_fairseq.moe.expert_sums import Activation, Stacks
+from xmoe_fairseq.moe.dispatch.local import ExpertRows
+from xmoe_fairseq.moe.experts.plain import Activation, Stacks
 
 
 def is_single(x_SD: Tensor) -> bool:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from xmoe_fairseq.moe.router import Router
+from xmoe_fairseq.moe.routers.base import Router
 
 
 class BaseRouter(Router):

@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from xmoe_fairseq.moe.all_to_all import exchange_counts, exchange_rows
-from xmoe_fairseq.moe.dispatch import ExpertRows, expert_order
+from xmoe_fairseq.moe.dispatch.all_to_all import exchange_counts, exchange_rows
+from xmoe_fairseq.moe.dispatch.local import ExpertRows, expert_order
 from xmoe_fairseq.moe.routing import Routing
 
 

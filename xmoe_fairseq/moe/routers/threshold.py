@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from xmoe_fairseq.moe.budget import Budget
-from xmoe_fairseq.moe.router import Router, by_preference
+from xmoe_fairseq.moe.routers.base import Router, by_preference
 
 
 class ThresholdRouter(Router):

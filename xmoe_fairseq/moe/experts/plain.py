@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from xmoe_fairseq.moe.dispatch import ExpertRows
+from xmoe_fairseq.moe.dispatch.local import ExpertRows
 
 Activation = Callable[[Tensor], Tensor]
 

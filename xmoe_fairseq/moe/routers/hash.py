@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from xmoe_fairseq.moe.router import may_overflow, not_finite
+from xmoe_fairseq.moe.routers.base import may_overflow, not_finite
 from xmoe_fairseq.moe.routing import Routing
 
 

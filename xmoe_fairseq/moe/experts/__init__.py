@@ -1,0 +1,1 @@
+"""The small FFNs, and the kernels that compute them."""

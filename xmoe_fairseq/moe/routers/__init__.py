@@ -1,0 +1,1 @@
+"""Routers: tokens -> Routing, one file each."""
