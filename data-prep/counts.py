@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections import Counter
 from pathlib import Path
 
-from outputs import write_bytes
+from outputs import as_json, write_bytes
 from textio import DataError
 
 MOST_WORKERS = 1024
@@ -34,4 +33,4 @@ def report(counts: Counter[str], path: Path | None) -> None:
     """One line on stdout: 'clean_pairs: read 10, kept 8, empty side 2'; JSON if asked for."""
     print(f"{Path(sys.argv[0]).stem}: " + ", ".join(f"{name} {n}" for name, n in counts.items()), flush=True)
     if path is not None:
-        write_bytes(path, (json.dumps(dict(counts), indent=1) + "\n").encode())
+        write_bytes(path, as_json(dict(counts)))

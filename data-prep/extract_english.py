@@ -12,7 +12,6 @@ import html
 import importlib.metadata
 import importlib.util
 import itertools
-import json
 import platform
 import re
 import sys
@@ -29,7 +28,7 @@ from formats.docstrings import read_docstrings
 from formats.manpage import read_manpage
 from formats.markup import read_docbook, read_html
 from formats.plain import read_glosses, read_pod, read_text
-from outputs import atomic_writers, check_files, write_bytes
+from outputs import as_json, atomic_writers, check_files, write_bytes
 from parallel import in_order
 from textio import DataError, in_chunks, normalize, read_entries, read_lines, run
 
@@ -93,7 +92,7 @@ def extract(args: argparse.Namespace) -> None:
         if not counts["documents"]:
             raise DataError("no English prose found; give --modules or --list")
     sources = [*(module.describe() for module in modules), *(packages.entries if packages else ())]
-    write_bytes(args.sources_out, (json.dumps(sources, indent=1) + "\n").encode())
+    write_bytes(args.sources_out, as_json(sources))
     report(counts, args.counts)
 
 

@@ -7,7 +7,6 @@ packages, their versions, checksums, licences and folders. A package in place is
 from __future__ import annotations
 
 import argparse
-import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -17,7 +16,7 @@ from apt import Apt, Package
 from counts import new_parser, report
 from languages import language
 from licences import licences
-from outputs import check_files, write_bytes
+from outputs import as_json, check_files, write_bytes
 from textio import DataError, read_lines, run
 
 APT_NAMES = {"zh": "zh_CN"}  # of description indexes
@@ -96,7 +95,7 @@ def fetch(args: argparse.Namespace) -> None:
             print(f"{number}/{len(packages)} {folder.name}, {package.bytes / 1e6:.1f} MB", flush=True)
             apt.unpack(package, folder)
             counts["downloaded"] += 1
-    text = (json.dumps(describe(packages, apt, args), indent=1) + "\n").encode()
+    text = as_json(describe(packages, apt, args))
     # What is already so is left alone, so that the next steps know that they are up to date.
     if not args.sources_out.exists() or args.sources_out.read_bytes() != text:
         write_bytes(args.sources_out, text)

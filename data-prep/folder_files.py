@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 from manifest import sha256
-from outputs import check_files, write_bytes
+from outputs import as_json, check_files, write_bytes
 from textio import DataError, run
 
 
@@ -24,7 +23,7 @@ def main() -> None:
         raise DataError(f"--files {outside[0]}: is not in --folder {args.folder}")
     hashes = {str(path.relative_to(args.folder)): sha256(path) for path in args.files}
     source = {"task": "folder", "source": args.folder.name, "licence": "not recorded", "sha256": hashes}
-    write_bytes(args.output, (json.dumps([source], indent=1, ensure_ascii=False) + "\n").encode())
+    write_bytes(args.output, as_json([source]))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
-import json
 import sys
 from collections import Counter
 from pathlib import Path
@@ -18,7 +17,7 @@ from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import disable_progress_bars
 from manifest import sha256
-from outputs import check_files, write_bytes
+from outputs import as_json, check_files, write_bytes
 from textio import DataError, run
 
 
@@ -74,7 +73,7 @@ def get(args: argparse.Namespace) -> None:
             file.unlink()
             raise DataError(f"{file}: not what the hub has (size or SHA-256); it is removed, run again")
         counts["bytes"] += entry.size
-    write_bytes(args.folder / "sources.json", (json.dumps([source], indent=1) + "\n").encode())
+    write_bytes(args.folder / "sources.json", as_json([source]))
     write_bytes(args.folder / "files.txt", "".join(f"{args.folder / path}\n" for path in chosen).encode())
     report(counts, args.counts)
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from outputs import check_files, write_bytes
+from outputs import as_json, check_files, write_bytes
 from textio import DataError, read_entries, read_json, run
 
 
@@ -63,7 +62,7 @@ def write(args: argparse.Namespace) -> None:
         "counts": {path.stem: read_json(path) for path in args.counts},
         "sha256": {str(p.relative_to(folder)): sha256(p) for p in sorted(args.files)},
     }
-    write_bytes(args.output, (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode())
+    write_bytes(args.output, as_json(manifest))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ prefixes of the parts in order; FOLDER/sources.json.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 import subprocess
@@ -20,7 +19,7 @@ from typing import Any
 import yaml
 from counts import new_parser, report
 from manifest import sha256
-from outputs import check_files, write_bytes
+from outputs import as_json, check_files, write_bytes
 from textio import DataError, read_parallel, run
 
 LICENCE = "the publisher's, see the URL; mtdata records none"
@@ -122,7 +121,7 @@ def get(args: argparse.Namespace) -> None:
             {"task": "wmt23", "source": dataset, "url": known.get(dataset, "see mtdata"), "licence": LICENCE}
             | {"lines": counts[dataset], "sha256": [sha256(file) for file in found]}
         )
-    write_bytes(args.folder / "sources.json", (json.dumps(sources, indent=1) + "\n").encode())
+    write_bytes(args.folder / "sources.json", as_json(sources))
     write_bytes(args.folder / "parts.txt", "".join(prefixes).encode())
     report(counts, args.counts)
 

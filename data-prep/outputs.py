@@ -1,30 +1,28 @@
 """Writing files that are whole or not there, and never over what is read: what every script here shares.
 
-Files are written beside their targets and renamed at the end. A name that ends in .gz or .xz is packed.
+How a file gets its name is xmoe_fairseq_compat.files's; here are the checks, and packing.
 """
 
 from __future__ import annotations
 
 import errno
 import gzip
+import json
 import lzma
 import os
 import shutil
 import stat
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from io import TextIOWrapper
 from pathlib import Path
-from typing import IO, TextIO, cast
+from typing import IO, TextIO
 
 from textio import DataError
 
-PARTIAL = ".partial"  # a fixed suffix, so that the next run overwrites what a killed one left
+from xmoe_fairseq_compat import files
+
 FULL = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
-
-
-def partial_of(target: Path) -> Path:
-    return target.with_name(target.name + PARTIAL)
 
 
 def check_files(outputs: Iterable[Path | None], inputs: Iterable[Path | None] = ()) -> None:
@@ -46,7 +44,7 @@ def check_files(outputs: Iterable[Path | None], inputs: Iterable[Path | None] = 
             raise DataError(f"{path}: begins with two dots; give a prefix that ends in a name")
         if path.exists() and not path.is_file():
             raise DataError(f"{path}: is no regular file; name another output")
-        if (same := read.get(identity(path))) or (same := read.get(identity(partial_of(path)))):
+        if (same := read.get(identity(path))) or (same := read.get(identity(Path(files.temporary_of(path))))):
             raise DataError(f"{path}: is the input {same}, which would be overwritten; name another output")
         if identity(path) in written:
             raise DataError(f"{path.name}: named for two outputs; give each a file of its own")
@@ -64,53 +62,36 @@ def identity(path: Path) -> object:
 
 @contextmanager
 def atomic_files(paths: Iterable[Path]) -> Iterator[list[IO[bytes]]]:
-    """Files that get their names only when the block ends without an exception, the first of them last.
-
-    Those of an earlier run go before: a kill in between leaves the set incomplete, never of two runs.
-    """
+    """As xmoe_fairseq_compat's; a name that ends in .gz or .xz is packed, and never is an input overwritten."""
     targets = [Path(path) for path in paths]
     check_files(targets)
-    partials = [partial_of(target) for target in targets]
+    for target in targets:
+        target.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with ExitStack() as stack:
-            for target in targets:
-                target.parent.mkdir(parents=True, exist_ok=True)
+        with files.atomic_files(targets) as raw, ExitStack() as stack:
             yield [
-                stack.enter_context(create(partial, target.suffix))
-                for partial, target in zip(partials, targets, strict=True)
+                stack.enter_context(packed(file, target.suffix))
+                for file, target in zip(raw, targets, strict=True)
             ]
-        for target in targets[:-1]:
-            target.unlink(missing_ok=True)
-        for partial, target in reversed([*zip(partials, targets, strict=True)]):
-            partial.replace(target)
     except OSError as error:
         if error.filename is None and error.errno in FULL:
             raise DataError(f"{targets[0]}: cannot be written: {error.strerror}") from None
         raise
-    finally:
-        for partial in partials:
-            with suppress(OSError):  # what stopped us says more
-                partial.unlink()
 
 
-@contextmanager
-def create(path: Path, suffix: str) -> Iterator[IO[bytes]]:
-    with path.open("wb") as raw:
-        if suffix == ".gz":  # without name and time, so that the same text gives the same bytes
-            with gzip.GzipFile("", "wb", fileobj=raw, mtime=0) as packed:
-                yield cast(IO[bytes], packed)
-        elif suffix == ".xz":
-            with lzma.open(raw, "wb") as packed_xz:
-                yield cast(IO[bytes], packed_xz)
-        else:
-            yield raw
+def packed(file: IO[bytes], suffix: str) -> AbstractContextManager[IO[bytes]]:
+    if suffix == ".gz":  # without name and time, so that the same text gives the same bytes
+        return gzip.GzipFile("", "wb", fileobj=file, mtime=0)  # type: ignore[return-value]
+    if suffix == ".xz":
+        return lzma.open(file, "wb")  # type: ignore[return-value]
+    return nullcontext(file)
 
 
 @contextmanager
 def atomic_writers(paths: Iterable[Path]) -> Iterator[list[TextIO]]:
     """As atomic_files, for text."""
-    with atomic_files(paths) as files, ExitStack() as stack:
-        yield [stack.enter_context(TextIOWrapper(file, encoding="utf-8", newline="\n")) for file in files]
+    with atomic_files(paths) as opened, ExitStack() as stack:
+        yield [stack.enter_context(TextIOWrapper(file, encoding="utf-8", newline="\n")) for file in opened]
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -119,10 +100,15 @@ def write_bytes(path: Path, data: bytes) -> None:
         file.write(data)
 
 
+def as_json(value: object) -> bytes:
+    """As it is written everywhere here."""
+    return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
+
+
 @contextmanager
 def scratch(beside: Path) -> Iterator[Path]:
     """An empty folder for what does not fit in memory; it goes when the block ends."""
-    folder = beside.with_name(beside.name + ".work" + PARTIAL)
+    folder = Path(files.temporary_of(f"{beside}.work"))
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     try:

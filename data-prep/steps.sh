@@ -22,6 +22,11 @@ fingerprint() { # path, size and modification time of each file; fails if one is
   fi
 }
 
+whole() { # FILE COMMAND...: what the command prints, in a file that gets its name when it is whole
+  local file=$1; shift
+  "$@" >"$file.tmp" && mv "$file.tmp" "$file" || { rm -f "$file.tmp"; return 1; }
+}
+
 step() {
   local name=$1; shift
   local inputs=() outputs=() scripts=() word stamp seen started status
@@ -54,7 +59,7 @@ step() {
     return 1
   }
   seen+=$'\n'$(fingerprint "${outputs[@]}") || { echo "$STEP_PREFIX $name left no ${outputs[*]}" >&2; return 1; }
-  printf '%s\n' "$seen" >"$stamp.partial" && mv "$stamp.partial" "$stamp"
+  whole "$stamp" printf '%s\n' "$seen"
   [ $((SECONDS - started)) -lt 2 ] || echo "$STEP_PREFIX $name took $((SECONDS - started)) s"
 }
 
@@ -68,7 +73,7 @@ find_tools() { # PACKAGE...: Python packages that must be importable
   fi
   PYTHON=${PYTHON:-$(command -v python3)} || true
   [ -n "$PYTHON" ] || { echo "python3 not found; run: bash scripts/setup.sh" >&2; return 1; }
-  for package in "$@"; do
+  for package in xmoe_fairseq_compat "$@"; do
     "$PYTHON" -c "import importlib.util as u, sys; sys.exit(u.find_spec('$package') is None)" ||
       { echo "Python package $package not found by $PYTHON; run: bash scripts/setup.sh" >&2; return 1; }
   done
@@ -103,13 +108,11 @@ fetch() { # URL FILE: what an earlier call left is taken up; the file gets its n
 unpack() { # ARCHIVE PREFIX MEMBER.LANG...: members of a .tgz as PREFIX.LANG
   local archive=$1 prefix=$2 member reason; shift 2
   for member in "$@"; do
-    if ! reason=$(tar -xzOf "$archive" "$member" 2>&1 >"$prefix.${member##*.}.partial"); then
-      rm -f "$prefix".*.partial
+    if ! reason=$(whole "$prefix.${member##*.}" tar -xzOf "$archive" "$member" 2>&1); then
       echo "$archive: cannot unpack $member: ${reason%%$'\n'*}; delete it, it is fetched again" >&2
       return 1
     fi
   done
-  for member in "$@"; do mv "$prefix.${member##*.}.partial" "$prefix.${member##*.}"; done
 }
 
 binarize() { # DESTDIR ARGUMENTS...: fairseq-preprocess into a new folder that appears when it is whole

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -21,24 +21,46 @@ class WriteError(UserError, OSError):
         super().__init__(f"cannot write {path}: {reason[:1].lower()}{reason[1:]}")
 
 
-def write_atomically(path: str | Path, write: Callable[[IO[bytes]], Any]) -> None:
-    """Write to a temporary file beside `path` and rename it: at no moment is there a part of the file.
+def temporary_of(path: str | Path) -> str:
+    """Beside it, and always the same: the next run overwrites what a killed one left."""
+    return f"{path}.tmp"  # as fairseq's own
+
+
+def write_atomically(path: str | Path, content: str | Callable[[IO[bytes]], Any]) -> None:
+    """At no moment is there a part of the file; its folder is made.
 
     Args:
-        write: gets the temporary file, open for bytes.
+        content: text, or what writes to the temporary file, open for bytes.
 
     Raises:
         WriteError: the path and the reason, such as "no space left on device"; the temporary file is gone.
     """
-    temporary = f"{path}.tmp"
-    make_folder(os.path.dirname(temporary) or ".")
-    with named_in_errors(path):
-        try:
-            with open(temporary, "wb") as file:
-                write(file)
+    make_folder(os.path.dirname(path) or ".")
+    with named_in_errors(path), atomic_files([path]) as (file,):
+        if isinstance(content, str):
+            file.write(content.encode())
+        else:
+            content(file)
+
+
+@contextmanager
+def atomic_files(paths: Sequence[str | Path]) -> Iterator[list[IO[bytes]]]:
+    """Files that get their names only when the block ends without an exception, the first of them last.
+
+    Those of an earlier run go before: a kill in between leaves the set incomplete, never of two runs.
+    """
+    temporaries = [temporary_of(path) for path in paths]
+    try:
+        with ExitStack() as stack:
+            yield [stack.enter_context(open(temporary, "wb")) for temporary in temporaries]
+        for path in paths[:-1]:
+            with suppress(FileNotFoundError):
+                os.unlink(path)
+        for temporary, path in reversed([*zip(temporaries, paths, strict=True)]):
             os.replace(temporary, path)
-        finally:
-            if os.path.lexists(temporary):
+    finally:
+        for temporary in temporaries:
+            with suppress(OSError):  # what stopped us says more
                 os.unlink(temporary)
 
 

@@ -159,12 +159,12 @@ def test_a_kill_leaves_nothing_under_the_final_name(scripts: Scripts, name: str)
     command = [sys.executable, "-c", KILLED.format(name), str(PREP / "clean_pairs.py"), *map(str, options)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=scripts.folder)
     assert not (scripts.folder / "out.en").exists() and not (scripts.folder / "out.de").exists()
-    assert bool(list(scripts.folder.glob("*.partial"))) == (name == "SIGKILL")
+    assert bool(list(scripts.folder.glob("*.tmp"))) == (name == "SIGKILL")
     if name == "SIGINT":
         assert (done.returncode, done.stdout) == (130, "")
         assert done.stderr == "clean_pairs.py: interrupted; run it again to go on\n"
     scripts.run("clean_pairs.py", *arguments(scripts, ["a"], ["x"]))
-    assert output(scripts) == [("a", "x")] and not list(scripts.folder.glob("*.partial"))
+    assert output(scripts) == [("a", "x")] and not list(scripts.folder.glob("*.tmp"))
 
 
 PEAK = """

@@ -43,8 +43,8 @@ def write_report(
         "curve": [entry(quality) for quality in curve],
     }  # fmt: skip
     written = [path.with_suffix(suffix) for suffix in (".md", ".json", ".png")]
-    write_atomically(written[0], lambda file: file.write(text.encode()))
-    write_atomically(written[1], lambda file: file.write(json.dumps(record, indent=1).encode()))
+    write_atomically(written[0], text)
+    write_atomically(written[1], json.dumps(record, indent=1))
     write_atomically(written[2], lambda file: plot(file, dense, list(rows.values()), curve))
     return written
 
