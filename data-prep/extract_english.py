@@ -152,7 +152,8 @@ class Module:
         about = importlib.metadata.metadata(self.distribution)
         classes = about.get_all("Classifier", [])
         classes = [name.split(" :: ")[-1] for name in classes if name.startswith("License :: ")]
-        licence = about.get("License-Expression") or ", ".join(classes) or about.get("License", "not said")
+        named = {name: about[name] for name in ("License-Expression", "License") if name in about}
+        licence = named.get("License-Expression") or ", ".join(classes) or named.get("License", "not said")
         return {**entry, "version": about["Version"], "licence": licence}
 
 

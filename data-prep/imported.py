@@ -11,7 +11,7 @@ def files(script: Path) -> set[str]:
     """The script and the modules of its own folder that it imports, directly or not, at any place in it."""
     finder = ModuleFinder(path=[str(script.parent)])
     finder.run_script(str(script))  # which reads it and runs nothing
-    return {module.__file__ for module in finder.modules.values() if module.__file__}
+    return {file for module in finder.modules.values() if (file := vars(module)["__file__"])}
 
 
 if __name__ == "__main__":

@@ -62,7 +62,7 @@ def identity(path: Path) -> object:
 
 @contextmanager
 def atomic_files(paths: Iterable[Path]) -> Iterator[list[IO[bytes]]]:
-    """As xmoe_fairseq_compat's; a name that ends in .gz or .xz is packed, and never is an input overwritten."""
+    """As xmoe_fairseq_compat's; what is named .gz or .xz is packed, and what is read never overwritten."""
     targets = [Path(path) for path in paths]
     check_files(targets)
     for target in targets:
@@ -83,7 +83,7 @@ def packed(file: IO[bytes], suffix: str) -> AbstractContextManager[IO[bytes]]:
     if suffix == ".gz":  # without name and time, so that the same text gives the same bytes
         return gzip.GzipFile("", "wb", fileobj=file, mtime=0)  # type: ignore[return-value]
     if suffix == ".xz":
-        return lzma.open(file, "wb")  # type: ignore[return-value]
+        return lzma.open(file, "wb")
     return nullcontext(file)
 
 

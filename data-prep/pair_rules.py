@@ -53,7 +53,7 @@ def sentences(source: str, target: str, language: Language) -> Iterator[Pair]:
     for paragraphs in zip(*parts, strict=True):
         texts = [" ".join(paragraph.split()) for paragraph in paragraphs]
         cut = [SENTENCE_END.split(text) for text in texts]
-        pairs = list(zip(*cut, strict=False))
+        pairs = list(zip(cut[0], cut[1], strict=False))
         fits = len(cut[0]) == len(cut[1]) > 1 and all(0.4 < _ratio(*pair, language) < 2.5 for pair in pairs)
         yield from pairs if fits else [(texts[0], texts[1])]
 

@@ -77,7 +77,7 @@ class Splitter:
             yield (cells[0], cells[1], cells[2], cells[3], cells[4])
 
     def fits(self, row: Row) -> bool:
-        return self.args.min_words <= len(row[3].split()) <= self.args.max_words
+        return bool(self.args.min_words <= len(row[3].split()) <= self.args.max_words)
 
     def choose(self, name: str, size: int, taken: set[str]) -> set[str]:
         """Groups in hash order until there are enough pairs of prose, then messages for the rest."""

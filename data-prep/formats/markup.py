@@ -9,11 +9,11 @@ from pathlib import Path
 
 from lxml import etree
 from lxml import html as lxml_html
+from lxml.etree import _Element as Element
 from textio import DataError
 
 from formats.blocks import Block, read_file
 
-Element = etree._Element
 # fmt: off
 BLOCKS = {
     "p", "para", "simpara", "title", "subtitle", "term", "entry", "td", "th", "item", "li", "h1", "h2", "h3",

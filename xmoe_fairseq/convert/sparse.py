@@ -89,4 +89,4 @@ def write_sparse(dense: Dense, model: nn.Module, config: Namespace, path: Path) 
 def read_sparse(path: Path, task: Any) -> nn.Module:
     """By fairseq's own loader, as the stock commands open it."""
     (model,), _, _ = checkpoint_utils.load_model_ensemble_and_task([str(path)], task=task)
-    return model.eval()  # type: ignore[no-any-return]
+    return model.eval()

@@ -42,7 +42,7 @@ class MoELossMixin:
 
     def forward(
         self, model: nn.Module, sample: dict[str, Any], reduce: bool = True
-    ) -> tuple[Tensor, int, dict]:
+    ) -> tuple[Tensor, int, dict[str, Any]]:
         """Returns loss, sample size and logging outputs (sums). With reduce=False the loss is per token, and
         the auxiliary losses, which belong to no token, are left out."""
         decoder = getattr(model, "decoder", None)
