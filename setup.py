@@ -49,6 +49,7 @@ setup(
         "matplotlib",
         "numpy",
         "omegaconf>=2.3",
+        "packaging",
         "regex",
         "rich",
         "sacrebleu>=2.3",

@@ -1,6 +1,5 @@
 """Is what the plugin needs there, in a version that will do? If not: one line that says how to fix it."""
 
-import re
 import sys
 from importlib import metadata
 from importlib.util import find_spec
@@ -9,8 +8,8 @@ from pathlib import Path
 from xmoe_fairseq_compat.errors import UserError
 
 FAIRSEQ_VERSION = "0.12.2"
-TORCH_MINIMUM = (2, 6)
-SENTENCEPIECE_MINIMUM = (0, 2)
+TORCH_MINIMUM = "2.6"  # the first whose torch.load runs no code by default
+SENTENCEPIECE_MINIMUM = "0.2"  # a choice: none older was tried
 
 
 class RequirementError(UserError, ImportError):
@@ -76,9 +75,10 @@ def compat_problem(active: bool, folder: Path) -> str | None:
     )
 
 
-def _too_old(package: str, version: str | None, minimum: tuple[int, ...]) -> str | None:
-    if version is not None and tuple(int(part) for part in re.findall(r"\d+", version)[:2]) >= minimum:
+def _too_old(package: str, version: str | None, minimum: str) -> str | None:
+    from packaging.version import Version  # not where torch alone is asked for
+
+    if version is not None and Version(version).release >= Version(minimum).release:
         return None
-    wanted = ".".join(map(str, minimum))
-    command = f'python -m pip install "{package}>={wanted}"'
-    return f"xmoe_fairseq needs {package} {wanted} or later, found {version or 'none'}; run: {command}"
+    command = f'python -m pip install "{package}>={minimum}"'
+    return f"xmoe_fairseq needs {package} {minimum} or later, found {version or 'none'}; run: {command}"

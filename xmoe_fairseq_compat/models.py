@@ -5,10 +5,11 @@ from __future__ import annotations
 import functools
 import logging
 import math
-import re
 from importlib import metadata
 from types import SimpleNamespace
 from typing import Any
+
+from packaging.version import Version
 
 from xmoe_fairseq_compat.checkpoints import load_checkpoint as load
 from xmoe_fairseq_compat.errors import CheckpointError, FlagError, UserError
@@ -17,7 +18,7 @@ from xmoe_fairseq_compat.registry import has, patch, stand_in
 
 
 def development_build() -> bool:
-    return has("torch") and not metadata.version("torch").split("+")[0].replace(".", "").isdigit()
+    return has("torch") and Version(metadata.version("torch")).is_prerelease
 
 
 @patch(
@@ -29,8 +30,8 @@ def read_development_versions(module: Any) -> None:
     """Every torch: fairseq reads the parts of its version as numbers, and a build 2.14.0a0 has none last."""
     import torch
 
-    numbers = re.match(r"\d+\.\d+\.\d+", torch.__version__)
-    module.torch = stand_in(torch, __version__=numbers[0] if numbers else "2.0.0")
+    version = Version(torch.__version__)
+    module.torch = stand_in(torch, __version__=f"{version.major}.{version.minor}.{version.micro}")
 
 
 @patch("fairseq.models.ema.ema")

@@ -6,11 +6,12 @@ import contextlib
 import functools
 import importlib
 import pkgutil
-import re
 import sys
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from typing import Any
+
+from packaging.version import Version
 
 When = Callable[[], bool]
 Patch = Callable[[Any], None]  # takes the module
@@ -24,12 +25,11 @@ around: dict[str, list[tuple[When, PatchAround]]] = {}
 
 
 def has(package: str, *version: int) -> bool:
-    """Whether this version of a package, or a later one, is installed."""
+    """Whether this version of a package, or a later one, is installed (2.6.0a0 is 2.6)."""
     try:
-        installed = metadata.version(package)
+        return Version(metadata.version(package)).release >= version
     except metadata.PackageNotFoundError:
         return False
-    return tuple(int(part) for part in re.findall(r"\d+", installed)[: len(version)]) >= version
 
 
 def patch(*modules: str, when: When = lambda: True) -> Callable[[Patch], Patch]:

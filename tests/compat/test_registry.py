@@ -17,7 +17,7 @@ COMPAT = Path(compat.__file__)
 
 
 def test_start_up_imports_no_library() -> None:
-    seen = "import sys; print([m for m in ('fairseq', 'numpy', 'torch', 'xmoe_fairseq') if m in sys.modules])"
+    seen = "import sys; print([m for m in ('fairseq', 'numpy', 'packaging', 'torch', 'xmoe_fairseq') if m in sys.modules])"
     assert subprocess.check_output([sys.executable, "-c", seen], text=True).strip() == "[]"
 
 
