@@ -1,7 +1,7 @@
 # shellcheck shell=bash
-# Language model data after "get", to be sourced after steps.sh:
+# Language model data after "get", to be sourced:
 #
-#   lm_begin                            makes the folders $R $T $B $C: raw, text, bpe, counts
+#   lm_begin NAME OUT PACKAGE...        `begin` of steps.sh
 #   lm_split OPTIONS-OF-lm_documents.py [-- FILE...]     documents in three splits; FILE: more that it reads
 #   lm_finish                           pieces, binarised data
 #   lm_manifest SOURCES TASK ABOUT PACKAGE...     with the settings, and those in $SETTINGS (NAME=VALUE ...)
@@ -12,11 +12,11 @@
 # A line is a paragraph; fairseq ends it with </s>. An empty line ends a document, so in the binarised data a
 # document ends with one more, lone </s>: `--sample-break-mode none` and `complete` read on across documents
 # and see the mark, `complete_doc` keeps each sample inside a document, `eos` takes a paragraph at a time.
+. "$(dirname "${BASH_SOURCE[0]}")/steps.sh"
 
 lm_begin() {
   VOCAB_SIZE=${VOCAB_SIZE:-32000}
-  R=$OUT/raw T=$OUT/text B=$OUT/bpe C=$OUT/counts
-  begin_shards
+  begin "$@"
 }
 
 lm_split() {

@@ -1,7 +1,7 @@
 # shellcheck shell=bash
-# Translation data after "get", to be sourced after steps.sh:
+# Translation data after "get", to be sourced:
 #
-#   mt_begin SRC TGT                languages; makes the folders $R $T $B $C: raw, text, bpe, counts
+#   mt_begin SRC TGT NAME OUT PACKAGE...     languages, then as `begin` of steps.sh
 #   mt_heldout SPLIT PREFIX...      PREFIX.SRC and .TGT, in order, become fairseq's split `valid`, `test`, `test1`, ...
 #   mt_testset SPLIT SET...         the same with WMT test sets, by their names in sacrebleu
 #   mt_train PREFIX...              cleaned; pairs with a side in a held-out split, or under a prefix in $HELD, are dropped
@@ -11,12 +11,12 @@
 # Settings: OUT, VOCAB_SIZE, MAX_PIECES (longest training side), CHARACTER_COVERAGE, CLEAN (options of
 # clean_pairs.py for the training text), WORKERS, SHARDS. Training pairs are dealt out to SHARDS folders, bin,
 # bin1, ..., because fairseq-preprocess keeps the size of every line in memory.
+. "$(dirname "${BASH_SOURCE[0]}")/steps.sh"
 
 mt_begin() {
   SRC=$1 TGT=$2 HELDOUT=()
   VOCAB_SIZE=${VOCAB_SIZE:-32000} MAX_PIECES=${MAX_PIECES:-250} CHARACTER_COVERAGE=${CHARACTER_COVERAGE:-1.0}
-  R=$OUT/raw T=$OUT/text B=$OUT/bpe C=$OUT/counts
-  begin_shards
+  begin "${@:3}"
 }
 
 mt_heldout() { # SPLIT PREFIX...

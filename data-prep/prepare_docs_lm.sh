@@ -20,10 +20,7 @@
 #   valid and test: 5 % of documents each; dictionary 8,008 symbols; unknown characters are spelt as bytes
 # docs/data.md says how documents are made and held out.
 set -euo pipefail
-ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-PREP=$ROOT/data-prep
-. "$PREP/steps.sh"
-. "$PREP/lm_pipeline.sh"
+. "$(dirname "${BASH_SOURCE[0]}")/lm_pipeline.sh"
 
 TIER=${1:-small}
 case $TIER in
@@ -33,14 +30,9 @@ case $TIER in
   *) echo "usage: bash data-prep/prepare_docs_lm.sh [small|open|all] [OUT]; got '$TIER'" >&2; exit 2 ;;
 esac
 read -ra MODULES <<<"${MODULES:-numpy scipy sympy networkx torch matplotlib babel fairseq python}"
-OUT=${2:-$ROOT/data/docs-lm-$TIER}
 PACKAGES=${PACKAGES:-$ROOT/data/packages}
 VOCAB_SIZE=${VOCAB_SIZE:-8000}
-STEPS_DIR=$OUT/.steps
-STEP_PREFIX="[docs-lm $TIER]"
-export OMP_NUM_THREADS=1
-find_tools sentencepiece lxml
-lm_begin
+lm_begin "docs-lm-$TIER" "${2:-}" sentencepiece lxml
 
 read -ra without <<<"${WITHOUT:-}"
 from_packages=() inputs=()

@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # English text for a language model: one of the paper's corpora from the Hugging Face hub, or files of your own.
 #
-#   bash data-prep/prepare_lm.sh wikitext103|openwebtext|bookcorpus|wikipedia|cc-news|FOLDER [OUT]
-#                             default OUT: data/lm-NAME; FOLDER has *.txt, *.jsonl (.gz, .xz) or *.parquet
+#   bash data-prep/prepare_lm.sh NAME|FOLDER [OUT]     default OUT: data/lm-NAME
+#                             NAME: wikitext103, openwebtext, bookcorpus, wikipedia, cc-news (of hub.txt);
+#                             FOLDER has *.txt, *.jsonl (.gz, .xz) or *.parquet
 #   GPT2_BPE=FOLDER           with GPT-2's encoder.json and vocab.bpe: its pieces; otherwise sentencepiece:
 #   VOCAB_SIZE=32000
-#   SHARDS=1 WORKERS=cores    training folders (default for openwebtext 16, bookcorpus and wikipedia 8, cc-news 2)
+#   SHARDS=1 WORKERS=cores    training folders (default: as hub.txt says)
 #   FIRST=0                   take so many files of the hub's only (0 = all)
 #   VALID_PERCENT TEST_PERCENT   of documents, where the corpus has no splits of its own (default: see below)
 #   DETOKENIZE=1              wikitext103: undo its tokenisation (default: text as it was released)
@@ -13,50 +14,24 @@
 #
 # Sizes, licences and what a document is in each: docs/data.md. Stops and kills cost the step at hand: run it again.
 set -euo pipefail
-ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-PREP=$ROOT/data-prep
-. "$PREP/steps.sh"
-. "$PREP/lm_pipeline.sh"
+. "$(dirname "${BASH_SOURCE[0]}")/lm_pipeline.sh"
 
-NAME=${1:-}
-form=documents percent=0.05 repo="" options=()
-case $NAME in
-  wikitext103)
-    repo=Salesforce/wikitext revision=b08601e04326c79dfdd32d625aee71d232d685c3
-    patterns=(wikitext-103-raw-v1/{train,validation,test}-*.parquet) form=wikitext
-    licence="CC-BY-SA-3.0 and GFDL" ;;
-  openwebtext)
-    repo=Skylion007/openwebtext revision=79d93d786212f7344586290adb811d4ae6a1762c
-    patterns=('plain_text/*.parquet') SHARDS=${SHARDS:-16}
-    licence="CC0 for the collection; the texts are their authors'" ;;
-  bookcorpus)
-    repo=bookcorpus/bookcorpus revision=refs/convert/parquet
-    patterns=('plain_text/train/*.parquet') form=sentences percent=0.5 SHARDS=${SHARDS:-8}
-    licence="unclear; the books are their authors'" ;;
-  wikipedia)
-    repo=wikimedia/wikipedia revision=b04c8d1ceb2f5cd4588862100d08de323dccfbaa
-    patterns=('20231101.en/*.parquet') SHARDS=${SHARDS:-8}
-    licence="CC-BY-SA-3.0 and GFDL" ;;
-  cc-news)
-    repo=vblagoje/cc_news revision=81eb2ce0d2a9dad6ad16b68ef750ec290880fa36
-    patterns=('plain_text/*.parquet') percent=0.5 SHARDS=${SHARDS:-2}
-    licence="unclear; the articles are their publishers'" ;;
-  *)
-    [ -d "$NAME" ] || {
-      echo "prepare_lm.sh: name wikitext103, openwebtext, bookcorpus, wikipedia, cc-news or a folder, got '$NAME'" >&2
-      exit 2
-    }
-    percent=5 ;;
-esac
-OUT=${2:-$ROOT/data/lm-$(basename "$NAME")}
-STEPS_DIR=$OUT/.steps
-STEP_PREFIX="[lm-$(basename "$NAME")]"
-export OMP_NUM_THREADS=1 HF_HUB_DISABLE_TELEMETRY=1
-find_tools sentencepiece ${repo:+huggingface_hub pyarrow}
-lm_begin
+NAME=${1:-} known=""
+while read -r name repo revision patterns form percent shards licence; do
+  [ "$name" != "$NAME" ] || break
+  known+="$name, "
+done < <(grep '^[^#]' "$PREP/hub.txt")
+if [ -z "$name" ]; then # the end of the list: all are empty
+  [ -d "$NAME" ] || { echo "prepare_lm.sh: name ${known%, } or a folder, got '$NAME'" >&2; exit 2; }
+  form=documents percent=5
+fi
+SHARDS=${SHARDS:-${shards:-1}}
+export HF_HUB_DISABLE_TELEMETRY=1
+lm_begin "lm-$(basename "$NAME")" "${2:-}" sentencepiece ${repo:+huggingface_hub pyarrow}
 
 # Get: the files, in an order that does not depend on the machine.
 if [ -n "$repo" ]; then
+  IFS=, read -ra patterns <<<"$patterns"
   step get -- "$R"/{files.txt,sources.json} "$C/files.json" -- \
     "$PYTHON" "$PREP/hub_files.py" --repo "$repo" --revision "$revision" --patterns "${patterns[@]}" \
     --first "${FIRST:-0}" --folder "$R" --task "$NAME" --licence "$licence" --workers "$WORKERS" \

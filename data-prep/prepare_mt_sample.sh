@@ -13,21 +13,13 @@
 #
 # CLDR pairs are SYNTHETIC (see cldr_pairs.py), so their scores are always given apart from real text's.
 set -euo pipefail
-ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-PREP=$ROOT/data-prep
-. "$PREP/steps.sh"
-. "$PREP/mt_pipeline.sh"
+. "$(dirname "${BASH_SOURCE[0]}")/mt_pipeline.sh"
 
-OUT=${1:-$ROOT/data/mt-sample}
 CLDR_PAIRS=${CLDR_PAIRS:-20000}
 VOCAB_SIZE=${VOCAB_SIZE:-4000}
 VALID_EACH=200
 CLDR_TEST=500
-STEPS_DIR=$OUT/.steps
-STEP_PREFIX="[mt-sample]"
-export OMP_NUM_THREADS=1
-find_tools sentencepiece babel
-mt_begin en de
+mt_begin en de mt-sample "${1:-}" sentencepiece babel
 
 # Get: three splits of real text (columns 4 and 5 are English and German), three of CLDR.
 for split in train valid test; do

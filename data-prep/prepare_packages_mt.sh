@@ -20,10 +20,7 @@
 #   dictionary: 8,008 symbols, shared by both languages
 # docs/data.md says where the pairs are from, and what keeps the test out of training.
 set -euo pipefail
-ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-PREP=$ROOT/data-prep
-. "$PREP/steps.sh"
-. "$PREP/mt_pipeline.sh"
+. "$(dirname "${BASH_SOURCE[0]}")/mt_pipeline.sh"
 
 usage="usage: bash data-prep/prepare_packages_mt.sh de|ru|uk|he|zh [--full] [OUT]"
 case ${1:-} in de | ru | uk | he | zh) LANG_CODE=$1 ;; *)
@@ -37,20 +34,15 @@ if [ "${1:-}" = --full ]; then
   shift
 fi
 case ${1:-} in -*) echo "$usage; got '$1'" >&2; exit 2 ;; esac
-OUT=${1:-$ROOT/data/packages-en-$LANG_CODE$SUFFIX}
 PACKAGES=${PACKAGES:-$ROOT/data/packages}
 VOCAB_SIZE=${VOCAB_SIZE:-8000}
 VALID=${VALID:-1000} TEST=${TEST:-2000}
-STEPS_DIR=$OUT/.steps
-STEP_PREFIX="[packages en-$LANG_CODE${SUFFIX/-/ }]"
-export OMP_NUM_THREADS=1
-find_tools sentencepiece babel lxml
 CLEAN=()
 if [ "$LANG_CODE" = zh ]; then
   CLEAN=(--target-chars 0.33)
   CHARACTER_COVERAGE=${CHARACTER_COVERAGE:-0.9995}
 fi
-mt_begin en "$LANG_CODE"
+mt_begin en "$LANG_CODE" "packages-en-$LANG_CODE$SUFFIX" "${1:-}" sentencepiece babel lxml
 
 # Get. Not a step: it looks for itself what is there, and leaves what it would not change.
 read -ra without <<<"${WITHOUT:-}"

@@ -8,18 +8,10 @@
 #
 # About 1.6 GB to download (docs/data.md). Stops and kills cost the step at hand: run it again.
 set -euo pipefail
-ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-PREP=$ROOT/data-prep
-. "$PREP/steps.sh"
-. "$PREP/mt_pipeline.sh"
+. "$(dirname "${BASH_SOURCE[0]}")/mt_pipeline.sh"
 
-OUT=${1:-$ROOT/data/wmt14-en-de}
 STATMT=${STATMT:-https://www.statmt.org}
-STEPS_DIR=$OUT/.steps
-STEP_PREFIX="[wmt14-en-de]"
-export OMP_NUM_THREADS=1
-find_tools sentencepiece sacrebleu
-mt_begin en de
+mt_begin en de wmt14-en-de "${1:-}" sentencepiece sacrebleu
 
 parts=() MORE_FILES=()
 get_corpus() { # NAME URL-PATH PREFIX-IN-THE-ARCHIVE

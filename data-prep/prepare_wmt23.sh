@@ -11,10 +11,7 @@
 #
 # Tens of GB to download for the larger pairs (docs/data.md). Stops and kills cost the step at hand: run it again.
 set -euo pipefail
-ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-PREP=$ROOT/data-prep
-. "$PREP/steps.sh"
-. "$PREP/mt_pipeline.sh"
+. "$(dirname "${BASH_SOURCE[0]}")/mt_pipeline.sh"
 
 PAIR=${1:-}
 VALID="wmt20 wmt21" TESTS="wmt22 wmt23" DEV=""
@@ -26,12 +23,8 @@ case $PAIR in
   zh-en) iso=zho CHARACTER_COVERAGE=${CHARACTER_COVERAGE:-0.9995} CLEAN=(--target-chars 3.3) ;;
   *) echo "prepare_wmt23.sh: the pair must be uk-en, de-en, ru-en, he-en or zh-en, got '$PAIR'" >&2; exit 2 ;;
 esac
-OUT=${2:-$ROOT/data/wmt23-$PAIR}
 WMT23_RECIPES=${WMT23_RECIPES:-https://www.statmt.org/wmt23/mtdata/mtdata.recipes.wmt23-constrained.yml}
-STEPS_DIR=$OUT/.steps
-STEP_PREFIX="[wmt23-$PAIR]"
-export OMP_NUM_THREADS=1
-find_tools sentencepiece sacrebleu yaml
+mt_begin "${PAIR%-en}" en "wmt23-$PAIR" "${2:-}" sentencepiece sacrebleu yaml
 if [ -z "${MTDATA_TOOL:-}" ]; then
   MTDATA_TOOL=$ROOT/.venv.mtdata/bin/mtdata
   [ -x "$MTDATA_TOOL" ] || MTDATA_TOOL=$(command -v mtdata) || {
@@ -40,7 +33,6 @@ if [ -z "${MTDATA_TOOL:-}" ]; then
     exit 1
   }
 fi
-mt_begin "${PAIR%-en}" en
 
 step fetch-recipes -- "$R/recipes.yml" -- fetch "$WMT23_RECIPES" "$R/recipes.yml"
 read -ra skip <<<"${SKIP:-}"

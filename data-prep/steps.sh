@@ -9,8 +9,9 @@
 # their folder, and of each output. It is written after the command succeeds, so a step that was killed is done
 # again; a step whose inputs were made anew is done again too.
 # The scripts in this folder write under a temporary name and rename, so an output is whole or not there.
-# Set STEPS_DIR and STEP_PREFIX first; STEPS_SKIPPED counts the steps that were up to date.
+# `begin` sets STEPS_DIR and STEP_PREFIX; STEPS_SKIPPED counts the steps that were up to date.
 
+PREP=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd) ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 WORKERS=${WORKERS:-$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)} # the results are the same with any number
 
 fingerprint() { # path, size and modification time of each file; fails if one is missing
@@ -128,7 +129,12 @@ binarize() { # DESTDIR ARGUMENTS...: fairseq-preprocess into a new folder that a
   mv "$folder.partial" "$folder"
 }
 
-begin_shards() { # after OUT, R, T, B, C are set: checks SHARDS; the folders; SHARD_NAMES is ("" 1 2 ...)
+# A corpus: OUT and its folders R T B C (raw, text, bpe, counts), tools, SHARDS; SHARD_NAMES is ("" 1 2 ...).
+begin() { # NAME OUT PACKAGE...: an empty OUT is data/NAME; Python packages that must be importable
+  OUT=${2:-$ROOT/data/$1} STEP_PREFIX="[$1]"
+  STEPS_DIR=$OUT/.steps R=$OUT/raw T=$OUT/text B=$OUT/bpe C=$OUT/counts
+  export OMP_NUM_THREADS=1
+  find_tools "${@:3}"
   SHARDS=${SHARDS:-1} SHARD_NAMES=("") BINARY=()
   case $SHARDS in *[!0-9]* | 0* | "") echo "SHARDS must be a number from 1, got '$SHARDS'" >&2; return 1 ;; esac
   while [ "${#SHARD_NAMES[@]}" -lt "$SHARDS" ]; do SHARD_NAMES+=("${#SHARD_NAMES[@]}"); done
