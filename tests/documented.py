@@ -8,10 +8,10 @@ DOCS = Path(__file__).resolve().parents[1] / "docs"
 
 def example(document: str, heading: str, language: str, number: int = 0) -> str:
     """The number-th fenced block of a language under a heading (up to the next of its level or above)."""
-    text = (DOCS / document).read_text(encoding="utf-8")
-    level, rest = (
-        text.partition(f"\n{heading}\n")[1].strip().split(" ")[0],
-        text.partition(f"\n{heading}\n")[2],
-    )
-    section = re.split(rf"^#{{1,{len(level)}}} ", rest, maxsplit=1, flags=re.M)[0]
-    return re.findall(rf"^```{language}\n(.*?)^```$", section, flags=re.M | re.S)[number]
+    rest = (DOCS / document).read_text(encoding="utf-8").partition(f"\n{heading}\n")[2]
+    level, found = len(heading.split(" ")[0]), []
+    for block in re.finditer(rf"^```(\w+)\n(.*?)^```$|^#{{1,{level}}} ", rest, flags=re.M | re.S):
+        if block[1] is None:  # the next heading: not a comment in a block, which is found as a whole
+            break
+        found += [block[2]] if block[1] == language else []
+    return found[number]

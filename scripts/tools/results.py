@@ -10,6 +10,8 @@ from typing import Any
 
 from sacrebleu.metrics import BLEU, CHRF
 
+from xmoe_fairseq.tables import markdown as markdown
+
 METRICS = {"bleu": BLEU(), "chrf": CHRF(), "chrf++": CHRF(word_order=2)}
 
 
@@ -82,11 +84,6 @@ def routing(stats: dict[str, Any], side: str) -> tuple[float, float]:
     """Experts per token, and MoE FLOPs over the dense FFN's; a dense model has none, and 1."""
     experts = stats.get(f"moe_{side}_experts_per_token", math.nan)
     return experts, stats.get(f"moe_{side}_flops_vs_dense_ffn", 1.0)
-
-
-def markdown(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    head = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
-    return "\n".join([*head, *("| " + " | ".join(row) + " |" for row in rows)]) + "\n"
 
 
 def check_output(output: Path, *inputs: Path) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from xmoe_fairseq.convert.measure import Quality
+from xmoe_fairseq.tables import markdown
 from xmoe_fairseq_compat.files import write_atomically
 
 HEAD = ("setting", "t", "experts per token", "FFN FLOPs", "loss", "perplexity", "FFN us per token", "time")
@@ -13,17 +14,16 @@ HEAD = ("setting", "t", "experts per token", "FFN FLOPs", "loss", "perplexity", 
 
 def table(dense: Quality, rows: dict[str, Quality]) -> str:
     """Markdown: FLOPs and time over the dense model's, loss in nats per token."""
-    lines = ["| " + " | ".join(HEAD) + " |", "|---" * len(HEAD) + "|"]
+    cells = []
     for name, quality in {"dense": dense, **rows}.items():
         is_dense = quality is dense
-        cells = [
+        cells.append([
             name, "" if is_dense else shorten(quality.thresholds),
             "" if is_dense else f"{quality.experts_per_token:.2f}", f"{quality.flops:.3f}",
             f"{quality.loss:.4f}", f"{quality.perplexity:.2f}", f"{quality.ffn_seconds * 1e6:.1f}",
             f"{quality.ffn_seconds / max(dense.ffn_seconds, 1e-12):.2f}",
-        ]  # fmt: skip
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        ])  # fmt: skip
+    return markdown(HEAD, cells)
 
 
 def shorten(thresholds: list[float]) -> str:
@@ -36,7 +36,7 @@ def write_report(
 ) -> list[Path]:
     """Beside the checkpoint `path`: its name with .md, .json and .png. Raises WriteError."""
     settings = "\n".join(f"- {key}: {value}" for key, value in about.items())
-    text = f"# {path.name}\n\n{settings}\n\n{table(dense, rows)}\n"
+    text = f"# {path.name}\n\n{settings}\n\n{table(dense, rows)}"
     record = {
         "about": about, "dense": entry(dense),
         "rows": {name: entry(quality) for name, quality in rows.items()},

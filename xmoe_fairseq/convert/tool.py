@@ -80,7 +80,7 @@ def convert(args: argparse.Namespace) -> None:
         "threads": torch.get_num_threads(),
     }  # fmt: skip
     written = write_report(args.sparse, about, before, rows, list(dial.points.values()))
-    print(table(before, rows))
+    print(table(before, rows), end="")
     print("written: " + ", ".join(str(path) for path in [args.sparse, *written]))
 
 
