@@ -8,6 +8,12 @@
 # The first call takes a few minutes (torch is large, fairseq is compiled), a further one a second or less.
 set -euo pipefail
 
+usage() { sed -n '2,/^set /s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
+case ${1:-} in
+    "") ;;
+    -h | --help) usage; exit ;;
+    *) usage >&2; exit 2 ;;
+esac
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv=${VENV:-$root/.venv}
 case $venv in /*) ;; *) venv=$PWD/$venv ;; esac
@@ -135,9 +141,8 @@ main() {
         install_packages
         verify || fail "checking failed: $(tail -n 1 "$log") (log: $log)"
     fi
-    fingerprint >"$stamp.new"
+    fingerprint >"$stamp"
     rm -f "$unfinished"
-    mv "$stamp.new" "$stamp"
     say "done in ${SECONDS} s"
 }
 

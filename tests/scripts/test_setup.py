@@ -1,5 +1,6 @@
-"""scripts/setup.sh: which line of a failure it shows."""
+"""scripts/setup.sh: its usage, and which line of a failure it shows."""
 
+import os
 import subprocess
 from pathlib import Path
 
@@ -43,3 +44,12 @@ def test_the_reason_of_a_failure(tmp_path: Path, printed: str, reason: str) -> N
     done = subprocess.run(["bash", "-c", body], cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == f"setup: installing failed: {reason} (log: {tmp_path}/log)\n"
+
+
+@pytest.mark.parametrize(("argument", "status"), [("--help", 0), ("-h", 0), ("--hlp", 2)])
+def test_an_argument_sets_nothing_up(tmp_path: Path, argument: str, status: int) -> None:
+    environment = {**os.environ, "VENV": str(tmp_path / "venv")}
+    done = subprocess.run(["bash", str(SETUP), argument], env=environment, capture_output=True, text=True)
+    usage = done.stderr if status else done.stdout
+    assert done.returncode == status and "    VENV=/some/folder bash scripts/setup.sh    elsewhere" in usage
+    assert usage.endswith("a further one a second or less.\n") and not list(tmp_path.iterdir())
