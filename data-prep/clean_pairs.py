@@ -31,11 +31,7 @@ def main() -> None:
     parser.add_argument("--source-out", type=Path, required=True)
     parser.add_argument("--target-out", type=Path, required=True)
     parser.add_argument(
-        "--max-words",
-        type=int,
-        default=250,
-        help="longest side in words (whitespace-separated; default: %(default)s); pieces are "
-        "limited by encode_spm.py",
+        "--max-words", type=int, default=250, help="of a side, between white space (default: %(default)s)"
     )
     parser.add_argument(
         "--max-ratio",

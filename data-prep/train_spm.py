@@ -14,11 +14,18 @@ import io
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import sentencepiece
 from counts import new_parser, report
 from outputs import atomic_files, check_files
 from textio import DataError, read_lines, run
+
+# Why: see above. Ids of -1: no such piece.
+FIXED: dict[str, Any] = {
+    **{"normalization_rule_name": "identity", "shuffle_input_sentence": True, "num_threads": 1},
+    **{"unk_id": 0, "bos_id": -1, "eos_id": -1, "pad_id": -1, "minloglevel": 2},
+}
 
 
 def main() -> None:
@@ -77,6 +84,18 @@ def output_names(args: argparse.Namespace) -> list[Path]:
 
 def train(args: argparse.Namespace) -> None:
     counts = Counter(lines=0)
+    model = learn(args, counts)
+    pieces = dictionary(model, args.padding_factor)
+    counts["pieces"] = args.vocab_size
+    counts["dictionary"] = len(pieces)
+    with atomic_files(output_names(args)) as (model_out, dict_out):
+        model_out.write(model)
+        dict_out.write("".join(f"{piece} 1\n" for piece in pieces).encode())
+    report(counts, args.counts)
+
+
+def learn(args: argparse.Namespace, counts: Counter[str]) -> bytes:
+    """The model; counts the lines that it is learnt from."""
     unreadable: list[DataError | OSError] = []  # sentencepiece would report it as an error of its own
 
     def lines() -> Iterator[str]:
@@ -99,15 +118,8 @@ def train(args: argparse.Namespace) -> None:
             model_type=args.model_type,
             character_coverage=args.character_coverage,
             byte_fallback=args.byte_fallback,
-            normalization_rule_name="identity",
             input_sentence_size=args.max_sentences,
-            shuffle_input_sentence=True,
-            num_threads=1,
-            unk_id=0,
-            bos_id=-1,
-            eos_id=-1,
-            pad_id=-1,
-            minloglevel=2,
+            **FIXED,
         )
     except RuntimeError as error:
         if not unreadable and counts["lines"]:
@@ -117,13 +129,7 @@ def train(args: argparse.Namespace) -> None:
         raise unreadable[0]
     if not counts["lines"]:
         raise DataError(f"{args.input[0]}: empty lines only; expected text")
-    pieces = dictionary(model.getvalue(), args.padding_factor)
-    counts["pieces"] = args.vocab_size
-    counts["dictionary"] = len(pieces)
-    with atomic_files(output_names(args)) as (model_out, dict_out):
-        model_out.write(model.getvalue())
-        dict_out.write("".join(f"{piece} 1\n" for piece in pieces).encode())
-    report(counts, args.counts)
+    return model.getvalue()
 
 
 def dictionary(model: bytes, padding_factor: int) -> list[str]:
