@@ -25,6 +25,7 @@ Pair = tuple[str, str]
 BABEL_NAMES = {"zh": "zh_Hans"}
 PSEUDO_CODES = {"XA", "XB", "XXX", "ZZ", "mul", "root", "und", "zxx"}  # and CLDR's for what is unknown
 SPLITS = ("train", "valid", "test")
+# Choices:
 MOST_NAMES = 4  # in a list
 MOST_PAIRS = 10_000_000
 GIVE_UP_AFTER = 10_000  # draws in a row without a new pair

@@ -10,7 +10,7 @@ from pathlib import Path
 from outputs import as_json, write_bytes
 from textio import DataError
 
-MOST_WORKERS = 1024
+MOST_WORKERS = 1024  # a choice
 
 
 def new_parser(doc: str | None) -> argparse.ArgumentParser:

@@ -65,7 +65,7 @@ class DigestLog:
     Memory: one file in FILES of the digests at a time, 16 bytes each, and a bit for each record.
     """
 
-    FILES = 64
+    FILES = 64  # 2^6, for the first 6 bits: a choice
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir()

@@ -16,8 +16,8 @@ from pathlib import Path
 
 from textio import DataError, in_chunks, normalize, read_lines
 
-ROWS = 1000  # parquet rows in memory
-SENTENCES = 1000  # that make a document where the source has no marks between them
+ROWS = 1000  # parquet rows in memory: a choice
+SENTENCES = 1000  # a choice; that make a document where the source has no marks between them
 # WikiText's "= Title =" of an article; "= = Section = =" of its parts
 TITLE = re.compile(r"^\s*= (?!=)[^\n]*[^=\s] =\s*$")
 

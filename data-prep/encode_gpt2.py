@@ -16,7 +16,7 @@ from outputs import check_files, write_bytes
 from textio import DataError, run
 from train_spm import padding
 
-REMEMBERED = 200_000  # words whose pieces are kept; fairseq's memory of them has no limit of its own
+REMEMBERED = 200_000  # words whose pieces are kept: a choice; fairseq itself keeps all that it has seen
 
 
 def main() -> None:

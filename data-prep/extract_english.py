@@ -46,7 +46,9 @@ READERS: dict[str, Callable[[Any], Iterable[str]]] = {
     "docstrings": read_docstrings,
 }
 WORD = re.compile(r"[A-Za-z][a-z'’-]*[.,;:!?)]*")
-LEAST_WORDS, MOST_WORDS = 6, 400  # of a paragraph
+# Choices. Of a paragraph; the shares are of its characters (letters and spaces, ASCII) and of its words.
+LEAST_WORDS, MOST_WORDS = 6, 400
+LETTERS, ASCII, ENGLISH = 0.82, 0.97, 0.65
 MOST_PARAGRAPHS = 500  # of a document; a longer file (a dictionary, say) becomes several
 
 
@@ -114,9 +116,9 @@ def is_prose(text: str) -> bool:
     if not LEAST_WORDS <= len(words) <= MOST_WORDS:
         return False
     letters = sum(c.isalpha() or c == " " for c in text)
-    if letters < 0.82 * len(text) or sum(c.isascii() for c in text) < 0.97 * len(text):
+    if letters < LETTERS * len(text) or sum(c.isascii() for c in text) < ASCII * len(text):
         return False
-    return sum(WORD.fullmatch(word) is not None for word in words) >= 0.65 * len(words)
+    return sum(WORD.fullmatch(word) is not None for word in words) >= ENGLISH * len(words)
 
 
 distributions = functools.cache(importlib.metadata.packages_distributions)  # it takes a second

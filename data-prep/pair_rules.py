@@ -23,6 +23,7 @@ PLACEHOLDER = re.compile(
     r"|\$\{\w+\}|\$\w+|\{\{?[\w.:! ,\-]*\}?\}"
 )
 WORD = re.compile(r"[^\W\d_]{2,}")
+# All numbers in this file are choices.
 LABEL_WORDS = 12  # a text of so many words may be a label with a keyboard accelerator
 
 SENTENCE_END = re.compile(

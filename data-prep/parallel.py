@@ -21,7 +21,10 @@ _function: Callable[[Any], Any]
 
 
 def in_order(function: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Iterator[Result]:
-    """Like map. Workers are forks, so `function` may be a method of something large."""
+    """Like map. Workers are forks, so `function` may be a method of something large.
+
+    An item should be work enough to be worth handing over: the CHUNKs of the scripts are choices.
+    """
     if workers == 1:
         yield from map(function, items)
         return

@@ -17,8 +17,7 @@ set -euo pipefail
 
 CLDR_PAIRS=${CLDR_PAIRS:-20000}
 VOCAB_SIZE=${VOCAB_SIZE:-4000}
-VALID_EACH=200
-CLDR_TEST=500
+VALID_EACH=200 CLDR_TEST=500   # choices
 mt_begin en de mt-sample "${1:-}" sentencepiece babel
 
 # Get: three splits of real text (columns 4 and 5 are English and German), three of CLDR.

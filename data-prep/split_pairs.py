@@ -23,7 +23,7 @@ from parallel import in_order
 from textio import DataError, in_chunks, read_lines, run
 
 Row = tuple[str, str, str, str, str]  # source, group, kind, English, other
-LARGEST_GROUP = 1 / 8  # of a split
+LARGEST_GROUP = 1 / 8  # of a split: a choice
 CHUNK = 500  # pairs given to a process at once
 
 

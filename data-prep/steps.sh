@@ -86,7 +86,7 @@ fetch() { # URL FILE: what an earlier call left is taken up; the file gets its n
   local url=$1 file=$2 partial reason attempt
   partial=$file.$(cksum <<<"$url" | cut -d ' ' -f 1).partial
   mkdir -p "$(dirname "$file")"
-  for attempt in resumed afresh; do
+  for attempt in resumed afresh; do # a server that is slower than 1 kB/s for a minute is given up: a choice
     [ "$attempt" = resumed ] || rm -f "$partial"
     if reason=$(curl --fail --location --silent --show-error --connect-timeout 30 --speed-limit 1000 \
       --speed-time 60 --retry "${FETCH_RETRIES:-5}" --continue-at - --output "$partial" "$url" 2>&1); then

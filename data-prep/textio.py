@@ -19,7 +19,7 @@ from typing import IO, Any, TypeVar, cast
 
 Item = TypeVar("Item")
 
-MAX_LINE_BYTES = 1 << 20  # a longer "line" is a wrong file; reading it whole could fill the memory
+MAX_LINE_BYTES = 1 << 20  # a choice; a longer "line" is a wrong file; reading it whole could fill the memory
 
 # Invisible characters without meaning for translation, and control characters: they only split
 # otherwise equal words. Whitespace among them (tab, NBSP, ...) is handled by str.split.

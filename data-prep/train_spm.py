@@ -71,6 +71,7 @@ def check(args: argparse.Namespace) -> None:
     check_files([*output_names(args), args.counts], args.input)
     if not 0 < args.character_coverage <= 1:
         raise DataError(f"--character-coverage must be in (0, 1], got {args.character_coverage}")
+    # the least and the most are sentencepiece's own
     for name, least in (("vocab_size", 2), ("padding_factor", 1), ("seed", 0), ("max_sentences", 101)):
         value, most = getattr(args, name), 65_536 if name == "padding_factor" else 2**31 - 1
         if not least <= value <= most:

@@ -64,7 +64,7 @@ RUN: tuple[Rule, ...] = (
         COUNT_OR_0,
         whole(0),
     ),
-    ("seed fixed_validation_seed", "must be in [0, 2^32)", whole(0, 2**32 - 1)),
+    ("seed fixed_validation_seed", "must be in [0, 2^32)", whole(0, 2**32 - 1)),  # numpy's
     (
         "keep_interval_updates keep_interval_updates_pattern keep_last_epochs keep_best_checkpoints "
         "nwordssrc nwordstgt",
@@ -94,6 +94,7 @@ RUN: tuple[Rule, ...] = (
         lambda v, _: abs(v) < INFINITY,
     ),
     ("temperature power", "must be above 0", lambda value, _: 0 < value < INFINITY),
+    # Bounds of 100, 10^6 and 2^20 are choices: beyond them are typing errors, and numbers that overflow.
     ("lenpen diversity_rate", "must be in (-100, 100)", lambda value, _: abs(value) < 100),
     ("max_len_a lr weight_decay", "must be in [0, 10^6)", between(0, 1e6)),
     ("label_smoothing momentum slowmo_momentum ema_decay", "must be in [0, 1)", between(0, 1)),

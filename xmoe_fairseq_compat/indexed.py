@@ -13,7 +13,7 @@ from xmoe_fairseq_compat.registry import patch
 if TYPE_CHECKING:
     from numpy import dtype, ndarray
 
-CHUNK = 1 << 20  # numbers that are looked at at once
+CHUNK = 1 << 20  # numbers that are looked at at once: a choice
 MAGIC = {b"MMIDIDX\x00\x00": "mmap", b"TNTIDX\x00\x00": "cached", b"HUFFIDX\x00\x00": "huffman"}
 
 
@@ -94,7 +94,7 @@ def check_mmap(pair: Pair) -> tuple[int, dtype[Any]]:
     item = pair.item_type(code)
     if version != 1:
         pair.damaged(f"version {version}")
-    pair.sized(26, entries, 4 + 8)
+    pair.sized(26, entries, 4 + 8)  # the header's bytes; a size and a place for each sentence
     sizes, places = (
         numbers(pair.index, np.int32, 26, entries),
         numbers(pair.index, np.int64, 26 + 4 * entries, entries),
@@ -116,7 +116,7 @@ def check_cached(pair: Pair) -> tuple[int, dtype[Any]]:
     item = pair.item_type(code)
     if version != 1 or width != item.itemsize:
         pair.damaged(f"version {version}, numbers of {width} bytes")
-    pair.sized(48, entries, 2 * 8, 8 * 2 + 8 * dimensions)
+    pair.sized(48, entries, 2 * 8, 8 * 2 + 8 * dimensions)  # likewise, in 8 bytes each
     sizes = numbers(pair.index, np.int64, 48 + 16 * (entries + 1), dimensions)
     places = numbers(pair.index, np.int64, 48 + 8 * (entries + 1) + 8, entries)
     tokens = 0

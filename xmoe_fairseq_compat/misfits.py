@@ -15,7 +15,7 @@ from xmoe_fairseq_compat.settings import as_dict
 
 logger = logging.getLogger(__name__)
 
-SHOWN = 3
+SHOWN = 3  # names in a message: a choice
 _words: list[str] = []  # of the command line that a script has made itself
 SIZE = re.compile(
     r"size mismatch for (\S+): copying a param with shape (?:torch\.Size\()?(\[[^]]*\])\)? from checkpoint, "

@@ -11,7 +11,7 @@ from typing import Any
 from xmoe_fairseq_compat.errors import UserError
 from xmoe_fairseq_compat.registry import patch
 
-BLOCK = 1 << 24  # bytes that are read at once
+BLOCK = 1 << 24  # bytes that are read at once: a choice
 
 
 def count_lines(file: str) -> int:

@@ -17,9 +17,9 @@ from typing import IO, Any
 
 from xmoe_fairseq_compat.errors import CheckpointError
 
-MOST_TIMES = 100  # as large as its compressed form: weights, zeros between them, come nowhere near
+MOST_TIMES = 100  # as large as its compressed form: weights, zeros between them, come nowhere near; a choice
 SMALL = 2**26  # bytes that any machine has: a tensor may be a view that repeats a few numbers
-BLOCK = 2**22
+BLOCK = 2**22  # bytes that are read at once: a choice
 DAMAGED = "it is damaged or no checkpoint; copy it again or use another"
 
 

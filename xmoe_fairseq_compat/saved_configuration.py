@@ -8,9 +8,9 @@ from typing import Any
 from xmoe_fairseq_compat.errors import CheckpointError
 from xmoe_fairseq_compat.reading import children, plain
 
-DEEPEST = 50  # level of a configuration
+DEEPEST = 50  # level of a configuration: a choice; fairseq's own have fewer than 10
 REFERENCE = re.compile(r"\$\{([\w.]+)\}")  # to something in the same configuration
-HOPS = 5  # from one reference to another
+HOPS = 5  # from one reference to another: a choice
 NOTHING = object()
 
 
@@ -43,7 +43,7 @@ def check_configuration(file: Any, cfg: Any) -> None:
         return sizes[id(value)]
 
     total = written_out(cfg, "cfg", 0)
-    if total > 10 * max(own, 1000):
+    if total > 10 * max(own, 1000):  # a choice: YAML's aliases stand for a few others in honest files
         problem = (
             f"its configuration has {own:,} entries that become {total:,} when they are read; do not use it"
         )

@@ -16,8 +16,9 @@ from xmoe_fairseq_compat.errors import CheckpointError
 from xmoe_fairseq_compat.registry import patch
 
 # As many times as large may a model be as its checkpoint: some parameters are built to be replaced or shared.
+# How many times is a choice.
 VALUES, PARAMETERS = 8, 4
-# And so much more: tables of positions, say, are not saved.
+# And so much more: tables of positions, say, are not saved. (2^28 values: 1 GB in fp32.)
 MORE_VALUES, MORE_PARAMETERS = 2**28, 1000
 COUNTS = ("arange", "randperm")  # these take a number, not a size
 

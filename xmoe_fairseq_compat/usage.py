@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 from xmoe_fairseq_compat.errors import UserError, flag, one_line
 from xmoe_fairseq_compat.registry import patch, stand_in
 
-FEW = 12  # so many names are listed
+FEW = 12  # so many names are listed: a choice
 
 
 def hint(name: str, known: Iterable[str]) -> str:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from textio import UNREADABLE, DataError
 
+# Choices:
 LEAST_ALIKE = 0.9  # of two documents' tags, or they are not taken for translations of each other
 LEAST_RUN = 8  # blocks whose tags agree in a row
 
@@ -51,4 +52,5 @@ def align(source: list[Block], target: list[Block]) -> Iterator[tuple[str, str]]
 
 def _alike_in_length(pair: tuple[str, str]) -> bool:
     source, target = map(len, pair)
+    # a choice, with 5 for short ones
     return bool(source and target) and 0.5 < (target + 5) / (source + 5) < 2

@@ -16,7 +16,7 @@ ADDERS = {
     "add_docstr_all",
     "add_sample_docs",
 }  # for C functions
-LEAST_ADDED = 60  # characters; a shorter argument is the function's name
+LEAST_ADDED = 60  # characters, a choice; a shorter argument is the function's name
 NOT_PROSE = (">>>", "...", "..", "|", "+--", "$ ")  # examples, directives, tables
 RULE = re.compile(r"\s*[-=~^*#+]+\s*")
 PARAMETER = re.compile(r"\s*[\w*, .\[\]{}'`]+ ?: ?\S")  # numpydoc's `name : type`
@@ -56,7 +56,7 @@ def paragraphs(docstring: str) -> Iterator[str]:
         lines = block.split("\n")
         if any(line.lstrip().startswith(NOT_PROSE) or RULE.fullmatch(line) for line in lines):
             continue
-        current: list[str] = []
+        current: list[str] = []  # numbers of words below are choices
         for line in lines:
             names_parameter = PARAMETER.match(line) and len(line.split()) <= 8
             is_field = FIELD.match(line) and len(line.split()) < 4

@@ -11,7 +11,7 @@ from xmoe_fairseq.convert.data import Batches
 from xmoe_fairseq.moe import Router, moe_layers
 
 TUNED = ("router", "all")
-PARTS = 4  # the thresholds are chosen anew for each: a router that learns changes what they cost
+PARTS = 4  # a choice; the thresholds are chosen anew for each: a router that learns changes what they cost
 
 
 def finetune(
@@ -32,7 +32,7 @@ def finetune(
         parameter.requires_grad_(False)
     for parameter in parameters:
         parameter.requires_grad_(True)
-    optimizer = torch.optim.Adam(parameters, lr=lr, betas=(0.9, 0.98))
+    optimizer = torch.optim.Adam(parameters, lr=lr, betas=(0.9, 0.98))  # the paper's for translation
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, max(updates, 1))
     samples = (sample for epoch in count() for sample in make_batches(epoch))
     done = 0

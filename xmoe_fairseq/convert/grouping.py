@@ -13,8 +13,9 @@ from xmoe_fairseq.convert.ffn import FeedForward
 
 GROUPINGS = ("coactivation", "clustering", "random")
 Matrix = np.ndarray[Any, np.dtype[np.float64]]
-PAIR_TOKENS = 50_000  # of which pairs of neurons are looked at: that costs F/D as much as the FFN itself
-ROUNDS = 8  # of balanced k-means at most; it has mostly settled by then
+# A choice. Of which pairs of neurons are looked at: that costs F/D as much as the FFN itself.
+PAIR_TOKENS = 50_000
+ROUNDS = 8  # of balanced k-means at most: a choice, it has mostly settled by then
 
 
 class CoActivation:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from xmoe_fairseq.convert.ffn import FeedForward
 
-ROWS = 256  # tokens in one step of Adam
+ROWS = 256  # tokens in one step of Adam: a choice, as its learning rate is
 
 
 class Parts:
@@ -60,7 +60,7 @@ class RouterFit:
         num_experts, model_dim = parts.neurons_EF.size(0), parts.ffn.fc1_weight.size(1)
         self.parts = parts
         self.weight_ED = torch.zeros(num_experts, model_dim, requires_grad=True)
-        self.optimizer = torch.optim.Adam([self.weight_ED], lr=lr, betas=(0.9, 0.98))
+        self.optimizer = torch.optim.Adam([self.weight_ED], lr=lr, betas=(0.9, 0.98))  # as in finetune.py
         self.schedule = torch.optim.lr_scheduler.LinearLR(self.optimizer, 1.0, 0.0, max(steps, 1))
         self.generator = torch.Generator().manual_seed(seed)
         self.excess = 0.0  # running mean of the divergence from the shares, in nats
@@ -80,4 +80,4 @@ class RouterFit:
         self.optimizer.step()
         self.schedule.step()
         excess = float(loss.detach())
-        self.excess += 0.02 * (excess - self.excess) if self.excess else excess
+        self.excess += 0.02 * (excess - self.excess) if self.excess else excess  # over some 50 steps

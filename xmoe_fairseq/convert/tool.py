@@ -30,6 +30,7 @@ from xmoe_fairseq.convert.sparse import (
 from xmoe_fairseq.convert.thresholds import Dial, make_dial, set_thresholds
 from xmoe_fairseq_compat.errors import UserError
 
+# Choices:
 ROUTER_PASSES = 2  # over the calibration data
 BUDGETS = (0.15, 0.25, 0.5, 1.0)  # in the table, as far as they can be met
 TIMED_TOKENS = 4096  # for the seconds in the table

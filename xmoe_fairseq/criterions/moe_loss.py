@@ -16,7 +16,7 @@ from xmoe_fairseq_compat.errors import FlagError
 @dataclass
 class MoELossConfig(FairseqDataclass):
     moe_loss_coeff: float = field(
-        default=0.01,
+        default=0.01,  # Switch Transformer, section 2.2
         metadata={"help": "weight of the load-balance loss, per MoE layer and unit of sample size"},
     )
     moe_z_loss_coeff: float = field(

@@ -19,14 +19,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-BINS = 1024  # of the histogram over [0, 1]
+BINS = 1024  # of the histogram over [0, 1]; a choice: t to 0.001
 TOKENS, TAKEN = BINS, BINS + 1  # places of what stands behind the bins
 COUNTS = BINS + 2  # numbers in all
 # Of the way that t goes in one update; all of it in the first. At 0.1 t was 10 updates late while the router
 # changed quickly, and a token took up to 4.9 experts for 4; at 0.5 up to 4.2.
 RATE = 0.5
 # Forward passes without a step, and updates with a settled t that misses the target by this share of it,
-# after which there is a warning.
+# after which there is a warning: choices.
 MANY, OFF = 200, 0.1
 
 

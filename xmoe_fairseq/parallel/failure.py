@@ -37,7 +37,7 @@ def explain(error: Exception, update: int, wait: float = 3.0) -> str:
         silent, deadline = list(ranks), time.monotonic() + wait
         while silent and time.monotonic() < deadline:
             silent = [rank for rank in silent if not store.check([f"{prefix}{rank}"])]
-            time.sleep(0.05)
+            time.sleep(0.05)  # a choice, as `wait` is
         messages = {rank: store.get(f"{prefix}{rank}").decode() for rank in ranks if rank not in silent}
         waiting = [rank for rank in silent if _is_running(store, rank)]
     except RuntimeError:  # the store is gone: with rank 0, or with the launcher

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 # Rows of experts that are gathered together: few enough for the cache, enough to hide the cost of a call.
-CHUNK_ROWS = 256
+CHUNK_ROWS = 256  # docs/performance.md, Tried
 # Multiply-adds of one product, and rows that take as long as reading an expert's weights: below this an
 # expert is computed sooner than Python can start another thread's next product.
-THREAD_WORK, WEIGHTS_AS_ROWS = 2**21, 32
+THREAD_WORK, WEIGHTS_AS_ROWS = 2**21, 32  # docs/performance.md, Tried
 
 Result = TypeVar("Result")
 

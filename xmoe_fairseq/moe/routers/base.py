@@ -135,7 +135,7 @@ def not_finite(x_TD: Tensor) -> str:
     return "" if finite_T.all() else f"{int((~finite_T).sum())} of {len(finite_T)} tokens"
 
 
-FEW = 1024  # probabilities that are sorted sooner than packed
+FEW = 1024  # probabilities that are sorted sooner than packed (docs/performance.md, Tried)
 
 
 def by_preference(probs_TE: Tensor, limit: int) -> tuple[Tensor, Tensor]:
