@@ -10,7 +10,7 @@ from collections import Counter
 from pathlib import Path
 
 from counts import add_workers, check_workers, new_parser, report
-from near_duplicates import NearDuplicates
+from near_duplicates import NearDuplicates, add_similarity, check_similarity
 from outputs import atomic_writers, check_files
 from parallel import in_order
 from textio import DataError, in_chunks, read_lines, run
@@ -23,18 +23,12 @@ def main() -> None:
     parser.add_argument("--input", type=Path, required=True)
     parser.add_argument("--held-out", type=Path, nargs="+", required=True)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument(
-        "--similarity",
-        type=float,
-        default=0.6,
-        help="drop what is as near to a held-out one as this; 1 = the same words (default: %(default)s)",
-    )
+    add_similarity(parser)
     add_workers(parser)
     args = parser.parse_args()
     check_workers(args)
     check_files([args.output, args.counts], [args.input, *args.held_out])
-    if not 0 < args.similarity <= 1:
-        raise DataError(f"--similarity must be above 0 and at most 1, got {args.similarity}")
+    check_similarity(args)
     drop(args)
 
 

@@ -8,14 +8,30 @@ n - ceil(t n) + 1 elements of each, in any one order of all elements; rarest fir
 
 from __future__ import annotations
 
+import argparse
 import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 
 from pair_rules import PLACEHOLDER
+from textio import DataError
 
 WordPair = tuple[str, str]
+
+
+def add_similarity(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--similarity",
+        type=float,
+        default=0.6,
+        help="drop what is as near to a held-out one as this; 1 = the same words (default: %(default)s)",
+    )
+
+
+def check_similarity(args: argparse.Namespace) -> None:
+    if not 0 < args.similarity <= 1:
+        raise DataError(f"--similarity must be above 0 and at most 1, got {args.similarity}")
 
 
 def words(text: str) -> list[str]:
@@ -31,7 +47,7 @@ def word_pairs(text: str) -> frozenset[WordPair]:
 class NearDuplicates:
     """Of rows: near if the first side is; the others (a translation) only if their words are the same."""
 
-    def __init__(self, rows: Iterable[Sequence[str]], threshold: float = 0.6) -> None:
+    def __init__(self, rows: Iterable[Sequence[str]], threshold: float) -> None:
         self.threshold = threshold
         self._others: set[str] = set()
         self._texts: list[frozenset[WordPair]] = []

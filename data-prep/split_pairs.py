@@ -17,7 +17,7 @@ from typing import TextIO
 
 from counts import add_workers, check_workers, new_parser, report
 from digests import digest
-from near_duplicates import NearDuplicates
+from near_duplicates import NearDuplicates, add_similarity, check_similarity
 from outputs import atomic_writers, check_files
 from parallel import in_order
 from textio import DataError, in_chunks, read_lines, run
@@ -39,20 +39,14 @@ def main() -> None:
     )
     parser.add_argument("--min-words", type=int, default=3, help="of a held-out pair (default: %(default)s)")
     parser.add_argument("--max-words", type=int, default=60, help="of a held-out pair (default: %(default)s)")
-    parser.add_argument(
-        "--similarity",
-        type=float,
-        default=0.6,
-        help="drop pairs as near to a held-out one as this; 1 = the same words (default: %(default)s)",
-    )
+    add_similarity(parser)
     add_workers(parser)
     args = parser.parse_args()
     check_workers(args)
     for flag in ("valid", "test"):
         if getattr(args, flag) < 1:
             raise DataError(f"--{flag} must be at least 1, got {getattr(args, flag)}")
-    if not 0 < args.similarity <= 1:
-        raise DataError(f"--similarity must be above 0 and at most 1, got {args.similarity}")
+    check_similarity(args)
     if not 0 <= args.prose_percent <= 100:
         raise DataError(f"--prose-percent must be in 0 to 100, got {args.prose_percent}")
     check_files([*output_names(args), args.counts], [args.input])

@@ -35,6 +35,14 @@ done
 """
 
 
+def prepare(
+    script: str, *args: object, prep: Path = PREP, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """prepare_SCRIPT.sh of data-prep, or of a copy, with these variables alone."""
+    command = ["bash", str(prep / f"prepare_{script}.sh"), *map(str, args)]
+    return subprocess.run(command, text=True, env=environment, capture_output=True, check=False)
+
+
 class Scripts:
     def __init__(self, folder: Path) -> None:
         self.folder = folder

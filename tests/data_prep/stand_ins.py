@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
+
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -80,6 +84,12 @@ class Hub(Files):
     def headers_of(self, path: str, body: bytes) -> dict[str, str]:
         etag = f'"{hashlib.sha256(body).hexdigest()}"'
         return {"ETag": etag, "X-Repo-Commit": COMMIT, "Content-Type": "application/json"}
+
+
+def parquet(rows: list[str]) -> bytes:
+    packed = io.BytesIO()
+    pq.write_table(pa.table({"text": rows, "other": list(range(len(rows)))}), packed)
+    return packed.getvalue()
 
 
 @contextmanager

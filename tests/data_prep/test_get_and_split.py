@@ -42,17 +42,8 @@ def test_documents_stay_whole_and_in_one_split(scripts: Scripts) -> None:
     documents = [[f"document {i} begins", f"and\u00a0ends {i}"] for i in range(300)]
     text = [line for document in documents for line in [*document, ""]]
     scripts.write("in.txt", "", *text, "", "document 7 begins", "and ends 7")
-    printed = scripts.run(
-        "lm_documents.py",
-        "--input",
-        "in.txt",
-        "--out-prefix",
-        "o",
-        "--valid-percent",
-        10,
-        "--test-percent",
-        20,
-    )
+    percents = ["--valid-percent", 10, "--test-percent", 20]
+    printed = scripts.run("lm_documents.py", "--input", "in.txt", "--out-prefix", "o", *percents)
     assert "documents 301, too short 0, duplicate 1" in printed
     parts = {name: (scripts.folder / f"o.{name}").read_text("utf-8") for name in ("train", "valid", "test")}
     assert all(text.endswith("\n\n") and "\n\n\n" not in text for text in parts.values())
@@ -62,17 +53,7 @@ def test_documents_stay_whole_and_in_one_split(scripts: Scripts) -> None:
     assert 15 < sizes["valid"] < 50 and 40 < sizes["test"] < 80
 
     scripts.write("in.txt", *text[300:])  # half of the documents are gone: the others stay where they were
-    scripts.run(
-        "lm_documents.py",
-        "--input",
-        "in.txt",
-        "--out-prefix",
-        "p",
-        "--valid-percent",
-        10,
-        "--test-percent",
-        20,
-    )
+    scripts.run("lm_documents.py", "--input", "in.txt", "--out-prefix", "p", *percents)
     for name, before in parts.items():
         after = (scripts.folder / f"p.{name}").read_text("utf-8")
         assert set(after.split("\n\n")) <= set(before.split("\n\n"))

@@ -3,29 +3,19 @@
 from __future__ import annotations
 
 import gzip
-import io
 import json
-import subprocess
 import sys
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-from prep_scripts import PREP, Scripts
-from stand_ins import COMMIT, Hub, serve
+from prep_scripts import PREP, Scripts, prepare
+from stand_ins import COMMIT, Hub, parquet, serve
 
 sys.path.insert(0, str(PREP))
 
 from encode_gpt2 import fairseq_bpe
 
 WIKITEXT = "wikitext-103-raw-v1"
-
-
-def parquet(rows: list[str]) -> bytes:
-    packed = io.BytesIO()
-    pq.write_table(pa.table({"text": rows, "other": list(range(len(rows)))}), packed)
-    return packed.getvalue()
 
 
 def articles(name: str, count: int) -> list[str]:
@@ -45,11 +35,6 @@ def articles(name: str, count: int) -> list[str]:
             " More . \n",
         ]
     return rows
-
-
-def prepare(*args: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = ["bash", str(PREP / "prepare_lm.sh"), *map(str, args)]
-    return subprocess.run(command, text=True, env=environment, capture_output=True, check=False)
 
 
 @pytest.fixture
@@ -82,11 +67,11 @@ def test_wikitext_keeps_its_splits(
     out = tmp_path / "out"
     with serve(Hub, wikitext, repo="Salesforce/wikitext") as (url, handler):
         settings = {**stubbed, "HF_ENDPOINT": url, "GPT2_BPE": str(gpt2), "DETOKENIZE": "1", "SHARDS": "2"}
-        done = prepare("wikitext103", out, **settings)
+        done = prepare("lm", "wikitext103", out, **settings)
         assert done.returncode == 0, done.stderr
         assert not any("wikitext-2" in path for path in handler.requests if "/resolve/" in path)
         asked = len(handler.requests)
-        again = prepare("wikitext103", out, **settings)
+        again = prepare("lm", "wikitext103", out, **settings)
         assert again.stdout.count("\n") == 1 and len(handler.requests) == asked
     manifest = json.loads((out / "manifest.json").read_text())
     documents = manifest["counts"]["documents"]
@@ -115,18 +100,18 @@ def test_the_hub_fails(wikitext: dict[str, bytes], stubbed: dict[str, str], tmp_
     name = f"{WIKITEXT}/train-00001-of-00002.parquet"
     out = tmp_path / "out"
     with serve(Hub, wikitext, repo="Salesforce/wikitext", damaged=(name,)) as (url, handler):
-        failed = prepare("wikitext103", out, **stubbed, HF_ENDPOINT=url)
+        failed = prepare("lm", "wikitext103", out, **stubbed, HF_ENDPOINT=url)
         assert f"{name}: not what the hub has (size or SHA-256)" in failed.stderr
         assert not (out / "raw" / name).exists() and not (out / "raw" / "files.txt").exists()
         kept = handler.requests.count(f"/datasets/Salesforce/wikitext/resolve/{COMMIT}/{name}")
         assert kept
         del handler.files[name]
         handler.files.pop(f"{WIKITEXT}/test-00000-of-00001.parquet")
-        missing = prepare("wikitext103", out, **stubbed, HF_ENDPOINT=url)
+        missing = prepare("lm", "wikitext103", out, **stubbed, HF_ENDPOINT=url)
         assert f"--patterns {WIKITEXT}/test-*.parquet: no such file" in missing.stderr
-    down = prepare("wikitext103", out, **stubbed, HF_ENDPOINT=url)
+    down = prepare("lm", "wikitext103", out, **stubbed, HF_ENDPOINT=url)
     assert f"cannot get {url}/datasets/Salesforce/wikitext: " in down.stderr and down.stderr.count("\n") == 2
-    nothing = prepare("no-such-folder", **stubbed)
+    nothing = prepare("lm", "no-such-folder", **stubbed)
     assert nothing.stderr.endswith("or a folder, got 'no-such-folder'\n") and nothing.stderr.count("\n") == 1
 
 
@@ -141,9 +126,9 @@ def test_a_folder_of_every_kind(stubbed: dict[str, str], tmp_path: Path) -> None
     (folder / "readme.md").write_text("not text for the model")
     out = tmp_path / "out"
     options = {"VOCAB_SIZE": "300", "VALID_PERCENT": "15", "TEST_PERCENT": "15"}
-    empty = prepare(tmp_path / "venv" / "bin", out, **stubbed)
+    empty = prepare("lm", tmp_path / "venv" / "bin", out, **stubbed)
     assert "no .txt, .jsonl" in empty.stderr
-    done = prepare(folder, out, **stubbed, **options)
+    done = prepare("lm", folder, out, **stubbed, **options)
     assert done.returncode == 0, done.stderr
     manifest = json.loads((out / "manifest.json").read_text())
     assert manifest["counts"]["documents"]["documents"] == 90
@@ -157,18 +142,10 @@ def test_sentences_without_marks_between_documents(scripts: Scripts) -> None:
         (scripts.folder / f"{number}.parquet").write_bytes(
             parquet([f"s {number} {i} ." for i in range(5500)])
         )
-    options = [
-        "--input",
-        "0.parquet",
-        "1.parquet",
-        "--form",
-        "sentences",
-        "--out-prefix",
-        "o",
-        "--workers",
-        2,
-    ]
-    printed = scripts.run("lm_documents.py", *options, "--valid-percent", 30, "--test-percent", 30)
+    options = ["--input", "0.parquet", "1.parquet", "--form", "sentences", "--out-prefix", "o"]
+    printed = scripts.run(
+        "lm_documents.py", *options, "--workers", 2, "--valid-percent", 30, "--test-percent", 30
+    )
     assert "documents 11, too short 0" in printed
 
 

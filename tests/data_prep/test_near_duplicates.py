@@ -83,9 +83,9 @@ def test_groups_stay_whole_and_training_has_nothing_near_the_test(scripts: Scrip
     prose = sum(kind_of[next(iter(group_of[pair]))] == "prose" for pair in made["test"])
     assert 28 <= prose <= 33
     assert all(len(english.split()) >= 3 for english, _ in made["test"])
-    near = NearDuplicates([*made["test"], *made["valid"]])
+    near = NearDuplicates([*made["test"], *made["valid"]], 0.6)
     assert made["train"] and not any(pair in near for pair in made["train"])
-    assert not any(pair in NearDuplicates(made["test"]) for pair in made["valid"])
+    assert not any(pair in NearDuplicates(made["test"], 0.6) for pair in made["valid"])
     assert int(printed.split("near duplicates ")[1].split(",")[0]) > 0
 
 

@@ -6,23 +6,15 @@ import hashlib
 import json
 import lzma
 import shutil
-import subprocess
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
-from prep_scripts import PREP
+from prep_scripts import PREP, prepare
 
 SAMPLE = PREP / "sample"
 MT_SIZES = {"CLDR_PAIRS": "2000", "VOCAB_SIZE": "1000"}
-
-
-def prepare(
-    task: str, out: Path, environment: dict[str, str], **sizes: str
-) -> subprocess.CompletedProcess[str]:
-    command = ["bash", str(PREP / f"prepare_{task}_sample.sh"), str(out)]
-    return subprocess.run(command, text=True, env={**environment, **sizes}, capture_output=True, check=False)
 
 
 def lines(path: Path) -> list[str]:
@@ -32,7 +24,7 @@ def lines(path: Path) -> list[str]:
 @pytest.fixture(scope="session")
 def mt(tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str]) -> Path:
     out = tmp_path_factory.mktemp("mt")
-    done = prepare("mt", out, environment, **MT_SIZES)
+    done = prepare("mt_sample", out, **environment, **MT_SIZES)
     assert done.returncode == 0, done.stderr
     return out
 
@@ -40,7 +32,7 @@ def mt(tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str]) ->
 @pytest.fixture(scope="session")
 def lm(tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str]) -> Path:
     out = tmp_path_factory.mktemp("lm")
-    done = prepare("lm", out, environment, VOCAB_SIZE="1000")
+    done = prepare("lm_sample", out, **environment, VOCAB_SIZE="1000")
     assert done.returncode == 0, done.stderr
     return out
 
@@ -142,15 +134,15 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(
     working = tool.read_text()
     tool.write_text('#!/usr/bin/env bash\necho "disk is full"; exit 3\n')
     out = tmp_path / "out"
-    failed = prepare("mt", out, stubbed)
+    failed = prepare("mt_sample", out, **stubbed)
     assert failed.returncode != 0 and "fairseq-preprocess failed: disk is full" in failed.stderr
     assert not (out / "bin").exists()
     (out / "bin.partial").mkdir()
     tool.write_text(working)
-    resumed = prepare("mt", out, stubbed)
+    resumed = prepare("mt_sample", out, **stubbed)
     assert resumed.returncode == 0, resumed.stderr
     assert "steps already done: 14" in resumed.stdout and not (out / "bin.partial").exists()
-    again = prepare("mt", out, stubbed)
+    again = prepare("mt_sample", out, **stubbed)
     assert again.stdout.count("\n") == 1 and "steps already done: 16" in again.stdout
 
     def made(folder: Path) -> dict[str, bytes]:
@@ -173,6 +165,6 @@ def test_a_missing_tool_is_one_line(stubbed: dict[str, str], tmp_path: Path) -> 
     tools.mkdir()
     for name in ("bash", "dirname", "env"):
         (tools / name).symlink_to(shutil.which(name) or "")
-    done = prepare("mt", tmp_path / "a", {**stubbed, "PATH": str(tools)})
+    done = prepare("mt_sample", tmp_path / "a", **{**stubbed, "PATH": str(tools)})
     assert done.returncode != 0
     assert done.stderr == "fairseq-preprocess not found; run: bash scripts/setup.sh\n"

@@ -88,19 +88,8 @@ def test_long_lines_go_from_both_sides(scripts: Scripts) -> None:
     train(scripts, "a")
     scripts.write("x.en", "the file", "the " * 50, "the model")
     scripts.write("x.de", "the model", "the", "the file")
-    printed = scripts.run(
-        "encode_spm.py",
-        "--model",
-        "a.model",
-        "--input",
-        "x.en",
-        "x.de",
-        "--output",
-        "y.en",
-        "y.de",
-        "--max-pieces",
-        20,
-    )
+    files = ["--model", "a.model", "--input", "x.en", "x.de", "--output", "y.en", "y.de"]
+    printed = scripts.run("encode_spm.py", *files, "--max-pieces", 20)
     assert "read 3, kept 2, too long 1" in printed
     assert [len((scripts.folder / f"y.{lang}").read_text().splitlines()) for lang in ("en", "de")] == [2, 2]
 

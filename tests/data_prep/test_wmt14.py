@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from prep_scripts import NEEDS_CURL, PREP, Scripts
+from prep_scripts import NEEDS_CURL, PREP, Scripts, prepare
 from stand_ins import Files, serve
-from wmt_sources import last_line, pairs, prepare, put_testset, sgm, tgz
+from wmt_sources import last_line, pairs, put_testset, sgm, tgz
 
 pytestmark = NEEDS_CURL
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
-from prep_scripts import NEEDS_CURL, PREP
-from wmt_sources import last_line, pairs, prepare, put_testset, tgz
+from prep_scripts import NEEDS_CURL, PREP, prepare
+from wmt_sources import last_line, pairs, put_testset, tgz
 
 pytestmark = NEEDS_CURL
 

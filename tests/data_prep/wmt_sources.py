@@ -9,7 +9,6 @@ import tarfile
 from pathlib import Path
 
 import sacrebleu.dataset
-from prep_scripts import PREP
 
 Pairs = list[tuple[str, str]]
 WORDS = [a + b for a in ("lorem", "ipsum", "dolor", "sit", "amet") for b in ("a", "e", "i", "o", "us", "um")]
@@ -75,11 +74,6 @@ def put_testset(folder: Path, name: str, langpair: str, size: int, translator: s
     for url in dataset.data:
         (raw / dataset._get_tarball_filename(url)).write_text("unpacked")
     return lines
-
-
-def prepare(script: str, *args: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = ["bash", str(PREP / f"prepare_{script}.sh"), *map(str, args)]
-    return subprocess.run(command, text=True, env=environment, capture_output=True, check=False)
 
 
 def last_line(done: subprocess.CompletedProcess[str]) -> str:
