@@ -20,7 +20,7 @@ CALLS = {
 
 
 # Where fairseq calls one of these and it is patched; test_what_is_patched looks whether it is.
-MENDED = {
+PATCHED = {
     "eval": "each module's own name `eval` reads literals only",
     "torch.load": "each module's own name `torch` has a load that takes weights only",
     "data/fasta_dataset.py subprocess.check_output": "FastaDataset._build_index is another function",
@@ -140,7 +140,7 @@ def test_whatever_writes_a_file_has_its_name_from_the_user() -> None:
 def test_whatever_could_run_code_is_patched_or_cannot_be_reached() -> None:
     places = found()
     assert ("criterions/ctc.py", "eval") in places and len(places) > 40
-    known = MENDED.keys() | UNREACHABLE.keys()
+    known = PATCHED.keys() | UNREACHABLE.keys()
     unknown = {f"{file} {what}" for file, what in places if what not in known} - known
     assert not unknown, "new in this fairseq: patch it, or say above why nobody reaches it"
     assert known <= {what for _, what in places} | {f"{file} {what}" for file, what in places}
