@@ -33,8 +33,8 @@ setup(
     packages=find_packages(include=["xmoe_fairseq", "xmoe_fairseq.*", "xmoe_fairseq_compat"]),
     entry_points={
         "console_scripts": [
-            "xmoe-checkpoint = xmoe_fairseq.parallel.tool:main",
-            "xmoe-convert = xmoe_fairseq.convert.tool:main",
+            "xmoe-checkpoint = xmoe_fairseq.parallel.checkpoint_command:main",
+            "xmoe-convert = xmoe_fairseq.convert.convert_command:main",
         ]
     },
     package_dir={"": "."},  # said, so that an editable install is one sys.path entry, not an import hook

@@ -14,7 +14,7 @@ from fairseq import checkpoint_utils
 from hostile import checkpoint, refused
 
 from xmoe_fairseq.parallel import shards, whole
-from xmoe_fairseq.parallel.tool import main
+from xmoe_fairseq.parallel.checkpoint_command import main
 from xmoe_fairseq_compat.checkpoints import load, load_checkpoint
 from xmoe_fairseq_compat.errors import CheckpointError
 

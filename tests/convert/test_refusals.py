@@ -9,7 +9,7 @@ import pytest
 import torch
 from stock import SMALL, Stock
 
-from xmoe_fairseq.convert import tool
+from xmoe_fairseq.convert import convert_command
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,7 @@ def said_by(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
     """stderr of a call that must fail."""
     monkeypatch.setattr(sys, "argv", ["xmoe-convert", *map(str, words)])
     with pytest.raises(SystemExit) as exit:
-        tool.main()
+        convert_command.main()
     assert exit.value.code not in (0, None)
     return capsys.readouterr().err
 

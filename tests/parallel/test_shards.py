@@ -22,8 +22,8 @@ from parallel_runs import (
     fairseq_train,
 )
 
+from xmoe_fairseq.parallel.checkpoint_command import main
 from xmoe_fairseq.parallel.shards import remove_orphans, write_shard
-from xmoe_fairseq.parallel.tool import main
 from xmoe_fairseq_compat.errors import CheckpointError
 
 SHARDED = ("--moe-sharded-checkpoints",)

@@ -14,7 +14,7 @@ import torch
 from distributed import run_ranks
 from toy import language_model
 
-from xmoe_fairseq.parallel import tool
+from xmoe_fairseq.parallel import checkpoint_command
 from xmoe_fairseq.parallel.shards import remove_orphans
 from xmoe_fairseq_compat import folder_lock
 from xmoe_fairseq_compat.errors import CheckpointError, FlagError
@@ -52,8 +52,8 @@ def test_a_packed_checkpoint_is_read_right(whole: Path, tmp_path: Path) -> None:
         for part in plain.namelist():
             target.writestr(part, plain.read(part))
     assert packed.stat().st_size < whole.stat().st_size
-    tool.convert(packed, tmp_path / "shards.pt", 2)
-    tool.convert(tmp_path / "shards.pt", tmp_path / "again.pt", 1)
+    checkpoint_command.convert(packed, tmp_path / "shards.pt", 2)
+    checkpoint_command.convert(tmp_path / "shards.pt", tmp_path / "again.pt", 1)
     expected, got = (torch.load(path)["model"] for path in (whole, tmp_path / "again.pt"))
     assert list(got) == list(expected)
     assert all(torch.equal(got[name], value) for name, value in expected.items())
@@ -97,8 +97,8 @@ def test_what_is_missing_stray_or_no_number_is_named(
     change(damaged)
     path = saved(damaged, tmp_path / "damaged.pt")
     for act in (
-        lambda: tool.convert(path, tmp_path / "new.pt", 1),
-        lambda: tool.convert(path, tmp_path / "new.pt", 2),
+        lambda: checkpoint_command.convert(path, tmp_path / "new.pt", 1),
+        lambda: checkpoint_command.convert(path, tmp_path / "new.pt", 2),
         lambda: average_checkpoints.average([whole, path]),
     ):
         with pytest.raises(CheckpointError, match=f"cannot load checkpoint {path}: {problem}"):
@@ -109,7 +109,7 @@ def test_what_is_missing_stray_or_no_number_is_named(
 def test_an_optimizer_s_state_that_is_none(tmp_path: Path) -> None:
     path = saved({**state(), "last_optimizer_state": {"state": {0: 5}}}, tmp_path / "damaged.pt")
     with pytest.raises(ValueError, match="the optimizer's state is damaged"):
-        tool.convert(path, tmp_path / "new.pt", 2)
+        checkpoint_command.convert(path, tmp_path / "new.pt", 2)
 
 
 def test_layers_that_all_lack_a_part_of_the_experts(tmp_path: Path) -> None:
@@ -118,7 +118,7 @@ def test_layers_that_all_lack_a_part_of_the_experts(tmp_path: Path) -> None:
         del damaged["model"][f"decoder.layers.{layer}.moe.experts.fc2_bias"]
     path = saved(damaged, tmp_path / "damaged.pt")
     with pytest.raises(CheckpointError, match=r"decoder.layers.\d has no moe.experts.fc2_bias"):
-        tool.convert(path, tmp_path / "new.pt", 1)
+        checkpoint_command.convert(path, tmp_path / "new.pt", 1)
 
 
 def test_the_mean_of_checkpoints_with_other_settings_is_refused(tmp_path: Path) -> None:
@@ -141,7 +141,7 @@ def test_a_damaged_list_of_files(entry: Any, tmp_path: Path, capsys: pytest.Capt
     for words in (("info", path), ("merge", path, tmp_path / "new.pt")):
         sys.argv = ["xmoe-checkpoint", *map(str, words)]
         with pytest.raises(SystemExit):
-            tool.main()
+            checkpoint_command.main()
         (line,) = capsys.readouterr().err.splitlines()
         assert f"cannot load checkpoint {path}: its entry 'expert_shards' is damaged" in line
 
@@ -160,14 +160,14 @@ def test_a_damaged_list_of_files(entry: Any, tmp_path: Path, capsys: pytest.Capt
 def test_a_file_of_experts_that_holds_something_else(
     change: Callable[[State], Any], problem: str, whole: Path, tmp_path: Path
 ) -> None:
-    tool.convert(whole, tmp_path / "shards.pt", 2)
+    checkpoint_command.convert(whole, tmp_path / "shards.pt", 2)
     for file in (tmp_path / "experts").iterdir():
         good = torch.load(file)
         damaged = copy.deepcopy(good)
         change(damaged["experts"])
         torch.save(damaged, file)
         with pytest.raises(CheckpointError, match=problem):
-            tool.convert(tmp_path / "shards.pt", tmp_path / "new.pt", 1)
+            checkpoint_command.convert(tmp_path / "shards.pt", tmp_path / "new.pt", 1)
         torch.save(good, file)
 
 
@@ -183,7 +183,7 @@ def test_a_full_disk_leaves_nothing(act: str, whole: Path, tmp_path: Path) -> No
             if act == "average":
                 average_checkpoints.main()
             else:
-                tool.convert(whole, new / "checkpoint.pt", 1 if act == "merge" else 2)
+                checkpoint_command.convert(whole, new / "checkpoint.pt", 1 if act == "merge" else 2)
         return str(error.value)
 
     (said,) = run_ranks(1, write)
@@ -193,7 +193,7 @@ def test_a_full_disk_leaves_nothing(act: str, whole: Path, tmp_path: Path) -> No
 
 def test_a_copy_under_any_name_keeps_its_experts(whole: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    tool.convert(whole, run / "checkpoint_last.pt", 2)
+    checkpoint_command.convert(whole, run / "checkpoint_last.pt", 2)
     os.rename(run / "checkpoint_last.pt", run / "checkpoint_last.pt.bak")
     (run / "train.log").write_text("no checkpoint")
     with zipfile.ZipFile(run / "code.zip", "w") as archive:
