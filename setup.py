@@ -35,7 +35,11 @@ setup(
         "console_scripts": [
             "xmoe-checkpoint = xmoe_fairseq.parallel.checkpoint_command:main",
             "xmoe-convert = xmoe_fairseq.convert.convert_command:main",
-        ]
+        ],
+        # How its names begin, for messages where this --user-dir is missing (xmoe_fairseq_compat/plugins.py).
+        "xmoe_fairseq_compat.names": [
+            f"{name} = xmoe_fairseq" for name in ("moe_", "xmoe_", "expert_shards")
+        ],
     },
     package_dir={"": "."},  # said, so that an editable install is one sys.path entry, not an import hook
     cmdclass={"build_py": BuildPyAndStartUpLine},

@@ -12,13 +12,14 @@ from torch import nn
 
 from xmoe_fairseq.config import read_field
 from xmoe_fairseq.criterions.moe_loss import MoELossMixin
+from xmoe_fairseq.failure import explain, introduce
 from xmoe_fairseq.moe import Budget, step_budgets
-from xmoe_fairseq.parallel.check import check_backend
-from xmoe_fairseq.parallel.failure import explain, introduce
 from xmoe_fairseq.saved_settings import check_saved_settings
+from xmoe_fairseq_compat.errors import FlagError
 
 logger = logging.getLogger(__name__)
 
+DDP_BACKENDS = ("legacy_ddp", "no_c10d", "pytorch_ddp", "c10d")
 BALANCED = ("moe_cross_entropy", "moe_label_smoothed_cross_entropy")  # or moe_adaptive_loss
 
 
@@ -26,7 +27,11 @@ class MoETrainer(Trainer):
     """Steers thresholds to a budget, and says where and on which rank a run failed."""
 
     def __init__(self, cfg: Any, task: Any, model: nn.Module, criterion: Any, quantizer: Any = None) -> None:
-        check_backend(cfg)
+        backend = str(cfg.distributed_training.ddp_backend)
+        if backend not in DDP_BACKENDS:  # nobody has tried the others with experts
+            raise FlagError(
+                f"--ddp-backend {backend} cannot be combined with MoE layers: use legacy_ddp or pytorch_ddp"
+            )
         super().__init__(cfg, task, model, criterion, quantizer)
         if dist.is_initialized():
             introduce()

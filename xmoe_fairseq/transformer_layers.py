@@ -16,12 +16,16 @@ from xmoe_fairseq.build_moe import build_moe
 from xmoe_fairseq.config import MoEConfig
 from xmoe_fairseq.moe import MoELayer, moe_layers
 from xmoe_fairseq.parallel import ExpertParallel, expert_parallel, spread_experts
+from xmoe_fairseq.parallel.trainer import ExpertParallelTrainer
 from xmoe_fairseq.token_ids import TokenIds
+from xmoe_fairseq.trainer import MoETrainer
 
 
 def install_experts(model: nn.Module, config: MoEConfig, sides: tuple[str, ...]) -> None:
     """Put MoE layers into a fairseq model, in place; each rank of a run gets the experts that it holds."""
-    parallel = expert_parallel(config) if any(config.has_experts(side) for side in sides) else None
+    if not any(config.has_experts(side) for side in sides):
+        return
+    parallel = expert_parallel(config)
     for side in sides:
         install_moe_layers(getattr(model, side), config, side, parallel)
     for layer in moe_layers(model):
@@ -30,12 +34,10 @@ def install_experts(model: nn.Module, config: MoEConfig, sides: tuple[str, ...])
     if config.moe_layer_thresholds:
         for layer, threshold in zip(moe_layers(model), config.layer_thresholds, strict=True):
             layer.router.threshold = threshold  # type: ignore[assignment]
-    if any(config.has_experts(side) for side in sides):
-        # Imported here: fairseq's trainer is needed for training only.
-        from xmoe_fairseq.trainer import MoETrainer
-
-        model.trainer_class = MoETrainer  # type: ignore[assignment]  # see xmoe_fairseq_compat
-    spread_experts(model, parallel)  # last: its trainer does what the other does, and more
+    if parallel:
+        spread_experts(model, parallel)
+    # see xmoe_fairseq_compat
+    model.trainer_class = ExpertParallelTrainer if parallel else MoETrainer  # type: ignore[assignment]
 
 
 def install_moe_layers(

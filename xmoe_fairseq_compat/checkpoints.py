@@ -9,6 +9,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
+from xmoe_fairseq_compat import plugins
 from xmoe_fairseq_compat.errors import CheckpointError, UserError
 from xmoe_fairseq_compat.reading import DAMAGED, check_claims, check_zip
 from xmoe_fairseq_compat.registry import has, patch, stand_in
@@ -138,22 +139,19 @@ def say_what_a_checkpoint_lacks(module: Any) -> None:
 
 
 @patch("fairseq.checkpoint_utils")
-def read_experts_whole(module: Any) -> None:
-    """Every torch: fairseq reads a checkpoint from one file; experts may lie in files of their own.
-
-    And it builds the model as the training run had it; here every process that only reads holds all experts.
-    """
+def let_plugins_complete_a_checkpoint(module: Any) -> None:
+    """Every torch: fairseq reads a checkpoint from one file; a plugin's may lie in several."""
     plain_load = module.load_checkpoint_to_cpu
 
     def load_checkpoint_to_cpu(path: Any, *args: Any, **kwargs: Any) -> Any:
         state = plain_load(path, *args, **kwargs)
-        model_cfg: Any = (state.get("cfg") or {}).get("model")
-        if hasattr(model_cfg, "keys") and "moe_expert_parallel_size" in model_cfg:
-            model_cfg["moe_expert_parallel_size"] = 1
-        if "expert_shards" not in state:
-            return state
-        from xmoe_fairseq.parallel.shards import join_shards
-
-        return join_shards(state, path)
+        for complete in plugins.after_load:
+            state = complete(state, path)
+        if any(value is None for value in state["model"].values()):
+            for name in state:
+                if plugin := plugins.plugin_of(name):  # loaded, it would have taken the entry out
+                    problem = f"some of it lies in other files; add --user-dir {plugin.value} to read them"
+                    raise CheckpointError(path, problem)
+        return state
 
     module.load_checkpoint_to_cpu = load_checkpoint_to_cpu

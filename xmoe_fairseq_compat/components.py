@@ -13,6 +13,7 @@ from contextvars import ContextVar
 from typing import Any
 
 from xmoe_fairseq_compat.errors import CheckpointError, FlagError
+from xmoe_fairseq_compat.plugins import plugin_of
 from xmoe_fairseq_compat.registry import patch
 
 # By the group of the configuration; models by their name, which all their architectures share.
@@ -124,9 +125,9 @@ def _check(path: Any, group: str, name: str, given: Mapping[str, Any]) -> None:
 
 
 def unknown(group: str, name: str) -> str:
-    own = name.startswith(("xmoe_", "moe_"))
-    hint = "--user-dir xmoe_fairseq" if own else "the --user-dir that it was trained with"
-    return f"no {group} is known by the name {name[:60]!r}; add {hint}"
+    plugin = plugin_of(name)
+    missing = f"--user-dir {plugin.value}" if plugin else "the --user-dir that it was trained with"
+    return f"no {group} is known by the name {name[:60]!r}; add {missing}"
 
 
 def model_name(group: str, name: str) -> str:

@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from xmoe_fairseq_compat.errors import one_line
+from xmoe_fairseq_compat.plugins import models
 from xmoe_fairseq_compat.registry import patch, patch_around
 from xmoe_fairseq_compat.settings import when_parsed
 
@@ -118,7 +119,8 @@ def help_with_all_flags(module: Any) -> None:
             known, rest = plain_known([a for a in arguments if a not in ("-h", "--help")], namespace)
             if getattr(known, "arch", "") is None:
                 plain_known(arguments, namespace)  # --help ends here: of no model's flags
-                parser.error("--arch must be given, such as --arch xmoe_transformer or --arch transformer_lm")
+                archs = " or --arch ".join(models() or ["transformer", "transformer_lm"])
+                parser.error(f"--arch must be given, such as --arch {archs}")
             return known, rest
 
         parser.parse_known_args = first_pass

@@ -7,10 +7,11 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+from xmoe_fairseq_compat import plugins
 from xmoe_fairseq_compat.errors import UserError
 from xmoe_fairseq_compat.registry import patch, patch_around
 
-GO_ON = ("fairseq-train", "fairseq-hydra-train", "xmoe-convert")  # the others begin anew
+GO_ON = ("fairseq-train", "fairseq-hydra-train")  # and a plugin's; the others begin anew
 
 
 @patch_around("fairseq")
@@ -20,8 +21,10 @@ def end_an_interruption_with_one_line(module: Any) -> Iterator[None]:
 
     def excepthook(kind: Any, error: BaseException, traceback: Any) -> None:
         command = os.path.basename(sys.argv[0])
-        if isinstance(error, KeyboardInterrupt) and command.startswith(("fairseq-", "xmoe-")):
-            how = "; run it again to go on" if command in GO_ON else ""
+        if isinstance(error, KeyboardInterrupt) and (
+            command.startswith("fairseq-") or plugins.is_command(command)
+        ):
+            how = "; run it again to go on" if command in (*GO_ON, *plugins.go_on) else ""
             print(f"{command}: interrupted{how}", file=sys.stderr)
         else:
             plain_hook(kind, error, traceback)

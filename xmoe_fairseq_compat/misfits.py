@@ -9,6 +9,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+from xmoe_fairseq_compat import plugins
 from xmoe_fairseq_compat.errors import CheckpointError, UserError, flag
 from xmoe_fairseq_compat.registry import patch
 from xmoe_fairseq_compat.settings import as_dict
@@ -24,8 +25,7 @@ SIZE = re.compile(
 NO_TENSOR = re.compile(r'While copying the parameter named "([^"]+)", expected torch\.Tensor')
 VOCABULARY = re.compile(r"(embed_tokens|output_projection)\.weight$|\.embed_out$")
 SHAPING = re.compile(
-    r".*(_dim|_layers|_heads|_positions|_freq|_num_experts|_ffn_split|_router|_combine|_pos)$"
-    r"|share_.*|no_moe_.*|.*normalize_before|.*layernorm_embedding|adaptive_.*|moe_target_.*"
+    r".*(_dim|_layers|_heads|_positions|_pos)|share_.*|.*normalize_before|.*layernorm_embedding|adaptive_.*"
 )
 # They change what a model computes, and no weight shows it.
 SILENT = re.compile(
@@ -123,7 +123,8 @@ def as_flag(name: str, value: Any = "") -> str:
 
 def other_sizes(saved: Mapping[str, Any], here: Mapping[str, Any]) -> str:
     """The flags that give a model its sizes and differ: " (it was trained with --x 8, here 16; ...)"."""
-    names = [name for name in saved if name in here and SHAPING.fullmatch(name)]
+    shaping = [SHAPING, *map(re.compile, plugins.shaping)]
+    names = [name for name in saved if name in here and any(kind.fullmatch(name) for kind in shaping)]
     differing = [
         f"{as_flag(name, saved[name])}, here {here[name]}"
         for name in names

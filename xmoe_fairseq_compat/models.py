@@ -138,7 +138,7 @@ def begin_an_average_later(module: Any) -> None:
 def read_averages_whole(module: Any) -> None:
     """Every torch: an average (EMA) is read from one file, and taken as it is.
 
-    Experts may lie in files of their own, and versions before the patch above lost the final LayerNorm.
+    A plugin's may lie in several files, and versions before the patch above lost the final LayerNorm.
     """
 
     def load_ema_from_checkpoint(fpath: Any) -> Any:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from enum import Enum
 from typing import Any
 
+from xmoe_fairseq_compat import plugins
 from xmoe_fairseq_compat.errors import FlagError, flag
 
 # What of a checkpoint's configuration is used after loading; the rest comes from the command's own flags, and
@@ -88,7 +89,8 @@ def check_overrides(overrides: Mapping[str, Any], cfg: Any, path: Any) -> None:
             check_known(name, known, cfg, path)
             check_kind(name, value, known[name])
             flat[name] = value
-    check_moe(flat, groups["model"] | flat)
+    for check in plugins.override_rules:
+        check(flat, groups["model"] | flat)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -123,21 +125,3 @@ def check_kind(name: str, value: Any, present: Any) -> None:
         fits = kind not in (str, dict) or value is None or isinstance(value, kind)
     if not fits:
         refuse(f"{name} must be of type {kind.__name__}, got {value!r}")
-
-
-def check_moe(overrides: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
-    """What must hold between settings of MoE layers.
-
-    Args:
-        settings: the model's, as overridden.
-    """
-    for name, value in overrides.items():
-        if name.startswith("moe_") and value is None:  # which would be the flag's default
-            refuse(f"{name} must have a value, got None")
-    target = "moe_target_experts_per_token"
-    if overrides.get(target):
-        rule = f"{target} must be 0 (to use moe_threshold): a trained model is steered no more"
-        refuse(f"{rule}, got {overrides[target]}")
-    if "moe_threshold" in overrides and settings.get(target):
-        rule = "moe_threshold counts for nothing in a model trained with a budget"
-        refuse(f"{rule}; add '{target}': 0, got {overrides['moe_threshold']}")

@@ -31,7 +31,7 @@ def read_overrides(text: str) -> dict[str, Any]:
     except NO_LITERAL:
         overrides = None
     if not isinstance(overrides, dict):
-        example = "\"{'moe_threshold': 0.5}\""
+        example = "\"{'max_target_positions': 1024}\""
         raise FlagError(
             f"--model-overrides must be a dictionary of literals, such as {example}, got {text!r}"
         )

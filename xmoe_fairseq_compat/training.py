@@ -14,7 +14,7 @@ from xmoe_fairseq_compat.registry import patch, stand_in
 def model_may_bring_its_trainer(module: Any) -> None:
     """Every torch: the trainer takes it that all ranks hold the same parameters, and leaves a model no say.
 
-    Its gradient norm, checkpoints and recovery from errors are wrong for experts that lie on some ranks.
+    Its gradient norm, checkpoints and recovery from errors are wrong for those that lie on some ranks only.
     """
 
     def __new__(cls: Any, cfg: Any, task: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
@@ -172,8 +172,8 @@ def autocast_on_cpu(module: Any) -> None:
 
 @patch("fairseq_cli.train")
 def count_experts(module: Any) -> None:
-    """Every torch: parameters of experts are counted by a mark that also keeps them out of DDP and out of the
-    gradient norm. Where every rank holds all experts, which so have none, the log says that there are 0.
+    """Every torch: parameters of "experts" (fairseq's word) are counted by a mark that also keeps them out of
+    DDP and of the gradient norm. Where every rank holds all, which so have none, the log says there are 0.
 
     `is_expert` is a mark for the count alone.
     """

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from typing import Any, NoReturn
 
 from xmoe_fairseq_compat.errors import UserError, flag, one_line
+from xmoe_fairseq_compat.plugins import models, plugin_of
 from xmoe_fairseq_compat.registry import patch, stand_in
 
 FEW = 12  # so many names are listed: a choice
@@ -19,9 +20,9 @@ FEW = 12  # so many names are listed: a choice
 def hint(name: str, known: Iterable[str]) -> str:
     """Which of the names that there are was meant."""
     known = [str(each) for each in known]
-    prefix = re.match("x?moe_", name)
-    if prefix and not any(each.startswith(prefix[0]) for each in known):
-        return "; it comes with --user-dir xmoe_fairseq"
+    plugin = plugin_of(name)
+    if plugin and not any(each.startswith(plugin.name) for each in known):
+        return f"; it comes with --user-dir {plugin.value}"
     if len(known) <= FEW:
         return f"; choose from {', '.join(known)}"
     close = difflib.get_close_matches(name, known, 3)
@@ -30,13 +31,13 @@ def hint(name: str, known: Iterable[str]) -> str:
 
 def hint_of_flags(flags: list[str], known: Iterable[str]) -> str:
     known = list(known)
-    if any(name.startswith("--moe-") for name in flags) and not any(
-        name.startswith("--moe-") for name in known
-    ):
+    name, plugin = next(((name, found) for name in flags if (found := plugin_of(name))), ("", None))
+    if plugin and not any(each.startswith(flag(plugin.name)) for each in known):
         if "--model-overrides" in known:  # the command opens a checkpoint
-            name = next(name for name in flags if name.startswith("--moe-"))[2:].replace("-", "_")
+            name = name[2:].replace("-", "_")
             return f"; a checkpoint's own settings are changed with --model-overrides \"{{'{name}': ...}}\""
-        return "; the --moe-* flags come with --user-dir xmoe_fairseq and --arch xmoe_transformer or _lm"
+        archs = " or ".join(models()) or "one of its models"
+        return f"; the {flag(plugin.name)}* flags come with --user-dir {plugin.value} and --arch {archs}"
     close = [each for name in flags for each in difflib.get_close_matches(name, known, 1, 0.75)]
     if close:
         return f"; did you mean {' and '.join(close)}?"

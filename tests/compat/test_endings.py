@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 from torch.multiprocessing import ProcessRaisedException
 
+import xmoe_fairseq.hooks  # noqa: F401  (which of its commands go on)
 from xmoe_fairseq_compat import endings
 from xmoe_fairseq_compat.errors import UserError
 
@@ -15,7 +16,8 @@ from xmoe_fairseq_compat.errors import UserError
     [
         ("xmoe-convert", "; run it again to go on"),
         ("fairseq-train", "; run it again to go on"),
-        ("fairseq-generate", ""),  # which begins anew
+        ("fairseq-generate", ""),  # which begins anew, as
+        ("xmoe-checkpoint", ""),
     ],
 )
 def test_an_interruption_takes_one_line(

@@ -29,7 +29,7 @@ TRAIN = ("data", "--arch", "transformer_tiny", "--batch-size", "1")
         (
             (*TRAIN, "--moe-threshold=0.3"),
             "unrecognized arguments: --moe-threshold=0.3; the --moe-* flags come with --user-dir "
-            "xmoe_fairseq and --arch xmoe_transformer or _lm",
+            "xmoe_fairseq and --arch xmoe_transformer",
         ),
         (
             (*TRAIN, "--qqq"),

@@ -8,21 +8,6 @@ from xmoe_fairseq.config import read_field
 from xmoe_fairseq.parallel.groups import expert_names
 from xmoe_fairseq_compat.errors import FlagError, flag
 
-DDP_BACKENDS = ("legacy_ddp", "no_c10d", "pytorch_ddp", "c10d")
-
-
-def check_backend(cfg: Any) -> None:
-    """Raises FlagError if fairseq would wrap a model with MoE layers in what nobody has tried with them.
-
-    Args:
-        cfg: fairseq's whole configuration.
-    """
-    backend = str(cfg.distributed_training.ddp_backend)
-    if backend not in DDP_BACKENDS:
-        raise FlagError(
-            f"--ddp-backend {backend} cannot be combined with MoE layers: use legacy_ddp or pytorch_ddp"
-        )
-
 
 def check_training(cfg: Any, model: nn.Module) -> None:
     """Raises FlagError: one line that names the flag and what to use instead.
@@ -35,7 +20,6 @@ def check_training(cfg: Any, model: nn.Module) -> None:
         raise FlagError(f"{what} cannot be combined with --moe-expert-parallel-size: {instead}")
 
     common, distributed = cfg.common, cfg.distributed_training
-    check_backend(cfg)
     if common.fp16 and not (common.fp16_no_flatten_grads or common.memory_efficient_fp16):
         refuse("--fp16 with flat gradients", "add --fp16-no-flatten-grads")
     if common.amp:  # its scaler skips an update on the one rank whose experts overflowed

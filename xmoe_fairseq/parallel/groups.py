@@ -52,19 +52,13 @@ def _make_groups(size: int, world: dist.ProcessGroup) -> ExpertParallel:
     return ExpertParallel(size, world_size // size, expert_groups[rank // size], replica_groups[rank % size])
 
 
-def spread_experts(model: nn.Module, parallel: ExpertParallel | None) -> None:
+def spread_experts(model: nn.Module, parallel: ExpertParallel) -> None:
     """Tell fairseq and torch that this model's experts are not the same on every rank."""
-    if parallel is None:
-        return
-    # Imported here: fairseq's trainer is needed for training only.
-    from xmoe_fairseq.parallel.trainer import ExpertParallelTrainer
-
     names = expert_names(model)
     for name in names:
         model.get_parameter(name).expert = True  # type: ignore[attr-defined]  # fairseq's mark
     model._ddp_params_and_buffers_to_ignore = names  # type: ignore[assignment]  # torch's
     model.expert_parallel = parallel  # type: ignore[assignment]
-    model.trainer_class = ExpertParallelTrainer  # type: ignore[assignment]  # see xmoe_fairseq_compat
 
 
 def expert_names(model: nn.Module) -> list[str]:

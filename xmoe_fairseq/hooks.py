@@ -1,0 +1,47 @@
+"""What xmoe_fairseq_compat, which knows no MoE, is told of it. Imported with the models."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from xmoe_fairseq.parallel.shards import join_shards
+from xmoe_fairseq_compat import plugins
+from xmoe_fairseq_compat.override_rules import refuse
+
+
+def read_whole(state: dict[str, Any], path: Any) -> dict[str, Any]:
+    """A checkpoint with all its experts, whichever files they lie in.
+
+    Its configuration then says so: fairseq builds the model as the training run had it, and here every
+    process that only reads holds all experts.
+
+    Raises:
+        CheckpointError: a file of experts is missing or damaged.
+    """
+    model_cfg: Any = (state.get("cfg") or {}).get("model")
+    if hasattr(model_cfg, "keys") and "moe_expert_parallel_size" in model_cfg:
+        model_cfg["moe_expert_parallel_size"] = 1
+    return join_shards(state, path)
+
+
+def check_overrides(overrides: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    """What must hold between settings of MoE layers.
+
+    Args:
+        settings: the model's, as overridden.
+    """
+    for name, value in overrides.items():
+        if name.startswith("moe_") and value is None:  # which would be the flag's default
+            refuse(f"{name} must have a value, got None")
+    target = "moe_target_experts_per_token"
+    if overrides.get(target):
+        rule = f"{target} must be 0 (to use moe_threshold): a trained model is steered no more"
+        refuse(f"{rule}, got {overrides[target]}")
+    if "moe_threshold" in overrides and settings.get(target):
+        rule = "moe_threshold counts for nothing in a model trained with a budget"
+        refuse(f"{rule}; add '{target}': 0, got {overrides['moe_threshold']}")
+
+
+plugins.after_load.append(read_whole)
+plugins.override_rules.append(check_overrides)
+plugins.shaping.append("no_moe_.*|moe_(freq|num_experts|ffn_split|router|combine|target_.*)")
+plugins.go_on.add("xmoe-convert")

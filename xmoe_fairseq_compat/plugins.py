@@ -1,0 +1,41 @@
+"""What a plugin (a --user-dir) adds to this package, which knows none: it registers when it is imported."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from importlib import metadata
+from typing import Any
+
+# Each gets a checkpoint that fairseq has read and its path, and gives the checkpoint to go on with.
+after_load: list[Callable[[dict[str, Any], Any], dict[str, Any]]] = []
+# Each gets what --model-overrides changes and the model's settings, as overridden; raises FlagError.
+override_rules: list[Callable[[dict[str, Any], dict[str, Any]], None]] = []
+# Regular expressions: settings of a model that change the number or the sizes of its weights.
+shaping: list[str] = []
+# Commands that an interruption costs little: the next run goes on.
+go_on: set[str] = set()
+
+# The group of entry points in which an installed plugin declares how its names begin, those of models and the
+# like, flags and entries of checkpoints (`moe_ = its_user_dir`): and is named where it is not loaded.
+NAMES = "xmoe_fairseq_compat.names"
+
+
+def plugin_of(name: str) -> metadata.EntryPoint | None:
+    """Of the plugin that declares a name's beginning: `name` is the beginning, `value` the --user-dir."""
+    plain = name.lstrip("-").replace("-", "_")
+    found = metadata.entry_points(group=NAMES)
+    return next((declared for declared in found if plain.startswith(declared.name)), None)
+
+
+def is_command(name: str) -> bool:
+    """Whether this is a console script of a plugin."""
+    plugins = {declared.value for declared in metadata.entry_points(group=NAMES)}
+    scripts = metadata.entry_points(group="console_scripts")
+    return any(script.name == name and script.module.partition(".")[0] in plugins for script in scripts)
+
+
+def models() -> list[str]:
+    """Names of those that a --user-dir has registered."""
+    registry = getattr(sys.modules.get("fairseq.models"), "MODEL_REGISTRY", {})
+    return [name for name, model in registry.items() if not model.__module__.startswith("fairseq.")]
