@@ -36,8 +36,8 @@ def hint_of_flags(flags: list[str], known: Iterable[str]) -> str:
         if "--model-overrides" in known:  # the command opens a checkpoint
             name = name[2:].replace("-", "_")
             return f"; a checkpoint's own settings are changed with --model-overrides \"{{'{name}': ...}}\""
-        archs = " or ".join(models()) or "one of its models"
-        return f"; the {flag(plugin.name)}* flags come with --user-dir {plugin.value} and --arch {archs}"
+        arch = f"--arch {' or '.join(models())}" if models() else "one of its --arch"
+        return f"; the {flag(plugin.name)}* flags come with --user-dir {plugin.value} and {arch}"
     close = [each for name in flags for each in difflib.get_close_matches(name, known, 1, 0.75)]
     if close:
         return f"; did you mean {' and '.join(close)}?"
