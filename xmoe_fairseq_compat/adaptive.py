@@ -6,23 +6,21 @@ from itertools import pairwise
 from typing import Any
 
 from xmoe_fairseq_compat.errors import FlagError, flag
-from xmoe_fairseq_compat.registry import patch
+from xmoe_fairseq_compat.registry import patch, wrap
 
 
 @patch("fairseq.criterions.adaptive_loss")
 def adaptive_loss_needs_a_cutoff(module: Any) -> None:
     """Every torch: with a model that has no adaptive softmax it ends in an AssertionError without a word."""
-    plain_forward = module.AdaptiveLoss.forward
 
-    def forward(self: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+    @wrap(module.AdaptiveLoss, "forward")
+    def forward(plain: Any, self: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
         if getattr(model.decoder, "adaptive_softmax", None) is None:
             from fairseq.criterions import CRITERION_REGISTRY
 
             name = next((n for n, kind in CRITERION_REGISTRY.items() if kind is type(self)), "adaptive_loss")
             raise FlagError(f"--criterion {name} needs a model with --adaptive-softmax-cutoff")
-        return plain_forward(self, model, *args, **kwargs)
-
-    module.AdaptiveLoss.forward = forward
+        return plain(self, model, *args, **kwargs)
 
 
 def refuse_ddp(criterion: str, cfg: Any) -> None:
@@ -48,14 +46,12 @@ def adaptive_loss_in_one_process(module: Any) -> None:
 @patch("fairseq.modules.adaptive_softmax")
 def train_adaptive_softmax_by_its_own_loss(module: Any) -> None:
     """Every torch: with other criterions training ends in an error about an operation in place."""
-    plain_log_prob = module.AdaptiveSoftmax.get_log_prob
 
-    def get_log_prob(self: Any, input: Any, target: Any) -> Any:
+    @wrap(module.AdaptiveSoftmax, "get_log_prob")
+    def get_log_prob(plain: Any, self: Any, input: Any, target: Any) -> Any:
         if self.training and input.requires_grad:
             raise FlagError("--adaptive-softmax-cutoff needs --criterion adaptive_loss")
-        return plain_log_prob(self, input, target)
-
-    module.AdaptiveSoftmax.get_log_prob = get_log_prob
+        return plain(self, input, target)
 
 
 def check_cutoff(flag: str, cutoff: Any, vocab_size: int) -> None:
@@ -74,14 +70,12 @@ def check_cutoffs(module: Any) -> None:
         "fairseq.modules.adaptive_input": ("AdaptiveInput", "--adaptive-input-cutoff", 5),
     }[module.__name__]
     kind = getattr(module, name)
-    plain_init = kind.__init__
 
-    def init(self: Any, vocab_size: int, *args: Any, **kwargs: Any) -> None:
+    @wrap(kind, "__init__")
+    def init(plain: Any, self: Any, vocab_size: int, *args: Any, **kwargs: Any) -> None:
         cutoff = kwargs["cutoff"] if "cutoff" in kwargs else args[place - 1]
         check_cutoff(flag, cutoff, vocab_size)
-        plain_init(self, vocab_size, *args, **kwargs)
-
-    kind.__init__ = init
+        plain(self, vocab_size, *args, **kwargs)
 
 
 TIED = (
@@ -96,9 +90,9 @@ SHARE = "--share-decoder-input-output-embed"
 @patch("fairseq.models.transformer_lm")
 def check_adaptive_flags(module: Any) -> None:
     """Every torch: embeddings that cannot be shared end in a traceback, or are not shared."""
-    plain_build = module.TransformerLanguageModel.build_model.__func__
 
-    def build_model(cls: Any, args: Any, task: Any) -> Any:
+    @wrap(module.TransformerLanguageModel, "build_model")
+    def build_model(plain: Any, cls: Any, args: Any, task: Any) -> Any:
         if args.share_decoder_input_output_embed:
             for name in ("adaptive_input", "character_embeddings", "adaptive_softmax_cutoff"):
                 if getattr(args, name):
@@ -110,9 +104,7 @@ def check_adaptive_flags(module: Any) -> None:
             if value != other:
                 rule = f"must be {flag(two)} {other} with --tie-adaptive-weights"
                 raise FlagError(f"{flag(one)} {rule}, got {value}")
-        return plain_build(cls, args, task)
-
-    module.TransformerLanguageModel.build_model = classmethod(build_model)
+        return plain(cls, args, task)
 
 
 NOT_IN_TRANSLATION = ("adaptive_input", "tie_adaptive_weights", "tie_adaptive_proj", "char_inputs")
@@ -121,44 +113,38 @@ NOT_IN_TRANSLATION = ("adaptive_input", "tie_adaptive_weights", "tie_adaptive_pr
 @patch("fairseq.models.transformer.transformer_base")
 def check_embeddings_of_translation(module: Any) -> None:
     """Every torch: a translation model takes --adaptive-input and the like, and has ordinary embeddings."""
-    plain_build = module.TransformerModelBase.build_model.__func__
 
-    def build_model(cls: Any, cfg: Any, task: Any) -> Any:
+    @wrap(module.TransformerModelBase, "build_model")
+    def build_model(plain: Any, cls: Any, cfg: Any, task: Any) -> Any:
         for name in NOT_IN_TRANSLATION:
             if getattr(cfg, name):
                 raise FlagError(f"{flag(name)} does nothing in a translation model: leave it out")
         shared = cfg.share_decoder_input_output_embed and not cfg.share_all_embeddings
         if shared and cfg.adaptive_softmax_cutoff:
             raise FlagError(f"{SHARE} cannot be combined with --adaptive-softmax-cutoff")
-        return plain_build(cls, cfg, task)
-
-    module.TransformerModelBase.build_model = classmethod(build_model)
+        return plain(cls, cfg, task)
 
 
 @patch("fairseq.models.transformer.transformer_decoder")
 def load_adaptive_softmax(module: Any) -> None:
     """Every torch: with --share-all-embeddings a checkpoint with an adaptive softmax is not loaded."""
     kind = module.TransformerDecoderBase
-    plain_upgrade = kind.upgrade_state_dict_named
 
-    def upgrade_state_dict_named(self: Any, state_dict: Any, name: str) -> Any:
-        upgraded = plain_upgrade(self, state_dict, name)
+    @wrap(kind, "upgrade_state_dict_named")
+    def upgrade_state_dict_named(plain: Any, self: Any, state_dict: Any, name: str) -> Any:
+        upgraded = plain(self, state_dict, name)
         if self.adaptive_softmax is not None:
             state_dict.pop(f"{name}.output_projection.weight", None)
         return upgraded
-
-    kind.upgrade_state_dict_named = upgrade_state_dict_named
 
 
 @patch("fairseq.sequence_generator")
 def temperature_of_all_words(module: Any) -> None:
     """Every torch: --temperature tempers each part of an adaptive softmax by itself."""
-    plain_init = module.SequenceGenerator.__init__
 
-    def init(self: Any, models: Any, *args: Any, **kwargs: Any) -> None:
-        plain_init(self, models, *args, **kwargs)
+    @wrap(module.SequenceGenerator, "__init__")
+    def init(plain: Any, self: Any, models: Any, *args: Any, **kwargs: Any) -> None:
+        plain(self, models, *args, **kwargs)
         decoders = [getattr(model, "decoder", None) for model in self.model.models]
         if self.temperature != 1 and any(getattr(d, "adaptive_softmax", None) is not None for d in decoders):
             raise FlagError(f"--temperature must be 1 with an adaptive softmax, got {self.temperature}")
-
-    module.SequenceGenerator.__init__ = init

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 from xmoe_fairseq_compat.errors import FlagError, UserError
-from xmoe_fairseq_compat.registry import patch
+from xmoe_fairseq_compat.registry import patch, wrap
 
 
 class Alignment(list[Any]):
@@ -20,19 +19,22 @@ class Alignment(list[Any]):
 def align_what_was_found(module: Any) -> None:
     """Every torch: alignments fail for print_alignment=True, and for hypotheses less than the beam."""
     kind = module.SequenceGeneratorWithAlignment
-    plain_init, plain_generate = kind.__init__, kind.generate
 
-    def init(self: Any, models: Any, *args: Any, print_alignment: Any = "hard", **kwargs: Any) -> None:
+    @wrap(kind, "__init__")
+    def init(
+        plain: Any, self: Any, models: Any, *args: Any, print_alignment: Any = "hard", **kwargs: Any
+    ) -> None:
         print_alignment = "hard" if print_alignment is True else print_alignment
         if print_alignment not in ("hard", "soft"):
             raise FlagError(f"--print-alignment must be hard or soft, got {print_alignment}")
-        plain_init(self, models, *args, print_alignment=print_alignment, **kwargs)
+        plain(self, models, *args, print_alignment=print_alignment, **kwargs)
         if not self.model.has_encoder():
             raise FlagError("--print-alignment and --replace-unk need a model with an encoder")
 
-    def generate(self: Any, models: Any, sample: Any, **kwargs: Any) -> Any:
+    @wrap(kind, "generate")
+    def generate(plain: Any, self: Any, models: Any, sample: Any, **kwargs: Any) -> Any:
         if any(getattr(model, "full_context_alignment", False) for model in self.model.models):
-            return plain_generate(self, models, sample, **kwargs)
+            return plain(self, models, sample, **kwargs)
         found = module.SequenceGenerator.generate(self, models, sample, **kwargs)
         for row, source in enumerate(sample["net_input"]["src_tokens"].cpu()):
             for hypothesis in found[row]:
@@ -43,19 +45,19 @@ def align_what_was_found(module: Any) -> None:
                 hypothesis["alignment"] = pairs
         return found
 
-    kind.__init__, kind.generate, kind.written = init, generate, None
+    kind.written = None
 
 
 @patch("fairseq_cli.interactive")
 def keep_unknown_source_words(module: Any) -> None:
     """Every torch: of a source word that is unknown nothing is left by the time it could be copied."""
-    plain_batches = module.make_batches
 
-    def make_batches(lines: Any, cfg: Any, task: Any, max_positions: Any, encode_fn: Any) -> Any:
+    @wrap(module, "make_batches")
+    def make_batches(plain: Any, lines: Any, cfg: Any, task: Any, max_positions: Any, encode_fn: Any) -> Any:
         from fairseq.sequence_generator import SequenceGeneratorWithAlignment
 
         try:
-            for batch in plain_batches(lines, cfg, task, max_positions, encode_fn):
+            for batch in plain(lines, cfg, task, max_positions, encode_fn):
                 # It is translated before the next one is asked for.
                 written = [encode_fn(lines[index]).split() for index in batch.ids.tolist()]
                 SequenceGeneratorWithAlignment.written = written
@@ -63,15 +65,13 @@ def keep_unknown_source_words(module: Any) -> None:
         finally:  # whatever is translated next in this process was not read here
             SequenceGeneratorWithAlignment.written = None
 
-    module.make_batches = make_batches
-
 
 @patch("fairseq.tasks.fairseq_task")
 def align_to_replace_unknown_words(module: Any) -> None:
     """Every torch: --replace-unk asks for no alignment, and fails for want of it."""
-    plain_build = module.FairseqTask.build_generator
 
-    def build_generator(self: Any, models: Any, args: Any, *rest: Any, **kwargs: Any) -> Any:
+    @wrap(module.FairseqTask, "build_generator")
+    def build_generator(plain: Any, self: Any, models: Any, args: Any, *rest: Any, **kwargs: Any) -> Any:
         if getattr(args, "replace_unk", None) is not None:
             from fairseq.sequence_generator import SequenceGeneratorWithAlignment
 
@@ -83,9 +83,7 @@ def align_to_replace_unknown_words(module: Any) -> None:
                     raise FlagError(f"--replace-unk cannot be combined with {flag}")
             if not rest:
                 kwargs["seq_gen_cls"] = kwargs.get("seq_gen_cls") or SequenceGeneratorWithAlignment
-        return plain_build(self, models, args, *rest, **kwargs)
-
-    module.FairseqTask.build_generator = build_generator
+        return plain(self, models, args, *rest, **kwargs)
 
 
 @patch("fairseq.utils")
@@ -112,15 +110,15 @@ def read_alignment_dictionaries(module: Any) -> None:
 @patch("fairseq.utils")
 def replace_unknown_words(module: Any) -> None:
     """Every torch: pairs of an alignment are taken for positions, so --replace-unk fails."""
-    plain_process = module.post_process_prediction
 
+    @wrap(module, "post_process_prediction")
     def post_process_prediction(
-        hypo_tokens: Any, src_str: str, alignment: Any, align_dict: Any, tgt_dict: Any,
+        plain: Any, hypo_tokens: Any, src_str: str, alignment: Any, align_dict: Any, tgt_dict: Any,
         remove_bpe: Any = None, extra_symbols_to_ignore: Any = None,
     ) -> Any:  # fmt: skip
         if align_dict is None:
             rest = (align_dict, tgt_dict, remove_bpe, extra_symbols_to_ignore)
-            return plain_process(hypo_tokens, src_str, alignment, *rest)
+            return plain(hypo_tokens, src_str, alignment, *rest)
         from fairseq.data import data_utils
 
         tokens = [token for token in hypo_tokens.tolist() if token not in (tgt_dict.pad(), tgt_dict.eos())]
@@ -135,8 +133,6 @@ def replace_unknown_words(module: Any) -> None:
         text = data_utils.post_process(" ".join(kept), remove_bpe)
         return tgt_dict.encode_line(text, add_if_not_exist=True), text, alignment
 
-    module.post_process_prediction = post_process_prediction
-
 
 @patch("fairseq.data.base_wrapper_dataset")
 def original_text_through_wrappers(module: Any) -> None:
@@ -147,10 +143,10 @@ def original_text_through_wrappers(module: Any) -> None:
 @patch("fairseq_cli.generate", "fairseq_cli.interactive")
 def check_what_words_are_replaced_by(module: Any) -> None:
     """Every torch: --replace-unk with what turns pieces into words puts wrong words in their place."""
-    plain_main, interactive = module.main, module.__name__.endswith("interactive")
+    interactive = module.__name__.endswith("interactive")
 
-    @functools.wraps(plain_main)
-    def main(cfg: Any) -> Any:
+    @wrap(module, "main")
+    def main(plain: Any, cfg: Any) -> Any:
         if hasattr(cfg, "generation") and cfg.generation.replace_unk is not None:
             pieces = {"--bpe": cfg.bpe, "--tokenizer": cfg.tokenizer}
             if interactive:
@@ -162,6 +158,4 @@ def check_what_words_are_replaced_by(module: Any) -> None:
                 )
             for flag in [flag for flag, given in pieces.items() if given is not None]:
                 raise FlagError(f"--replace-unk cannot be combined with {flag}: it copies words, not pieces")
-        return plain_main(cfg)
-
-    module.main = main
+        return plain(cfg)

@@ -12,7 +12,7 @@ from typing import Any
 from xmoe_fairseq_compat import plugins
 from xmoe_fairseq_compat.errors import CheckpointError, UserError
 from xmoe_fairseq_compat.reading import DAMAGED, check_claims, check_zip
-from xmoe_fairseq_compat.registry import has, patch, stand_in
+from xmoe_fairseq_compat.registry import has, patch, stand_in, wrap
 from xmoe_fairseq_compat.saved_configuration import check_configuration, follow_references
 
 
@@ -119,11 +119,13 @@ def say_why_a_checkpoint_is_refused(module: Any) -> None:
 @patch("fairseq.checkpoint_utils")
 def say_what_a_checkpoint_lacks(module: Any) -> None:
     """Every torch: fairseq brings a checkpoint up to date as if it were whole, or ends in a traceback."""
-    plain_load = module.load_checkpoint_to_cpu
 
-    def load_checkpoint_to_cpu(path: Any, arg_overrides: Any = None, *args: Any, **kwargs: Any) -> Any:
+    @wrap(module, "load_checkpoint_to_cpu")
+    def load_checkpoint_to_cpu(
+        plain: Any, path: Any, arg_overrides: Any = None, *args: Any, **kwargs: Any
+    ) -> Any:
         try:
-            return plain_load(path, arg_overrides, *args, **kwargs)
+            return plain(path, arg_overrides, *args, **kwargs)
         except (UserError, OSError):
             raise
         except Exception as error:
@@ -135,16 +137,14 @@ def say_what_a_checkpoint_lacks(module: Any) -> None:
             what = "it, or what overrides it," if arg_overrides else "it"
             raise CheckpointError(path, f"{what} cannot be read as fairseq's: {reason}") from error
 
-    module.load_checkpoint_to_cpu = load_checkpoint_to_cpu
-
 
 @patch("fairseq.checkpoint_utils")
 def let_plugins_complete_a_checkpoint(module: Any) -> None:
     """Every torch: fairseq reads a checkpoint from one file; a plugin's may lie in several."""
-    plain_load = module.load_checkpoint_to_cpu
 
-    def load_checkpoint_to_cpu(path: Any, *args: Any, **kwargs: Any) -> Any:
-        state = plain_load(path, *args, **kwargs)
+    @wrap(module, "load_checkpoint_to_cpu")
+    def load_checkpoint_to_cpu(plain: Any, path: Any, *args: Any, **kwargs: Any) -> Any:
+        state = plain(path, *args, **kwargs)
         for complete in plugins.after_load:
             state = complete(state, path)
         if any(value is None for value in state["model"].values()):
@@ -153,5 +153,3 @@ def let_plugins_complete_a_checkpoint(module: Any) -> None:
                     problem = f"some of it lies in other files; add --user-dir {plugin.value} to read them"
                     raise CheckpointError(path, problem)
         return state
-
-    module.load_checkpoint_to_cpu = load_checkpoint_to_cpu

@@ -11,7 +11,7 @@ from typing import Any
 
 from xmoe_fairseq_compat.errors import FlagError, UserError
 from xmoe_fairseq_compat.folders import check_language_model
-from xmoe_fairseq_compat.registry import has, patch, stand_in
+from xmoe_fairseq_compat.registry import has, patch, stand_in, wrap
 from xmoe_fairseq_compat.settings import configuration
 from xmoe_fairseq_compat.shares import Names, Turns, shared, with_each_task
 from xmoe_fairseq_compat.splits import load_with_targets
@@ -33,18 +33,16 @@ def equal_lines(system: Any, reference: Any) -> Iterator[tuple[Any, Any]]:
 def score_all_lines(module: Any) -> None:
     """Every torch: fairseq-score passes over the lines that one of its two files has more; a file that is
     missing or empty ends in a traceback."""
-    plain_main, module.zip = module.cli_main, equal_lines
+    module.zip = equal_lines
 
-    @functools.wraps(plain_main)
-    def cli_main() -> None:
+    @wrap(module, "cli_main")
+    def cli_main(plain: Any) -> None:
         try:
-            plain_main()
+            plain()
         except AssertionError as error:
             if "does not exist" not in str(error):
                 raise
             raise UserError(str(error)) from error
-
-    module.cli_main = cli_main
 
 
 @patch("fairseq_cli.score", when=lambda: has("sacrebleu", 2))
@@ -55,13 +53,10 @@ def score_with_sacrebleu_2(module: Any) -> None:
     """
     import sacrebleu
 
-    plain_bleu = sacrebleu.corpus_bleu
-
-    def corpus_bleu(system: Any, references: Any) -> Any:
+    @wrap(sacrebleu, "corpus_bleu")
+    def corpus_bleu(plain: Any, system: Any, references: Any) -> Any:
         hypotheses, lines = zip(*equal_lines(system, references[0]), strict=True)
-        return plain_bleu(hypotheses, [lines])
-
-    sacrebleu.corpus_bleu = corpus_bleu
+        return plain(hypotheses, [lines])
 
 
 @patch("fairseq_cli.score")

@@ -8,13 +8,13 @@ somebody who knows the component allows it.
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextvars import ContextVar
 from typing import Any
 
 from xmoe_fairseq_compat.errors import CheckpointError, FlagError
 from xmoe_fairseq_compat.plugins import plugin_of
-from xmoe_fairseq_compat.registry import patch
+from xmoe_fairseq_compat.registry import patch, wrap
 
 # By the group of the configuration; models by their name, which all their architectures share.
 TEXT: dict[str, set[str]] = {
@@ -153,37 +153,35 @@ def name_components_of_text_only(module: Any) -> None:
 
     And one whose model is not known, because --user-dir is missing, ends in KeyError: "'_name'".
     """
-    plain_load, plain_ensemble = module.load_checkpoint_to_cpu, module.load_model_ensemble_and_task
 
-    def load_checkpoint_to_cpu(path: Any, arg_overrides: Any = None, *args: Any, **kwargs: Any) -> Any:
-        state = plain_load(path, arg_overrides, *args, **kwargs)
+    @wrap(module, "load_checkpoint_to_cpu")
+    def load_checkpoint_to_cpu(
+        plain: Any, path: Any, arg_overrides: Any = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        state = plain(path, arg_overrides, *args, **kwargs)
         if _user_gives_task.get() is not None:  # else nothing is built of its configuration
             check_components(path, state.get("cfg"), arg_overrides, bool(_user_gives_task.get()))
         return state
 
+    @wrap(module, "load_model_ensemble_and_task")
     def load_model_ensemble_and_task(
-        filenames: Any, arg_overrides: Any = None, task: Any = None, *args: Any, **kwargs: Any
+        plain: Any, filenames: Any, arg_overrides: Any = None, task: Any = None, *args: Any, **kwargs: Any
     ) -> Any:
         token = _user_gives_task.set(task is not None)
         try:
-            return plain_ensemble(filenames, arg_overrides, task, *args, **kwargs)
+            return plain(filenames, arg_overrides, task, *args, **kwargs)
         finally:
             _user_gives_task.reset(token)
-
-    module.load_checkpoint_to_cpu = load_checkpoint_to_cpu
-    module.load_model_ensemble_and_task = load_model_ensemble_and_task
 
 
 @patch("fairseq.criterions")
 def say_which_criterion_is_unknown(module: Any) -> None:
     """Every torch: fairseq-validate of a checkpoint trained with a criterion of a --user-dir that is missing
     ends in a KeyError."""
-    plain_build: Callable[..., Any] = module.build_criterion
 
-    def build_criterion(cfg: Any, *args: Any, **kwargs: Any) -> Any:
+    @wrap(module, "build_criterion")
+    def build_criterion(plain: Any, cfg: Any, *args: Any, **kwargs: Any) -> Any:
         for name in _names(cfg, "criterion"):
             if name not in module.CRITERION_REGISTRY:
                 raise FlagError(unknown("criterion", name))
-        return plain_build(cfg, *args, **kwargs)
-
-    module.build_criterion = build_criterion
+        return plain(cfg, *args, **kwargs)

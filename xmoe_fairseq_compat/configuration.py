@@ -13,7 +13,7 @@ from typing import Any
 
 from xmoe_fairseq_compat.errors import one_line
 from xmoe_fairseq_compat.plugins import models
-from xmoe_fairseq_compat.registry import patch, patch_around
+from xmoe_fairseq_compat.registry import patch, patch_around, wrap
 from xmoe_fairseq_compat.settings import when_parsed
 
 
@@ -37,16 +37,14 @@ def quiet_deprecations(module: Any) -> Iterator[None]:
 def end_with_one_line(module: Any) -> None:
     """Every torch: a wrong flag, path or checkpoint, or numbers that overflow, end a command with a page of
     where fairseq was just then."""
-    plain_hook = sys.excepthook
 
-    def excepthook(kind: Any, error: BaseException, traceback: Any) -> None:
+    @wrap(sys, "excepthook")
+    def excepthook(plain: Any, kind: Any, error: BaseException, traceback: Any) -> None:
         line = one_line(error)
         if line:
             print(f"{os.path.basename(sys.argv[0]) or 'fairseq'}: error: {line}", file=sys.stderr)
         else:
-            plain_hook(kind, error, traceback)
-
-    sys.excepthook = excepthook
+            plain(kind, error, traceback)
 
 
 @patch_around("fairseq.dataclass.configs", when=lambda: sys.version_info >= (3, 11))
@@ -79,17 +77,15 @@ def hashable_configs(module: Any) -> Iterator[None]:
 @patch("fairseq.utils")
 def user_dir_may_be_installed(module: Any) -> None:
     """Every torch: --user-dir takes a folder, so the name of an installed package does not do elsewhere."""
-    plain_import = module.import_user_module
 
-    def import_user_module(args: Any) -> Any:
+    @wrap(module, "import_user_module")
+    def import_user_module(plain: Any, args: Any) -> Any:
         name = getattr(args, "user_dir", None)
         if name and name.isidentifier() and not os.path.exists(name):
             package = find_spec(name)
             if package is not None and package.submodule_search_locations:
                 args.user_dir = package.submodule_search_locations[0]
-        return plain_import(args)
-
-    module.import_user_module = import_user_module
+        return plain(args)
 
 
 @patch("fairseq.options")
@@ -107,9 +103,9 @@ def bf16_without_tpu(module: Any) -> None:
 def help_with_all_flags(module: Any) -> None:
     """Every torch: --help ends the command before the flags of the --arch, --task, ... given are known, and
     without --arch fairseq-train ends with a RuntimeError that says nothing."""
-    plain_parse = module.parse_args_and_arch
 
-    def parse_args_and_arch(parser: Any, *args: Any, **kwargs: Any) -> Any:
+    @wrap(module, "parse_args_and_arch")
+    def parse_args_and_arch(plain: Any, parser: Any, *args: Any, **kwargs: Any) -> Any:
         plain_known = parser.parse_known_args
 
         def first_pass(arguments: Any = None, namespace: Any = None) -> Any:
@@ -124,6 +120,4 @@ def help_with_all_flags(module: Any) -> None:
             return known, rest
 
         parser.parse_known_args = first_pass
-        return plain_parse(parser, *args, **kwargs)
-
-    module.parse_args_and_arch = parse_args_and_arch
+        return plain(parser, *args, **kwargs)

@@ -7,7 +7,7 @@ import os
 from typing import Any
 
 from xmoe_fairseq_compat.errors import FlagError
-from xmoe_fairseq_compat.registry import has, patch, stand_in
+from xmoe_fairseq_compat.registry import has, patch, stand_in, wrap
 
 
 @patch(
@@ -35,29 +35,26 @@ def resume_on_another_number_of_ranks(module: Any) -> None:
     """Every torch: a checkpoint's place in the epoch counts one rank's batches, so with fewer or more ranks
     a resumed run would read some of the epoch's batches again, or leave some out."""
     iterator = module.EpochBatchIterator
-    plain_state, plain_load = iterator.state_dict, iterator.load_state_dict
 
-    def state_dict(self: Any) -> dict[str, Any]:
-        return {**plain_state(self), "num_shards": self.num_shards}
+    @wrap(iterator, "state_dict")
+    def state_dict(plain: Any, self: Any) -> dict[str, Any]:
+        return {**plain(self), "num_shards": self.num_shards}
 
-    def load_state_dict(self: Any, state: dict[str, Any]) -> None:
+    @wrap(iterator, "load_state_dict")
+    def load_state_dict(plain: Any, self: Any, state: dict[str, Any]) -> None:
         read = state.get("iterations_in_epoch", 0) * state.get("num_shards", self.num_shards)
-        plain_load(self, {**state, "iterations_in_epoch": read // self.num_shards})
-
-    iterator.state_dict, iterator.load_state_dict = state_dict, load_state_dict
+        plain(self, {**state, "iterations_in_epoch": read // self.num_shards})
 
 
 @patch("fairseq.data.indexed_dataset", when=lambda: has("numpy", 2))
 def place_sentences_beyond_two_gigabytes(module: Any) -> None:
     """numpy >= 2 adds a size read from a worker's part to a place in 32 bits: `fairseq-preprocess --workers`
     writes wrong places once the data passes 2 GB, with nothing but a warning of an overflow."""
-    plain_finalize = module.MMapIndexedDatasetBuilder.finalize
 
-    def finalize(self: Any, index_file: str) -> None:
+    @wrap(module.MMapIndexedDatasetBuilder, "finalize")
+    def finalize(plain: Any, self: Any, index_file: str) -> None:
         self._sizes = [int(size) for size in self._sizes]
-        plain_finalize(self, index_file)
-
-    module.MMapIndexedDatasetBuilder.finalize = finalize
+        plain(self, index_file)
 
 
 @patch("fairseq.data.indexed_dataset")
@@ -79,14 +76,12 @@ def map_empty_data(module: Any) -> None:
 @patch("fairseq.data.data_utils")
 def name_what_joins_pieces(module: Any) -> None:
     """Every torch: a misspelt --remove-bpe ends in a traceback, after the first batch was translated."""
-    plain_process = module.post_process
 
-    def post_process(sentence: str, symbol: str | None) -> Any:
+    @wrap(module, "post_process")
+    def post_process(plain: Any, sentence: str, symbol: str | None) -> Any:
         try:
-            return plain_process(sentence, symbol)
+            return plain(sentence, symbol)
         except NotImplementedError as error:
             known = "subword_nmt, sentencepiece, wordpiece, letter, silence, _EOW, none"
             rule = f"--remove-bpe (--post-process) must be one of {known}, got {symbol}"
             raise FlagError(rule) from error
-
-    module.post_process = post_process

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import logging
 from collections.abc import Iterable
 from typing import Any
 
 from xmoe_fairseq_compat.errors import UserError
-from xmoe_fairseq_compat.registry import patch, replaced, stand_in
+from xmoe_fairseq_compat.registry import patch, replaced, stand_in, wrap
 
 FLAG = " #fairseq:overwrite"
 
@@ -122,27 +121,25 @@ def know_the_dictionaries_of_training(module: Any) -> None:
 
 def remember_dictionaries(task: Any) -> None:
     """In a task class's state, which is part of a checkpoint."""
-    plain_state, plain_load = task.state_dict, task.load_state_dict
 
-    def state_dict(self: Any) -> dict[str, Any]:
-        return {**plain_state(self), "trained_on": trained_on(self)}
+    @wrap(task, "state_dict")
+    def state_dict(plain: Any, self: Any) -> dict[str, Any]:
+        return {**plain(self), "trained_on": trained_on(self)}
 
-    def load_state_dict(self: Any, state: dict[str, Any]) -> None:
+    @wrap(task, "load_state_dict")
+    def load_state_dict(plain: Any, self: Any, state: dict[str, Any]) -> None:
         check_dictionaries(self, state.get("trained_on", {}))
-        plain_load(self, {name: value for name, value in state.items() if name != "trained_on"})
-
-    task.state_dict, task.load_state_dict = state_dict, load_state_dict
+        plain(self, {name: value for name, value in state.items() if name != "trained_on"})
 
 
 @patch("fairseq.trainer")
 def resume_with_the_same_dictionaries(module: Any) -> None:
     """Every torch: training goes on with another dictionary of as many entries. (A warning for fine-tuning,
     where unused entries may have been given to new words.)"""
-    plain_load = module.Trainer.load_checkpoint
 
-    @functools.wraps(plain_load)
+    @wrap(module.Trainer, "load_checkpoint")
     def load_checkpoint(
-        self: Any, filename: str, reset_optimizer: bool = False, *args: Any, **kwargs: Any
+        plain: Any, self: Any, filename: str, reset_optimizer: bool = False, *args: Any, **kwargs: Any
     ) -> Any:
         utils = module.checkpoint_utils
 
@@ -159,9 +156,7 @@ def resume_with_the_same_dictionaries(module: Any) -> None:
         with replaced(
             module, checkpoint_utils=stand_in(utils, load_checkpoint_to_cpu=load_checkpoint_to_cpu)
         ):
-            return plain_load(self, filename, reset_optimizer, *args, **kwargs)
-
-    module.Trainer.load_checkpoint = load_checkpoint
+            return plain(self, filename, reset_optimizer, *args, **kwargs)
 
 
 def names_in(folder: str) -> list[str]:

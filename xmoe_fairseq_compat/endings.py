@@ -9,7 +9,7 @@ from typing import Any
 
 from xmoe_fairseq_compat import plugins
 from xmoe_fairseq_compat.errors import UserError
-from xmoe_fairseq_compat.registry import patch, patch_around
+from xmoe_fairseq_compat.registry import patch, patch_around, wrap
 
 GO_ON = ("fairseq-train", "fairseq-hydra-train")  # and a plugin's; the others begin anew
 
@@ -17,9 +17,9 @@ GO_ON = ("fairseq-train", "fairseq-hydra-train")  # and a plugin's; the others b
 @patch_around("fairseq")
 def end_an_interruption_with_one_line(module: Any) -> Iterator[None]:
     """Every torch: Ctrl-C ends a command with a page of where it was just then, also while it starts."""
-    plain_hook = sys.excepthook
 
-    def excepthook(kind: Any, error: BaseException, traceback: Any) -> None:
+    @wrap(sys, "excepthook")
+    def excepthook(plain: Any, kind: Any, error: BaseException, traceback: Any) -> None:
         command = os.path.basename(sys.argv[0])
         if isinstance(error, KeyboardInterrupt) and (
             command.startswith("fairseq-") or plugins.is_command(command)
@@ -27,9 +27,8 @@ def end_an_interruption_with_one_line(module: Any) -> Iterator[None]:
             how = "; run it again to go on" if command in (*GO_ON, *plugins.go_on) else ""
             print(f"{command}: interrupted{how}", file=sys.stderr)
         else:
-            plain_hook(kind, error, traceback)
+            plain(kind, error, traceback)
 
-    sys.excepthook = excepthook
     yield
 
 
@@ -47,15 +46,12 @@ def one_line_from_spawned_ranks(module: Any) -> None:
     comes as a page of where it was."""
     from torch.multiprocessing import ProcessRaisedException
 
-    plain_call = module.call_main
-
-    def call_main(*args: Any, **kwargs: Any) -> Any:
+    @wrap(module, "call_main")
+    def call_main(plain: Any, *args: Any, **kwargs: Any) -> Any:
         try:
-            return plain_call(*args, **kwargs)
+            return plain(*args, **kwargs)
         except ProcessRaisedException as error:
             told = user_error_in(str(error))
             if told:
                 raise told from None
             raise
-
-    module.call_main = call_main

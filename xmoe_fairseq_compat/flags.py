@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import functools
 import json
 import re
 from argparse import ArgumentParser, Namespace
@@ -12,7 +11,7 @@ from typing import Any
 
 from xmoe_fairseq_compat.errors import NO_LITERAL, FlagError, flag
 from xmoe_fairseq_compat.flag_rules import RUN, TRANSFORMER, Holds, Rule, numbers
-from xmoe_fairseq_compat.registry import patch
+from xmoe_fairseq_compat.registry import patch, wrap
 from xmoe_fairseq_compat.settings import as_dict, when_parsed
 
 HYDRAS = re.compile(r"\$\{|\\$|\\'")  # what hydra does not take as it is
@@ -111,14 +110,11 @@ def check_flags(module: Any) -> None:
 @patch("fairseq_cli.preprocess")
 def check_flags_of_preprocessing(module: Any) -> None:
     """Every torch: as of the other commands, which parse theirs in another way."""
-    plain_main = module.main
 
-    @functools.wraps(plain_main)
-    def main(args: Any) -> Any:
+    @wrap(module, "main")
+    def main(plain: Any, args: Any) -> Any:
         check(vars(args), RUN)
-        return plain_main(args)
-
-    module.main = main
+        return plain(args)
 
 
 @patch("fairseq_cli.hydra_train")
@@ -126,18 +122,15 @@ def check_settings_of_hydra(module: Any) -> None:
     """Every torch: as on the command line."""
     from omegaconf import OmegaConf
 
-    plain_main = module._hydra_main
-
-    def _hydra_main(cfg: Any, **kwargs: Any) -> Any:
+    @wrap(module, "_hydra_main")
+    def _hydra_main(plain: Any, cfg: Any, **kwargs: Any) -> Any:
         lr = as_dict(cfg.optimization)["lr"]  # which a scheduler's settings refer to
         for group in cfg:
             if OmegaConf.is_dict(cfg[group]):
                 settings = as_dict(cfg[group])
                 check(settings | {"lr": lr}, RUN)
                 check_strings(settings)
-        return plain_main(cfg, **kwargs)
-
-    module._hydra_main = _hydra_main
+        return plain(cfg, **kwargs)
 
 
 @patch("fairseq.models.transformer.transformer_base", "fairseq.models.transformer_lm")
@@ -146,14 +139,12 @@ def check_sizes_of_a_model(module: Any) -> None:
     checkpoint, hydra or --model-overrides says passes here too."""
     name = {"transformer_base": "TransformerModelBase", "transformer_lm": "TransformerLanguageModel"}
     model = getattr(module, name[module.__name__.rpartition(".")[2]])
-    plain_build = model.build_model.__func__
 
-    def build_model(cls: Any, cfg: Any, task: Any) -> Any:
+    @wrap(model, "build_model")
+    def build_model(plain: Any, cls: Any, cfg: Any, task: Any) -> Any:
         settings = dict(as_dict(cfg))  # a copy
         for side in ("encoder", "decoder"):  # fairseq's TransformerConfig is nested
             inner = as_dict(settings.get(side))
             settings |= {f"{side}_{name}": value for name, value in inner.items()}
         check(settings, TRANSFORMER)
-        return plain_build(cls, cfg, task)
-
-    model.build_model = classmethod(build_model)
+        return plain(cls, cfg, task)

@@ -7,7 +7,7 @@ from typing import Any
 
 from xmoe_fairseq_compat.dictionaries import task_of
 from xmoe_fairseq_compat.errors import UserError
-from xmoe_fairseq_compat.registry import patch
+from xmoe_fairseq_compat.registry import patch, wrap
 
 
 def check_folders(task: Any, folders: list[str]) -> None:
@@ -30,17 +30,14 @@ def one_dictionary_for_all_folders(module: Any) -> None:
 
 
 def check_when_set_up(task: Any) -> None:
-    plain_setup = task.setup_task.__func__
-
-    def setup_task(cls: Any, /, cfg: Any, **kwargs: Any) -> Any:
+    @wrap(task, "setup_task")
+    def setup_task(plain: Any, cls: Any, /, cfg: Any, **kwargs: Any) -> Any:
         from fairseq.utils import split_paths
 
-        ready = plain_setup(cls, cfg, **kwargs)
+        ready = plain(cls, cfg, **kwargs)
         if cfg.data:
             check_folders(ready, split_paths(cfg.data))
         return ready
-
-    task.setup_task = classmethod(setup_task)
 
 
 def check_language_model(model: Any, file: str, dictionary: Any) -> None:

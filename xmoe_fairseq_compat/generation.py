@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import re
 from typing import TYPE_CHECKING, Any
 
 from xmoe_fairseq_compat.errors import FlagError, flag
-from xmoe_fairseq_compat.registry import patch
+from xmoe_fairseq_compat.registry import patch, wrap
 from xmoe_fairseq_compat.settings import configuration
 
 if TYPE_CHECKING:
@@ -70,14 +69,13 @@ def limit_each_sentence_by_its_own_length(module: Any) -> None:
     """
     import torch
 
-    plain_generate = module.SequenceGenerator.generate  # not _generate, which is compiled to TorchScript
-
-    def generate(self: Any, models: Any, sample: Any, **kwargs: Any) -> Any:
+    @wrap(module.SequenceGenerator, "generate")
+    def generate(plain: Any, self: Any, models: Any, sample: Any, **kwargs: Any) -> Any:
         source = sample["net_input"].get("src_tokens")
         # A search that decides by itself when a sentence may end would be left without a candidate.
         decides = self.match_source_len or self.search.supports_constraints or self.search.stop_on_max_len
         if source is None or not self.max_len_a or decides:
-            return plain_generate(self, models, sample, **kwargs)
+            return plain(self, models, sample, **kwargs)
         longest_B = (self.max_len_a * source.ne(self.pad).sum(dim=1) + self.max_len_b).long()
         ids = sample["id"].tolist() if isinstance(sample.get("id"), torch.Tensor) else range(len(source))
         limit_of = dict(zip(ids, longest_B.tolist(), strict=True))
@@ -93,11 +91,9 @@ def limit_each_sentence_by_its_own_length(module: Any) -> None:
 
         self.search.step = step
         try:
-            return plain_generate(self, models, sample, **kwargs)
+            return plain(self, models, sample, **kwargs)
         finally:
             del self.search.step
-
-    module.SequenceGenerator.generate = generate
 
 
 def check_generation(g: Any) -> None:
@@ -129,25 +125,23 @@ def check_generation(g: Any) -> None:
 def refuse_steps_of_beam_search(module: Any) -> None:
     """Every torch: --print-step and --retain-iter-history are for models that refine a whole sentence; a beam
     search ends in a KeyError, after the first batch."""
-    plain_build = module.FairseqTask.build_generator  # tasks of such models have one of their own
 
-    def build_generator(self: Any, models: Any, args: Any, *rest: Any, **kwargs: Any) -> Any:
+    @wrap(module.FairseqTask, "build_generator")
+    def build_generator(plain: Any, self: Any, models: Any, args: Any, *rest: Any, **kwargs: Any) -> Any:
         for name in ("print_step", "retain_iter_history"):
             if getattr(args, name, False):
                 raise FlagError(
                     f"{flag(name)} needs a model that refines its output (--task translation_lev)"
                 )
-        return plain_build(self, models, args, *rest, **kwargs)
-
-    module.FairseqTask.build_generator = build_generator
+        return plain(self, models, args, *rest, **kwargs)
 
 
 @patch("fairseq.models.fairseq_model")
 def retain_the_dropout_that_is_named(module: Any) -> None:
     """Every torch: --retain-dropout-modules is one string, in which any part of it is found as a name."""
-    plain_make = module.BaseFairseqModel.make_generation_fast_
 
-    def make_generation_fast_(self: Any, **kwargs: Any) -> None:
+    @wrap(module.BaseFairseqModel, "make_generation_fast_")
+    def make_generation_fast_(plain: Any, self: Any, **kwargs: Any) -> None:
         given = kwargs.get("retain_dropout_modules")
         if given is not None:
             known = {m.module_name for m in self.modules() if hasattr(m, "apply_during_inference")} - {None}
@@ -161,9 +155,7 @@ def retain_the_dropout_that_is_named(module: Any) -> None:
                     f" got {', '.join(unknown)}"
                 )
             kwargs["retain_dropout_modules"] = names
-        plain_make(self, **kwargs)
-
-    module.BaseFairseqModel.make_generation_fast_ = make_generation_fast_
+        plain(self, **kwargs)
 
 
 @patch("fairseq_cli.generate", "fairseq_cli.interactive")
@@ -172,10 +164,10 @@ def check_flags_of_generation(module: Any) -> None:
 
     So are those that one of the two commands does not read.
     """
-    plain_main, interactive = module.main, module.__name__.endswith("interactive")
+    interactive = module.__name__.endswith("interactive")
 
-    @functools.wraps(plain_main)
-    def main(cfg: Any) -> Any:
+    @wrap(module, "main")
+    def main(plain: Any, cfg: Any) -> Any:
         cfg = configuration(cfg)
         g = cfg.generation
         check_generation(g)
@@ -195,6 +187,4 @@ def check_flags_of_generation(module: Any) -> None:
             raise FlagError(f"{name} is read by {other} alone: leave it out, or use that")
         if g.lm_path and not g.lm_weight:
             raise FlagError(f"--lm-path needs --lm-weight, what its scores count, got {g.lm_weight}")
-        return plain_main(cfg)
-
-    module.main = main
+        return plain(cfg)

@@ -6,7 +6,7 @@ from typing import Any
 
 from xmoe_fairseq_compat.errors import FlagError
 from xmoe_fairseq_compat.override_rules import did_you_mean
-from xmoe_fairseq_compat.registry import patch
+from xmoe_fairseq_compat.registry import patch, wrap
 
 # Besides the settings of a GenerationConfig: arguments of `generate` itself, and what tasks read.
 ARGUMENTS = {"skip_invalid_size_inputs", "inference_step_args", "prefix_allowed_tokens_fn"}
@@ -16,25 +16,23 @@ OF_TASKS = {"keep_inference_langtok"}
 @patch("fairseq.file_utils")
 def name_the_folder_that_is_not_there(module: Any) -> None:
     """Every torch: from_pretrained of a misspelt folder ends in a TypeError on None."""
-    plain_load = module.load_archive_file
 
-    def load_archive_file(archive_file: str) -> str:
-        folder: str | None = plain_load(archive_file)
+    @wrap(module, "load_archive_file")
+    def load_archive_file(plain: Any, archive_file: str) -> str:
+        folder: str | None = plain(archive_file)
         if folder is None:
             raise FlagError(f"{archive_file} does not exist: from_pretrained takes folders and addresses")
         return folder
-
-    module.load_archive_file = load_archive_file
 
 
 @patch("fairseq.hub_utils")
 def refuse_settings_of_nothing(module: Any) -> None:
     """Every torch: translate() and sample() take any name for a setting, and pass over a misspelt one."""
     kind = module.GeneratorHubInterface
-    plain_generate = kind.generate
 
+    @wrap(kind, "generate")
     def generate(
-        self: Any, tokens: Any, beam: int = 5, verbose: bool = False, *args: Any, **kwargs: Any
+        plain: Any, self: Any, tokens: Any, beam: int = 5, verbose: bool = False, *args: Any, **kwargs: Any
     ) -> Any:
         known = {*self.cfg.generation, *ARGUMENTS, *OF_TASKS}
         for name in kwargs:
@@ -46,6 +44,4 @@ def refuse_settings_of_nothing(module: Any) -> None:
             raise FlagError(
                 "print_alignment='soft' cannot be printed: leave out verbose, read hypo['alignment']"
             )
-        return plain_generate(self, tokens, beam, verbose, *args, **kwargs)
-
-    kind.generate = generate
+        return plain(self, tokens, beam, verbose, *args, **kwargs)

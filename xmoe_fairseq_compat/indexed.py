@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from xmoe_fairseq_compat.errors import UserError
-from xmoe_fairseq_compat.registry import patch
+from xmoe_fairseq_compat.registry import patch, wrap
 
 if TYPE_CHECKING:
     from numpy import dtype, ndarray
@@ -152,9 +152,11 @@ CHECKS: dict[str, Callable[[Pair], tuple[int, dtype[Any]]]] = {"mmap": check_mma
 def check_indexed_data(module: Any) -> None:
     """Every torch: the index of other data is accepted, and sentences are left out or cut anew; damaged files
     end in a traceback without a name, or go unnoticed; a missing file is no data, or no references."""
-    plain_make, plain_exists = module.make_dataset, module.dataset_exists
 
-    def make_dataset(path: str, impl: str, fix_lua_indexing: bool = False, dictionary: Any = None) -> Any:
+    @wrap(module, "make_dataset")
+    def make_dataset(
+        plain: Any, path: str, impl: str, fix_lua_indexing: bool = False, dictionary: Any = None
+    ) -> Any:
         pair = Pair(path, module._code_to_dtype)
         impl = str(impl)  # of the command line, a member of an enumeration
         if impl in ("mmap", "cached", "lazy", "huffman") and pair.both():
@@ -167,14 +169,13 @@ def check_indexed_data(module: Any) -> None:
                 if dictionary is not None:
                     first = int(fix_lua_indexing and kind == "cached")
                     check_tokens(pair, tokens, item, first, len(dictionary))
-        return plain_make(path, impl, fix_lua_indexing, dictionary)
+        return plain(path, impl, fix_lua_indexing, dictionary)
 
-    def dataset_exists(path: str, impl: str) -> bool:
+    @wrap(module, "dataset_exists")
+    def dataset_exists(plain: Any, path: str, impl: str) -> bool:
         if impl not in ("raw", "fasta"):
             Pair(path, {}).both()
-        return bool(plain_exists(path, impl))
-
-    module.make_dataset, module.dataset_exists = make_dataset, dataset_exists
+        return bool(plain(path, impl))
 
 
 @patch("fairseq.data.indexed_dataset")
@@ -182,9 +183,7 @@ def read_what_was_not_prefetched(module: Any) -> None:
     """Every torch: data of the older kind, unless with --dataset-impl lazy, ends in a KeyError: what is left
     to be cached beforehand is not."""
     cached = module.IndexedCachedDataset
-    plain_get = cached.__getitem__
 
-    def __getitem__(self: Any, i: Any) -> Any:
-        return plain_get(self, i) if i in self.cache_index else super(cached, self).__getitem__(i)
-
-    cached.__getitem__ = __getitem__
+    @wrap(cached, "__getitem__")
+    def __getitem__(plain: Any, self: Any, i: Any) -> Any:
+        return plain(self, i) if i in self.cache_index else super(cached, self).__getitem__(i)

@@ -11,7 +11,7 @@ from typing import Any
 
 from xmoe_fairseq_compat import plugins
 from xmoe_fairseq_compat.errors import CheckpointError, UserError, flag
-from xmoe_fairseq_compat.registry import patch
+from xmoe_fairseq_compat.registry import patch, wrap
 from xmoe_fairseq_compat.settings import as_dict
 
 logger = logging.getLogger(__name__)
@@ -69,13 +69,13 @@ def settings_of(state: Mapping[str, Any]) -> dict[str, Any]:
 @patch("fairseq.options")
 def remember_what_a_script_asks_for(module: Any) -> None:
     """Every torch: a script may hand over the words of a command line, which `sys.argv` does not have."""
-    plain_parse = module.parse_args_and_arch
 
-    def parse_args_and_arch(parser: Any, input_args: Any = None, *args: Any, **kwargs: Any) -> Any:
+    @wrap(module, "parse_args_and_arch")
+    def parse_args_and_arch(
+        plain: Any, parser: Any, input_args: Any = None, *args: Any, **kwargs: Any
+    ) -> Any:
         _words[:] = map(str, input_args or ())
-        return plain_parse(parser, input_args, *args, **kwargs)
-
-    module.parse_args_and_arch = parse_args_and_arch
+        return plain(parser, input_args, *args, **kwargs)
 
 
 def typed_words() -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import math
 from importlib import metadata
@@ -14,7 +13,7 @@ from packaging.version import Version
 from xmoe_fairseq_compat.checkpoints import load_checkpoint as load
 from xmoe_fairseq_compat.errors import CheckpointError, FlagError, UserError
 from xmoe_fairseq_compat.files import MAPPED, from_all_ranks
-from xmoe_fairseq_compat.registry import has, patch, stand_in
+from xmoe_fairseq_compat.registry import has, patch, stand_in, wrap
 
 
 def development_build() -> bool:
@@ -37,30 +36,26 @@ def read_development_versions(module: Any) -> None:
 @patch("fairseq.models.ema.ema")
 def average_floats_only(module: Any) -> None:
     """Every torch: --store-ema averages all of a state dict; torch refuses to for whole numbers."""
-    plain_init = module.EMA.__init__
 
-    def init(self: Any, model: Any, *args: Any, **kwargs: Any) -> None:
-        plain_init(self, model, *args, **kwargs)
+    @wrap(module.EMA, "__init__")
+    def init(plain: Any, self: Any, model: Any, *args: Any, **kwargs: Any) -> None:
+        plain(self, model, *args, **kwargs)
         entries = model.state_dict().items()
         whole_numbers = {name for name, value in entries if not value.dtype.is_floating_point}
         self.skip_keys = {*self.skip_keys, *whole_numbers}
-
-    module.EMA.__init__ = init
 
 
 @patch("fairseq.models.ema.ema")
 def average_tied_weights_once(module: Any) -> None:
     """Every torch: a weight with two names (embedding, output) is averaged twice: its decay is squared."""
-    plain_step = module.EMA._step_internal
 
-    def step_internal(self: Any, new_model: Any, updates: Any = None) -> None:
+    @wrap(module.EMA, "_step_internal")
+    def step_internal(plain: Any, self: Any, new_model: Any, updates: Any = None) -> None:
         once: dict[Any, tuple[str, Any]] = {}
         for name, value in new_model.state_dict().items():
             place = (value.data_ptr(), value.shape, value.stride()) if value.numel() else name
             once.setdefault(place, (name, value))
-        plain_step(self, SimpleNamespace(state_dict=lambda: dict(once.values())), updates)
-
-    module.EMA._step_internal = step_internal
+        plain(self, SimpleNamespace(state_dict=lambda: dict(once.values())), updates)
 
 
 @patch("fairseq.models.ema.ema")
@@ -69,10 +64,10 @@ def keep_versions_in_averages(module: Any) -> None:
 
     Saved without the patch, an average has lost its LayerNorm; then that of the model takes its place.
     """
-    plain_restore = module.EMA.restore
     logger = logging.getLogger(module.__name__)
 
-    def restore(self: Any, state_dict: Any, build_fp32_params: bool = False) -> None:
+    @wrap(module.EMA, "restore")
+    def restore(plain: Any, self: Any, state_dict: Any, build_fp32_params: bool = False) -> None:
         own = self.model.state_dict()
         versions = {name: value for name, value in own.items() if name.rpartition(".")[2] == "version"}
         given = {*versions, *state_dict}
@@ -80,9 +75,7 @@ def keep_versions_in_averages(module: Any) -> None:
         lost = [name for name, value in own.items() if name not in given and value.data_ptr() not in places]
         if lost:
             logger.warning(f"the average (EMA) lacks {', '.join(lost)}: taken from the model")
-        plain_restore(self, {**own, **state_dict, **versions}, build_fp32_params)
-
-    module.EMA.restore = restore
+        plain(self, {**own, **state_dict, **versions}, build_fp32_params)
 
 
 @patch("fairseq.models.ema.ema")
@@ -90,9 +83,8 @@ def refuse_averages_that_stand_still(module: Any) -> None:
     """Every torch: steps of 1 - decay below the precision of the weights are rounded away, all of them."""
     import torch
 
-    plain_init = module.EMA.__init__
-
-    def init(self: Any, model: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+    @wrap(module.EMA, "__init__")
+    def init(plain: Any, self: Any, model: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         decay = config.ema_decay
         types = {p.dtype for p in model.parameters() if p.dtype.is_floating_point}
         coarse = max(types, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float32)
@@ -103,35 +95,30 @@ def refuse_averages_that_stand_still(module: Any) -> None:
                 f"--ema-decay {decay} needs --ema-fp32: weights in {kind} cannot step by {1 - decay:.1e},"
                 f" so the average would stay where it began; or give at most {most}"
             )
-        plain_init(self, model, config, *args, **kwargs)
-
-    module.EMA.__init__ = init
+        plain(self, model, config, *args, **kwargs)
 
 
 @patch("fairseq.trainer")
 def begin_an_average_later(module: Any) -> None:
     """Every torch: a run that goes on with --store-ema from a checkpoint without an average ends in
     KeyError: 'model', for it begins at weights that have just been thrown away."""
-    plain_load = module.Trainer.load_checkpoint
 
-    @functools.wraps(plain_load)
-    def load_checkpoint(self: Any, filename: str, *args: Any, **kwargs: Any) -> Any:
+    @wrap(module.Trainer, "load_checkpoint")
+    def load_checkpoint(plain: Any, self: Any, filename: str, *args: Any, **kwargs: Any) -> Any:
         ema, begins = self.cfg.ema, False
         if ema.store_ema and self.data_parallel_rank == 0 and module.PathManager.isfile(filename):
             path = module.PathManager.get_local_path(filename)
             begins = "ema" not in (load(path, sums=False, **MAPPED).get("extra_state") or {})
         if not (ema.store_ema and any(from_all_ranks(begins))):
-            return plain_load(self, filename, *args, **kwargs)
+            return plain(self, filename, *args, **kwargs)
         ema.store_ema = False
         try:
-            extra_state = plain_load(self, filename, *args, **kwargs)
+            extra_state = plain(self, filename, *args, **kwargs)
         finally:
             ema.store_ema = True
         module.logger.warning(f"{filename} holds no average (EMA): it begins at its weights")
         self.ema.restore(self.model.state_dict(), build_fp32_params=ema.ema_fp32)
         return extra_state
-
-    module.Trainer.load_checkpoint = load_checkpoint
 
 
 @patch("fairseq.checkpoint_utils")
@@ -157,23 +144,21 @@ def read_averages_whole(module: Any) -> None:
 @patch("fairseq.modules.transformer_layer", when=lambda: has("torch", 2))
 def no_encoder_fast_path(module: Any) -> None:
     """In evaluation the encoder layer calls a private torch operation whose arguments changed in torch 2."""
-    plain_init = module.TransformerEncoderLayerBase.__init__
 
-    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        plain_init(self, *args, **kwargs)
+    @wrap(module.TransformerEncoderLayerBase, "__init__")
+    def __init__(plain: Any, self: Any, *args: Any, **kwargs: Any) -> None:
+        plain(self, *args, **kwargs)
         self.can_use_fastpath = False
-
-    module.TransformerEncoderLayerBase.__init__ = __init__
 
 
 @patch("fairseq.utils")
 def read_embeddings(module: Any) -> None:
     """Every torch: a file of embeddings that is missing or does not fit ends in a traceback."""
-    plain_parse, plain_load = module.parse_embedding, module.load_embedding
 
-    def parse_embedding(embed_path: str) -> Any:
+    @wrap(module, "parse_embedding")
+    def parse_embedding(plain: Any, embed_path: str) -> Any:
         try:
-            embeddings = plain_parse(embed_path)
+            embeddings = plain(embed_path)
         except OSError as error:
             raise UserError(f"embeddings {embed_path}: {error.strerror}") from None
         except (StopIteration, ValueError) as error:
@@ -181,11 +166,10 @@ def read_embeddings(module: Any) -> None:
             raise UserError(f"embeddings {embed_path} {rule}: {str(error) or 'it is empty'}") from None
         return embeddings
 
-    def load_embedding(embed_dict: Any, vocab: Any, embedding: Any) -> Any:
+    @wrap(module, "load_embedding")
+    def load_embedding(plain: Any, embed_dict: Any, vocab: Any, embedding: Any) -> Any:
         for word, vector in embed_dict.items():
             if len(vector) != embedding.embedding_dim:
                 size = f"{len(vector)} numbers, the model {embedding.embedding_dim}"
                 raise FlagError(f"--encoder-embed-path or --decoder-embed-path: {word!r} has {size}")
-        return plain_load(embed_dict, vocab, embedding)
-
-    module.parse_embedding, module.load_embedding = parse_embedding, load_embedding
+        return plain(embed_dict, vocab, embedding)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 from argparse import ArgumentParser, Namespace
 from typing import Any
 
 from xmoe_fairseq_compat.errors import FlagError
-from xmoe_fairseq_compat.registry import patch
+from xmoe_fairseq_compat.registry import patch, wrap
 from xmoe_fairseq_compat.settings import when_parsed
 from xmoe_fairseq_compat.usage import hint
 
@@ -76,22 +75,19 @@ def names_of(cfg: Any) -> list[Any]:
 def check_names_of_hydra(module: Any) -> None:
     """Every torch: as on the command line. References between them are followed here, where names of a
     --user-dir are not known yet."""
-    plain_main = module._hydra_main
 
-    def _hydra_main(cfg: Any, **kwargs: Any) -> Any:
+    @wrap(module, "_hydra_main")
+    def _hydra_main(plain: Any, cfg: Any, **kwargs: Any) -> Any:
         check_names(*names_of(cfg))
-        return plain_main(cfg, **kwargs)
-
-    module._hydra_main = _hydra_main
+        return plain(cfg, **kwargs)
 
 
 @patch("fairseq_cli.train")
 def check_names_of_a_user_dir(module: Any) -> None:
     """Every torch: as on the command line; hydra takes any name for a model, and fails in a KeyError."""
-    plain_main = module.main
 
-    @functools.wraps(plain_main)  # its name too: ranks that are spawned find it by that
-    def main(cfg: Any) -> Any:
+    @wrap(module, "main")
+    def main(plain: Any, cfg: Any) -> Any:
         from fairseq.models import ARCH_MODEL_REGISTRY
 
         module.utils.import_user_module(cfg.common)
@@ -99,6 +95,4 @@ def check_names_of_a_user_dir(module: Any) -> None:
         if arch not in ARCH_MODEL_REGISTRY:
             raise FlagError(f"there is no model {arch!r}{hint(str(arch), ARCH_MODEL_REGISTRY)}")
         check_names(task, arch, criterion)
-        return plain_main(cfg)
-
-    module.main = main
+        return plain(cfg)

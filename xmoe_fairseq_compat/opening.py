@@ -8,7 +8,7 @@ from typing import Any
 
 from xmoe_fairseq_compat.dictionaries import languages_of
 from xmoe_fairseq_compat.errors import FlagError, UserError
-from xmoe_fairseq_compat.registry import patch
+from xmoe_fairseq_compat.registry import patch, wrap
 
 NEEDS_PATH = "--path must name a checkpoint, such as checkpoints/checkpoint_best.pt"
 
@@ -16,11 +16,11 @@ NEEDS_PATH = "--path must name a checkpoint, such as checkpoints/checkpoint_best
 @patch("fairseq.checkpoint_utils")
 def name_a_missing_checkpoint(module: Any) -> None:
     """Every torch: --path that is missing, a folder or not given ends in a traceback."""
-    plain_load = module.load_model_ensemble_and_task
 
+    @wrap(module, "load_model_ensemble_and_task")
     def load_model_ensemble_and_task(
-        filenames: Any, arg_overrides: Any = None, task: Any = None, strict: bool = True, suffix: str = "",
-        num_shards: int = 1, state: Any = None,
+        plain: Any, filenames: Any, arg_overrides: Any = None, task: Any = None, strict: bool = True,
+        suffix: str = "", num_shards: int = 1, state: Any = None,
     ) -> Any:  # fmt: skip
         for name in filenames if state is None else []:
             if name is None:
@@ -33,36 +33,32 @@ def name_a_missing_checkpoint(module: Any) -> None:
                 file = module.get_maybe_sharded_checkpoint_filename(name, suffix, shard, num_shards)
                 if not module.PathManager.exists(file):
                     raise FlagError(f"--path: there is no checkpoint {file}")
-        return plain_load(filenames, arg_overrides, task, strict, suffix, num_shards, state)
-
-    module.load_model_ensemble_and_task = load_model_ensemble_and_task
+        return plain(filenames, arg_overrides, task, strict, suffix, num_shards, state)
 
 
 @patch("fairseq.checkpoint_utils")
 def name_a_save_dir_that_cannot_be_written(module: Any) -> None:
     """Every torch: --save-dir that is a file, or lies in one, ends in a traceback about a file `dummy`."""
-    plain_verify = module.verify_checkpoint_directory
 
-    def verify_checkpoint_directory(save_dir: str) -> None:
+    @wrap(module, "verify_checkpoint_directory")
+    def verify_checkpoint_directory(plain: Any, save_dir: str) -> None:
         try:
-            plain_verify(save_dir)
+            plain(save_dir)
         except OSError as error:
             raise FlagError(
                 f"--save-dir must be a folder that can be written, got {save_dir}: {error.strerror}"
             ) from error
 
-    module.verify_checkpoint_directory = verify_checkpoint_directory
-
 
 @patch("fairseq.utils")
 def name_what_is_wrong_with_a_user_dir(module: Any) -> None:
     """Every torch: --user-dir that is missing, or whose import fails, ends in a traceback through fairseq."""
-    plain_import = module.import_user_module
 
-    def import_user_module(args: Any) -> Any:
+    @wrap(module, "import_user_module")
+    def import_user_module(plain: Any, args: Any) -> Any:
         folder = getattr(args, "user_dir", None)
         try:
-            return plain_import(args)
+            return plain(args)
         except UserError:
             raise
         except FileNotFoundError as error:
@@ -74,15 +70,13 @@ def name_what_is_wrong_with_a_user_dir(module: Any) -> None:
             text = f"{type(error).__name__}: {error}".splitlines()[0]
             raise UserError(f"--user-dir {folder}: {text} ({where.filename}:{where.lineno})") from error
 
-    module.import_user_module = import_user_module
-
 
 @patch("fairseq.tasks")
 def name_a_missing_data_folder(module: Any) -> None:
     """Every torch: a data folder that is missing or a file ends in a traceback about a dictionary in it."""
-    plain_setup = module.setup_task
 
-    def setup_task(cfg: Any, **kwargs: Any) -> Any:
+    @wrap(module, "setup_task")
+    def setup_task(plain: Any, cfg: Any, **kwargs: Any) -> Any:
         name = getattr(cfg, "task", None) or getattr(cfg, "_name", None)
         own = getattr(module.TASK_REGISTRY.get(name), "__module__", "").startswith("fairseq.")
         data = getattr(cfg, "data", None)
@@ -97,18 +91,16 @@ def name_a_missing_data_folder(module: Any) -> None:
                     raise FlagError(
                         f"data must be a folder that fairseq-preprocess wrote, and {path} {state}"
                     )
-        return plain_setup(cfg, **kwargs)
-
-    module.setup_task = setup_task
+        return plain(cfg, **kwargs)
 
 
 @patch("fairseq.tasks.translation")
 def languages_of_the_data(module: Any) -> None:
     """Every torch: of --source-lang and --target-lang, one given alone is passed over, and languages that the
     data does not have end in a traceback."""
-    plain_setup = module.TranslationTask.setup_task.__func__
 
-    def setup_task(cls: Any, /, cfg: Any, **kwargs: Any) -> Any:
+    @wrap(module.TranslationTask, "setup_task")
+    def setup_task(plain: Any, cls: Any, /, cfg: Any, **kwargs: Any) -> Any:
         folder = module.utils.split_paths(cfg.data)[0]
         pairs = languages_of(folder)
         flags = {"--source-lang": cfg.source_lang, "--target-lang": cfg.target_lang}
@@ -123,6 +115,4 @@ def languages_of_the_data(module: Any) -> None:
             if len(others) != 1:
                 raise FlagError(f"--source-lang and --target-lang must both be given for {folder}")
             cfg.source_lang, cfg.target_lang = (language or others.pop() for language in flags.values())
-        return plain_setup(cls, cfg, **kwargs)
-
-    module.TranslationTask.setup_task = classmethod(setup_task)
+        return plain(cls, cfg, **kwargs)

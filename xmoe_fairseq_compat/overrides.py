@@ -9,7 +9,7 @@ from typing import Any
 
 from xmoe_fairseq_compat.errors import NO_LITERAL, FlagError
 from xmoe_fairseq_compat.override_rules import check_overrides, refuse, refuse_flag
-from xmoe_fairseq_compat.registry import patch
+from xmoe_fairseq_compat.registry import patch, wrap
 from xmoe_fairseq_compat.settings import when_parsed
 
 # What fairseq's own functions add to what they are given: hub_utils.from_pretrained, and those of its models.
@@ -84,25 +84,24 @@ def read_overrides_first(module: Any) -> None:
 @patch("fairseq.checkpoint_utils")
 def refuse_overrides_of_nothing(module: Any) -> None:
     """Every torch: a misspelt name is passed over, and a study varies nothing; no value's kind is checked."""
-    plain_ensemble = module.load_model_ensemble_and_task
-    plain_load, plain_overwrite = module.load_checkpoint_to_cpu, module.overwrite_args_by_name
 
+    @wrap(module, "load_model_ensemble_and_task")
     def load_model_ensemble_and_task(
-        filenames: Any, arg_overrides: Any = None, *args: Any, **more: Any
+        plain: Any, filenames: Any, arg_overrides: Any = None, *args: Any, **more: Any
     ) -> Any:
         overrides = None if arg_overrides is None else Asked(arg_overrides)
-        return plain_ensemble(filenames, overrides, *args, **more)
+        return plain(filenames, overrides, *args, **more)
 
-    def load_checkpoint_to_cpu(path: Any, arg_overrides: Any = None, *args: Any, **kwargs: Any) -> Any:
+    @wrap(module, "load_checkpoint_to_cpu")
+    def load_checkpoint_to_cpu(
+        plain: Any, path: Any, arg_overrides: Any = None, *args: Any, **kwargs: Any
+    ) -> Any:
         if isinstance(arg_overrides, Asked):
             arg_overrides.path = path
-        return plain_load(path, arg_overrides, *args, **kwargs)
+        return plain(path, arg_overrides, *args, **kwargs)
 
-    def overwrite_args_by_name(cfg: Any, overrides: Any) -> None:
+    @wrap(module, "overwrite_args_by_name")
+    def overwrite_args_by_name(plain: Any, cfg: Any, overrides: Any) -> None:
         if isinstance(overrides, Asked):
             check_overrides(overrides.asked, cfg, overrides.path)
-        plain_overwrite(cfg, overrides)
-
-    module.load_model_ensemble_and_task = load_model_ensemble_and_task
-    module.load_checkpoint_to_cpu = load_checkpoint_to_cpu
-    module.overwrite_args_by_name = overwrite_args_by_name
+        plain(cfg, overrides)

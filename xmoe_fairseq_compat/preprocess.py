@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import codecs
-import functools
 import os
 from collections.abc import Iterator
 from typing import Any
 
 from xmoe_fairseq_compat.errors import UserError
-from xmoe_fairseq_compat.registry import patch
+from xmoe_fairseq_compat.registry import patch, wrap
 
 BLOCK = 1 << 24  # bytes that are read at once: a choice
 
@@ -77,18 +76,15 @@ def check_folder(args: Any, dictionary_path: Any) -> None:
 def binarise_what_belongs_together(module: Any) -> None:
     """Every torch: fairseq-preprocess puts sets of two dictionaries into one folder, pairs of unequal length
     too; and bytes that are no text end in "negative seek position"."""
-    plain_main = module.main
 
-    @functools.wraps(plain_main)
-    def main(args: Any) -> Any:
+    @wrap(module, "main")
+    def main(plain: Any, args: Any) -> Any:
         check_folder(args, module._dict_path)
         if not args.dict_only:
             check_texts(args)
         try:
-            return plain_main(args)
+            return plain(args)
         except AssertionError as error:
             if "--" not in str(error):
                 raise
             raise UserError(str(error)) from error  # of which flags go together
-
-    module.main = main

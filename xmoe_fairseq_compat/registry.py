@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import inspect
 import pkgutil
 import sys
 from collections.abc import Callable, Iterator
@@ -47,6 +48,27 @@ def patch_around(module: str, when: When = lambda: True) -> Callable[[PatchAroun
         return patch
 
     return register
+
+
+def wrap(owner: Any, name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Put a function around one of a module or class, which it gets first: `def save(plain, path)`."""
+
+    def put(function: Callable[..., Any]) -> Callable[..., Any]:
+        plain = getattr(owner, name)
+        is_classmethod = isinstance(owner, type) and inspect.ismethod(plain)
+        plain = plain.__func__ if is_classmethod else plain
+
+        @functools.wraps(plain)
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            return function(plain, *args, **kwargs)
+
+        # fairseq looks whether a function takes an argument of a certain name
+        own = inspect.signature(function)
+        wrapped.__signature__ = own.replace(parameters=[*own.parameters.values()][1:])  # type: ignore[attr-defined]
+        setattr(owner, name, classmethod(wrapped) if is_classmethod else wrapped)
+        return function
+
+    return put
 
 
 @functools.cache

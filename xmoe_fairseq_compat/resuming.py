@@ -15,7 +15,7 @@ from xmoe_fairseq_compat.misfits import (
     other_sizes,
     settings_of,
 )
-from xmoe_fairseq_compat.registry import patch
+from xmoe_fairseq_compat.registry import patch, wrap
 from xmoe_fairseq_compat.settings import as_dict
 
 DEFAULT = "checkpoint_last.pt"
@@ -49,18 +49,16 @@ def check_named_files(cfg: Any, suffix: str, is_file: Any) -> None:
 @patch("fairseq.checkpoint_utils")
 def refuse_a_missing_checkpoint(module: Any) -> None:
     """Every torch: a --restore-file that is not there, or a folder, trains from scratch without a word."""
-    plain_load = module.load_checkpoint
 
-    def load_checkpoint(cfg: Any, trainer: Any, **passthrough: Any) -> Any:
+    @wrap(module, "load_checkpoint")
+    def load_checkpoint(plain: Any, cfg: Any, trainer: Any, **passthrough: Any) -> Any:
         error = None
         try:
             check_named_files(cfg, trainer.checkpoint_suffix or "", module.PathManager.isfile)
         except FlagError as refused:
             error = refused
         raise_on_all_ranks(error)
-        return plain_load(cfg, trainer, **passthrough)
-
-    module.load_checkpoint = load_checkpoint
+        return plain(cfg, trainer, **passthrough)
 
 
 def check_model(filename: str, state: dict[str, Any], cfg: Any) -> None:
@@ -87,7 +85,6 @@ def check_scheduler(filename: str, state: dict[str, Any], cfg: Any) -> None:
 def look_at_a_checkpoint_first(module: Any) -> None:
     """Every torch: what is wrong with a checkpoint shows amid loading, on one rank or in pages, another
     scheduler not at all. A trainer may have a look too, in a method `check_checkpoint`."""
-    plain_load = module.Trainer.load_checkpoint
 
     def look(self: Any, filename: str, keep_optimizer: bool, keep_scheduler: bool) -> None:
         path = module.PathManager.get_local_path(filename)
@@ -101,8 +98,9 @@ def look_at_a_checkpoint_first(module: Any) -> None:
         if hasattr(self, "check_checkpoint"):
             self.check_checkpoint(filename, state)
 
+    @wrap(module.Trainer, "load_checkpoint")
     def load_checkpoint(
-        self: Any, filename: str, reset_optimizer: bool = False, reset_lr_scheduler: bool = False,
+        plain: Any, self: Any, filename: str, reset_optimizer: bool = False, reset_lr_scheduler: bool = False,
         *args: Any, **kwargs: Any,
     ) -> Any:  # fmt: skip
         is_there = from_all_ranks(bool(module.PathManager.isfile(filename)))
@@ -119,19 +117,17 @@ def look_at_a_checkpoint_first(module: Any) -> None:
             except UserError as refused:
                 error = refused
         raise_on_all_ranks(error)
-        return plain_load(self, filename, reset_optimizer, reset_lr_scheduler, *args, **kwargs)
-
-    module.Trainer.load_checkpoint = load_checkpoint
+        return plain(self, filename, reset_optimizer, reset_lr_scheduler, *args, **kwargs)
 
 
 @patch("fairseq.trainer")
 def say_why_a_checkpoint_does_not_fit(module: Any) -> None:
     """Every torch: weights of other sizes, another criterion or optimizer end in pages of traceback."""
-    plain_load = module.Trainer.load_checkpoint
 
-    def load_checkpoint(self: Any, filename: str, *args: Any, **kwargs: Any) -> Any:
+    @wrap(module.Trainer, "load_checkpoint")
+    def load_checkpoint(plain: Any, self: Any, filename: str, *args: Any, **kwargs: Any) -> Any:
         try:
-            return plain_load(self, filename, *args, **kwargs)
+            return plain(self, filename, *args, **kwargs)
         except AssertionError as error:
             what, _, classes = str(error).partition(" does not match; please reset the optimizer ")
             if not classes:
@@ -151,8 +147,6 @@ def say_why_a_checkpoint_does_not_fit(module: Any) -> None:
             state = load(filename, sums=False, **MAPPED)
             sizes = other_sizes(settings_of(state), as_dict(self.cfg.model))
             raise CheckpointError(filename, f"{cause}{sizes}") from error
-
-    module.Trainer.load_checkpoint = load_checkpoint
 
 
 @patch("fairseq.models.fairseq_model")
@@ -178,12 +172,10 @@ def name_the_weights_that_do_not_fit(module: Any) -> None:
 @patch("fairseq.checkpoint_utils")
 def name_the_checkpoint_that_does_not_fit(module: Any) -> None:
     """Every torch: where weights do not fit the model, the file is not named."""
-    plain_load = module.load_model_ensemble_and_task
 
-    def load_model_ensemble_and_task(filenames: Any, *args: Any, **kwargs: Any) -> Any:
+    @wrap(module, "load_model_ensemble_and_task")
+    def load_model_ensemble_and_task(plain: Any, filenames: Any, *args: Any, **kwargs: Any) -> Any:
         try:
-            return plain_load(filenames, *args, **kwargs)
+            return plain(filenames, *args, **kwargs)
         except WeightsError as error:
             raise CheckpointError(", ".join(map(str, filenames)), str(error)) from error
-
-    module.load_model_ensemble_and_task = load_model_ensemble_and_task

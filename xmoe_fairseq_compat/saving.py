@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import shutil
 from typing import Any
 
@@ -17,7 +16,7 @@ from xmoe_fairseq_compat.files import (
     write_atomically,
 )
 from xmoe_fairseq_compat.folder_lock import hold
-from xmoe_fairseq_compat.registry import patch
+from xmoe_fairseq_compat.registry import patch, wrap
 
 
 @patch("fairseq.checkpoint_utils")
@@ -26,15 +25,12 @@ def write_checkpoints_whole_or_not(module: Any) -> None:
     leaves a part of the file."""
     import torch
 
-    plain_save = module.torch_persistent_save
-
-    def torch_persistent_save(obj: Any, filename: str, async_write: bool = False) -> None:
+    @wrap(module, "torch_persistent_save")
+    def torch_persistent_save(plain: Any, obj: Any, filename: str, async_write: bool = False) -> None:
         if module.PathManager.supports_rename(filename):
             write_atomically(filename, lambda file: torch.save(obj, file))
         else:
-            plain_save(obj, filename, async_write)
-
-    module.torch_persistent_save = torch_persistent_save
+            plain(obj, filename, async_write)
 
 
 @patch("fairseq.checkpoint_utils")
@@ -60,13 +56,13 @@ def copy_checkpoints_whole(module: Any) -> None:
 @patch("fairseq.checkpoint_utils")
 def say_on_all_ranks_that_saving_failed(module: Any) -> None:
     """Every torch: the rank that saves fails alone, and the others wait for it or say that it is lost."""
-    plain_save = module.save_checkpoint
 
-    def save_checkpoint(cfg: Any, trainer: Any, epoch_itr: Any, val_loss: Any) -> None:
+    @wrap(module, "save_checkpoint")
+    def save_checkpoint(plain: Any, cfg: Any, trainer: Any, epoch_itr: Any, val_loss: Any) -> None:
         error = None
         try:
             with named_in_errors(cfg.save_dir):
-                plain_save(cfg, trainer, epoch_itr, val_loss)
+                plain(cfg, trainer, epoch_itr, val_loss)
         except UserError as failed:
             error = failed
         # A trainer may say which rank is gone where one does not answer.
@@ -75,18 +71,14 @@ def say_on_all_ranks_that_saving_failed(module: Any) -> None:
             told = from_all_ranks(str(error) if error else None)
         raise_told(error, told)
 
-    # fairseq keeps the best loss as an attribute of the function, under the module's name for it
-    module.save_checkpoint = save_checkpoint
-
 
 @patch("fairseq_cli.train")
 def one_run_to_a_folder(module: Any) -> None:
     """Every torch: two runs that save into the same folder overwrite each other's checkpoints without a word,
     and a folder that may not be written ends in a traceback on one rank and a lost connection on the rest."""
-    plain_main = module.main
 
-    @functools.wraps(plain_main)
-    def main(cfg: Any, *args: Any, **kwargs: Any) -> Any:
+    @wrap(module, "main")
+    def main(plain: Any, cfg: Any, *args: Any, **kwargs: Any) -> Any:
         lock, error = None, None
         if not cfg.checkpoint.no_save and not cfg.distributed_training.distributed_rank:
             try:
@@ -95,24 +87,19 @@ def one_run_to_a_folder(module: Any) -> None:
                 error = refused
         raise_on_all_ranks(error)
         try:
-            return plain_main(cfg, *args, **kwargs)
+            return plain(cfg, *args, **kwargs)
         finally:
             if lock:
                 lock.release()
-
-    module.main = main
 
 
 @patch("fairseq_cli.train")
 def refuse_to_write_in_the_background(module: Any) -> None:
     """Every torch: --write-checkpoints-asynchronously writes damaged files, and without iopath nothing is
     trained; with exit status 0 both."""
-    plain_main = module.main
 
-    @functools.wraps(plain_main)
-    def main(cfg: Any, *args: Any, **kwargs: Any) -> Any:
+    @wrap(module, "main")
+    def main(plain: Any, cfg: Any, *args: Any, **kwargs: Any) -> Any:
         if cfg.checkpoint.write_checkpoints_asynchronously:
             raise FlagError("--write-checkpoints-asynchronously writes damaged checkpoints; leave it out")
-        return plain_main(cfg, *args, **kwargs)
-
-    module.main = main
+        return plain(cfg, *args, **kwargs)

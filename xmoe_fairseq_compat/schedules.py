@@ -7,27 +7,25 @@ from collections.abc import Callable
 from typing import Any, get_args
 
 from xmoe_fairseq_compat.errors import FlagError, flag
-from xmoe_fairseq_compat.registry import patch
+from xmoe_fairseq_compat.registry import patch, wrap
 
 
 @patch("fairseq.dataclass.utils")
 def follow_the_setting_that_is_a_default(module: Any) -> None:
     """Every torch: on a command line a number whose default is another setting begins as None and is refused.
     So --lr-scheduler polynomial_decay never takes --max-update for its --total-num-update."""
-    plain_override = module._override_attr
 
     def is_unset(field: Any, args: Namespace) -> bool:
         follows = isinstance(field.default, str) and field.default.startswith("${")
         may_be_none = type(None) in get_args(field.type)
         return follows and not may_be_none and getattr(args, field.name, "") is None
 
-    def _override_attr(sub_node: str, data_class: Any, args: Any) -> Any:
+    @wrap(module, "_override_attr")
+    def _override_attr(plain: Any, sub_node: str, data_class: Any, args: Any) -> Any:
         fields = getattr(data_class, "__dataclass_fields__", {}).values()
         if unset := {field.name for field in fields if is_unset(field, args)}:
             args = Namespace(**{name: value for name, value in vars(args).items() if name not in unset})
-        return plain_override(sub_node, data_class, args)
-
-    module._override_attr = _override_attr
+        return plain(sub_node, data_class, args)
 
 
 # Of each --lr-scheduler: what holds, as a user would say it, and the settings to show.
@@ -74,17 +72,15 @@ SCHEDULES: dict[str, tuple[tuple[str, str, Callable[[Any], bool]], ...]] = {
 def say_what_a_schedule_needs(module: Any) -> None:
     """Every torch: a schedule without what it needs ends in an assertion, most of them without a word, or
     divides by zero."""
-    plain_build = module.build_lr_scheduler
 
-    def build_lr_scheduler(cfg: Any, optimizer: Any) -> Any:
+    @wrap(module, "build_lr_scheduler")
+    def build_lr_scheduler(plain: Any, cfg: Any, optimizer: Any) -> Any:
         schedule = str(getattr(cfg, "_name", None) or getattr(cfg, "lr_scheduler", None))
         for need, settings, holds in SCHEDULES.get(schedule, ()):
             if not holds(cfg):
                 got = ", ".join(f"{flag(name)} {getattr(cfg, name)}" for name in settings.split())
                 raise FlagError(f"--lr-scheduler {schedule} needs {need}, got {got}")
         try:
-            return plain_build(cfg, optimizer)
+            return plain(cfg, optimizer)
         except (AssertionError, ValueError) as error:
             raise FlagError(f"--lr-scheduler {schedule}: {error}") from error
-
-    module.build_lr_scheduler = build_lr_scheduler

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import math
 from argparse import Namespace
 from typing import Any
 
 from xmoe_fairseq_compat.errors import FlagError
-from xmoe_fairseq_compat.registry import patch, replaced
+from xmoe_fairseq_compat.registry import patch, replaced, wrap
 from xmoe_fairseq_compat.settings import configuration
 from xmoe_fairseq_compat.shares import with_each_task
 from xmoe_fairseq_compat.trained import complete_defaults
@@ -103,10 +102,9 @@ def perplexity_per_word(module: Any) -> None:
 def score_every_block(module: Any) -> None:
     """Every torch: fairseq-eval-lm leaves out the blocks that are longer than the model takes, whatever
     --skip-invalid-size-inputs-valid-test says, and scores the rest."""
-    plain_main = module.main
 
-    @functools.wraps(plain_main)
-    def main(cfg: Any, **kwargs: Any) -> Any:
+    @wrap(module, "main")
+    def main(plain: Any, cfg: Any, **kwargs: Any) -> Any:
         if isinstance(cfg, Namespace):  # of a script that parses flags itself
             cfg = configuration(cfg)
             complete_defaults(cfg)
@@ -123,9 +121,7 @@ def score_every_block(module: Any) -> None:
             task.eval_lm_dataloader = eval_lm_dataloader
 
         with replaced(module, tasks=with_each_task(module.tasks, see_to)):
-            return plain_main(cfg, **kwargs)
-
-    module.main = main
+            return plain(cfg, **kwargs)
 
 
 def refuse_long_blocks(dataset: Any, positions: int | None, context: int, most: int) -> None:

@@ -7,6 +7,8 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from xmoe_fairseq_compat.registry import wrap
+
 
 def as_dict(cfg: Any) -> dict[str, Any]:
     """Those of a DictConfig (references as they are), a Namespace, a dictionary or a dataclass; none of
@@ -29,11 +31,9 @@ def configuration(cfg: Any) -> Any:
 
 def when_parsed(options: Any, see: Callable[[Namespace, ArgumentParser], None]) -> None:
     """Have `see` look at all that fairseq.options parses, and at the parser that knows the flags."""
-    plain_parse = options.parse_args_and_arch
 
-    def parse_args_and_arch(parser: Any, *args: Any, **kwargs: Any) -> Any:
-        parsed = plain_parse(parser, *args, **kwargs)
+    @wrap(options, "parse_args_and_arch")
+    def parse_args_and_arch(plain: Any, parser: Any, *args: Any, **kwargs: Any) -> Any:
+        parsed = plain(parser, *args, **kwargs)
         see(parsed[0] if isinstance(parsed, tuple) else parsed, parser)
         return parsed
-
-    options.parse_args_and_arch = parse_args_and_arch

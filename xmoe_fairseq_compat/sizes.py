@@ -13,7 +13,7 @@ from contextvars import ContextVar
 from typing import Any
 
 from xmoe_fairseq_compat.errors import CheckpointError
-from xmoe_fairseq_compat.registry import patch
+from xmoe_fairseq_compat.registry import patch, wrap
 
 # As many times as large may a model be as its checkpoint: some parameters are built to be replaced or shared.
 # How many times is a choice.
@@ -101,31 +101,29 @@ def size_of_result(func: Any, args: Any) -> int:
 @patch("fairseq.checkpoint_utils")
 def build_within_what_a_checkpoint_holds(module: Any) -> None:
     """Every torch: a model is built as its checkpoint's configuration says, of 10^6 layers if it says so."""
-    plain_load, plain_ensemble = module.load_checkpoint_to_cpu, module.load_model_ensemble_and_task
 
     def begin(building: ExitStack, path: Any, state: Any) -> None:
         if "fsdp_metadata" not in state:  # whose parameters are flattened into few, those of one rank
             building.enter_context(within(path, state))
 
-    def load_checkpoint_to_cpu(path: Any, *args: Any, **kwargs: Any) -> Any:
+    @wrap(module, "load_checkpoint_to_cpu")
+    def load_checkpoint_to_cpu(plain: Any, path: Any, *args: Any, **kwargs: Any) -> Any:
         building = _building.get()
         if building is None:  # whoever reads it builds nothing of it
-            return plain_load(path, *args, **kwargs)
+            return plain(path, *args, **kwargs)
         building.close()
-        state = plain_load(path, *args, **kwargs)
+        state = plain(path, *args, **kwargs)
         begin(building, path, state)
         return state
 
-    def load_model_ensemble_and_task(filenames: Any, *args: Any, **kwargs: Any) -> Any:
+    @wrap(module, "load_model_ensemble_and_task")
+    def load_model_ensemble_and_task(plain: Any, filenames: Any, *args: Any, **kwargs: Any) -> Any:
         state = kwargs.get("state", dict(enumerate(args)).get(5))  # where it was read before
         with ExitStack() as building:
             token = _building.set(building)
             try:
                 if state is not None:
                     begin(building, filenames[0], state)
-                return plain_ensemble(filenames, *args, **kwargs)
+                return plain(filenames, *args, **kwargs)
             finally:
                 _building.reset(token)
-
-    module.load_checkpoint_to_cpu = load_checkpoint_to_cpu
-    module.load_model_ensemble_and_task = load_model_ensemble_and_task

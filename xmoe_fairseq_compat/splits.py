@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
 from xmoe_fairseq_compat.dictionaries import names_in, task_of
 from xmoe_fairseq_compat.errors import FlagError, UserError
-from xmoe_fairseq_compat.registry import patch, replaced
+from xmoe_fairseq_compat.registry import patch, replaced, wrap
 from xmoe_fairseq_compat.settings import configuration
 from xmoe_fairseq_compat.shares import with_each_task
 
@@ -20,13 +19,13 @@ def name_a_missing_set(module: Any) -> None:
 
 
 def say_which_sets_there_are(task: Any) -> None:
-    plain_load = task.load_dataset
 
-    def load_dataset(self: Any, split: str, *args: Any, **kwargs: Any) -> Any:
+    @wrap(task, "load_dataset")
+    def load_dataset(plain: Any, self: Any, split: str, *args: Any, **kwargs: Any) -> Any:
         from fairseq.utils import split_paths
 
         try:
-            return plain_load(self, split, *args, **kwargs)
+            return plain(self, split, *args, **kwargs)
         except FileNotFoundError as error:
             cfg = self.cfg or self.args
             folder, pair = split_paths(cfg.data)[0], ""
@@ -36,51 +35,44 @@ def say_which_sets_there_are(task: Any) -> None:
             there = ", ".join(sorted(sets)) or "none"
             raise UserError(f"no set {split!r}{pair} in {folder}; sets there: {there}") from error
 
-    task.load_dataset = load_dataset
-
 
 @patch("fairseq.tasks.translation")
 def join_sets_of_pairs(module: Any) -> None:
     """Every torch: sets that are joined (train and train1, or --combine-valid-subsets) end in "negative
     dimensions", because --upsample-primary is -1 where it is not given; and two sides of unequal length in an
     assertion that does not name them."""
-    plain_load = module.load_langpair_dataset
 
-    def load_langpair_dataset(data_path: str, split: str, *args: Any, **kwargs: Any) -> Any:
+    @wrap(module, "load_langpair_dataset")
+    def load_langpair_dataset(plain: Any, data_path: str, split: str, *args: Any, **kwargs: Any) -> Any:
         upsample = max(1, kwargs.pop("upsample_primary", 1))
         try:
-            return plain_load(data_path, split, *args, upsample_primary=upsample, **kwargs)
+            return plain(data_path, split, *args, upsample_primary=upsample, **kwargs)
         except AssertionError as error:
             if "same number of examples" not in str(error):
                 raise
             rule = "source and target must have as many lines"
             raise UserError(f"{split!r} in {data_path}: {rule}; binarise both again") from error
 
-    module.load_langpair_dataset = load_langpair_dataset
-
 
 @patch("fairseq.data.data_utils")
 def refuse_an_empty_set(module: Any) -> None:
     """Every torch: a set without a sentence ends in an assertion, in a division by zero or in BLEU 0."""
-    plain_load = module.load_indexed_dataset
 
-    def load_indexed_dataset(path: str, *args: Any, **kwargs: Any) -> Any:
-        dataset = plain_load(path, *args, **kwargs)
+    @wrap(module, "load_indexed_dataset")
+    def load_indexed_dataset(plain: Any, path: str, *args: Any, **kwargs: Any) -> Any:
+        dataset = plain(path, *args, **kwargs)
         if dataset is not None and len(dataset) == 0:
             raise UserError(f"{path} holds no sentence; name another set, or train with --disable-validation")
         return dataset
-
-    module.load_indexed_dataset = load_indexed_dataset
 
 
 @patch("fairseq_cli.train")
 def read_the_sets_that_are_asked_for(module: Any) -> None:
     """Every torch: --disable-validation reads the validation sets all the same, and fails if one is not there
     or empty; --combine-valid-subsets reads one joined set, and looks for those of --valid-subset."""
-    plain_main = module.main
 
-    @functools.wraps(plain_main)
-    def main(cfg: Any) -> Any:
+    @wrap(module, "main")
+    def main(plain: Any, cfg: Any) -> Any:
         cfg = configuration(cfg)
 
         def see_to(task: Any) -> None:
@@ -95,9 +87,7 @@ def read_the_sets_that_are_asked_for(module: Any) -> None:
         if cfg.dataset.combine_valid_subsets:
             cfg.dataset.valid_subset = "valid"
         with replaced(module, tasks=with_each_task(module.tasks, see_to)):
-            return plain_main(cfg)
-
-    module.main = main
+            return plain(cfg)
 
 
 def load_with_targets(task: Any, load: Callable[..., Any], split: str, *args: Any, **kwargs: Any) -> None:
@@ -120,10 +110,10 @@ def know_the_names_of_valid_sets(module: Any) -> None:
 @patch("fairseq.data.data_utils")
 def say_which_length_is_too_long(module: Any) -> None:
     """Every torch: --max-tokens below the longest sentence ends in an assertion."""
-    plain_batches = module.batch_by_size
 
-    @functools.wraps(plain_batches)
+    @wrap(module, "batch_by_size")
     def batch_by_size(
+        plain: Any,
         indices: Any,
         num_tokens_fn: Any,
         num_tokens_vec: Any = None,
@@ -132,7 +122,7 @@ def say_which_length_is_too_long(module: Any) -> None:
         **kwargs: Any,
     ) -> Any:
         try:
-            return plain_batches(indices, num_tokens_fn, num_tokens_vec, max_tokens, *args, **kwargs)
+            return plain(indices, num_tokens_fn, num_tokens_vec, max_tokens, *args, **kwargs)
         except AssertionError as error:
             if max_tokens is None or len(indices) == 0:
                 raise
@@ -144,25 +134,26 @@ def say_which_length_is_too_long(module: Any) -> None:
             rule = f"must be at least the longest sentence or block, {longest} tokens"
             raise FlagError(f"--max-tokens {rule}, got {max_tokens}") from error
 
-    module.batch_by_size = batch_by_size
-
 
 @patch("fairseq.tasks.fairseq_task")
 def say_which_sentence_is_too_long(module: Any) -> None:
     """Every torch: a sentence that is longer than the model takes ends in a traceback."""
-    plain_filter = module.FairseqTask.filter_indices_by_size
 
+    @wrap(module.FairseqTask, "filter_indices_by_size")
     def filter_indices_by_size(
-        self: Any, indices: Any, dataset: Any, max_positions: Any = None, ignore_invalid_inputs: bool = False
+        plain: Any,
+        self: Any,
+        indices: Any,
+        dataset: Any,
+        max_positions: Any = None,
+        ignore_invalid_inputs: bool = False,
     ) -> Any:
         try:
-            return plain_filter(self, indices, dataset, max_positions, ignore_invalid_inputs)
+            return plain(self, indices, dataset, max_positions, ignore_invalid_inputs)
         except Exception as error:
             if type(error) is Exception:
                 raise UserError(str(error)) from error
             raise
-
-    module.FairseqTask.filter_indices_by_size = filter_indices_by_size
 
 
 @patch("fairseq.data.iterators")

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from xmoe_fairseq_compat.errors import CheckpointError, FlagError
-from xmoe_fairseq_compat.registry import patch
+from xmoe_fairseq_compat.registry import patch, wrap
 
 
 def has_module(name: str) -> bool:
@@ -71,24 +71,22 @@ NEEDS: tuple[tuple[str, Callable[[Any], bool], Callable[[Any], bool], str], ...]
 def refuse_what_is_not_installed(module: Any) -> None:
     """Every torch: a flag for which a library, a GPU or the validation is missing ends in an exception of
     whatever it meets first, or is passed over (--patience; slowmo in one process)."""
-    plain_call = module.call_main
 
-    def call_main(cfg: Any, main: Any, **kwargs: Any) -> Any:
+    @wrap(module, "call_main")
+    def call_main(plain: Any, cfg: Any, main: Any, **kwargs: Any) -> Any:
         for flag, is_given, can_work, need in NEEDS:
             if is_given(cfg) and not can_work(cfg):
                 raise FlagError(f"{flag} needs {need}")
-        return plain_call(cfg, main, **kwargs)
-
-    module.call_main = call_main
+        return plain(cfg, main, **kwargs)
 
 
 @patch("fairseq.distributed.utils")
 def refuse_more_ranks_than_gpus(module: Any) -> None:
     """Every torch: --distributed-world-size 2 on a machine without GPUs ends in an AssertionError that names
     neither the flag nor torchrun."""
-    plain_infer = module._infer_single_node_init
 
-    def _infer_single_node_init(cfg: Any) -> None:
+    @wrap(module, "_infer_single_node_init")
+    def _infer_single_node_init(plain: Any, cfg: Any) -> None:
         import torch
 
         gpus = torch.cuda.device_count()
@@ -97,37 +95,31 @@ def refuse_more_ranks_than_gpus(module: Any) -> None:
                 f"--distributed-world-size must be at most the number of GPUs, {gpus}, got "
                 f"{cfg.distributed_world_size}; torchrun starts several processes on CPUs"
             )
-        plain_infer(cfg)
-
-    module._infer_single_node_init = _infer_single_node_init
+        plain(cfg)
 
 
 @patch("fairseq.optim")
 def name_the_missing_optimizer(module: Any) -> None:
     """Every torch: training without --optimizer ends in a traceback ("optimizer is required!")."""
-    plain_build = module.build_optimizer
 
-    def build_optimizer(cfg: Any, *args: Any, **kwargs: Any) -> Any:
+    @wrap(module, "build_optimizer")
+    def build_optimizer(plain: Any, cfg: Any, *args: Any, **kwargs: Any) -> Any:
         if cfg is None:
             raise FlagError("--optimizer must be given, such as --optimizer adam")
-        return plain_build(cfg, *args, **kwargs)
-
-    module.build_optimizer = build_optimizer
+        return plain(cfg, *args, **kwargs)
 
 
 @patch("fairseq_cli.train")
 def refuse_a_store_that_is_gone(module: Any) -> None:
     """Every torch: --use-plasma-view starts a program of pyarrow's, which was taken out in version 12."""
-    plain_store = module.PlasmaStore
 
-    def store(*args: Any, **kwargs: Any) -> Any:
+    @wrap(module, "PlasmaStore")
+    def store(plain: Any, *args: Any, **kwargs: Any) -> Any:
         if shutil.which("plasma_store") is None:
             raise FlagError(
                 "--use-plasma-view needs plasma_store, which pyarrow had up to version 11; leave it out"
             )
-        return plain_store(*args, **kwargs)
-
-    module.PlasmaStore = store
+        return plain(*args, **kwargs)
 
 
 @patch("fairseq.checkpoint_utils")
@@ -135,10 +127,9 @@ def refuse_weights_that_are_no_numbers(module: Any) -> None:
     """Every torch: a checkpoint that holds NaN is opened like any other, and everything it makes is NaN."""
     import torch
 
-    plain_load = module.load_checkpoint_to_cpu
-
-    def load_checkpoint_to_cpu(path: Any, *args: Any, **kwargs: Any) -> Any:
-        state = plain_load(path, *args, **kwargs)
+    @wrap(module, "load_checkpoint_to_cpu")
+    def load_checkpoint_to_cpu(plain: Any, path: Any, *args: Any, **kwargs: Any) -> Any:
+        state = plain(path, *args, **kwargs)
         model = state.get("model")
         for name, weight in model.items() if isinstance(model, dict) else ():
             # fairseq never sets the buffer of that name
@@ -148,14 +139,11 @@ def refuse_weights_that_are_no_numbers(module: Any) -> None:
                 raise CheckpointError(path, f"it holds NaN in {name}; take an earlier checkpoint")
         return state
 
-    module.load_checkpoint_to_cpu = load_checkpoint_to_cpu
-
 
 @patch("fairseq_cli.train")
 def refuse_a_metric_that_nobody_logs(module: Any) -> None:
     """Every torch: a --best-checkpoint-metric that validation does not log fails after the first epoch, where
     nothing has been saved yet. One batch is validated to see what there is."""
-    plain_train = module.train
 
     def check(cfg: Any, trainer: Any) -> None:
         metric, (subset, *_) = cfg.checkpoint.best_checkpoint_metric, cfg.dataset.valid_subset.split(",")
@@ -172,11 +160,10 @@ def refuse_a_metric_that_nobody_logs(module: Any) -> None:
                 f"got {metric}{how}"
             )
 
-    def train(cfg: Any, trainer: Any, task: Any, *args: Any) -> Any:
+    @wrap(module, "train")
+    def train(plain: Any, cfg: Any, trainer: Any, task: Any, *args: Any) -> Any:
         is_sure = cfg.checkpoint.best_checkpoint_metric == "loss" or hasattr(task, "post_validate")
         if not (is_sure or cfg.dataset.disable_validation or hasattr(trainer, "metric_is_checked")):
             check(cfg, trainer)
             trainer.metric_is_checked = True
-        return plain_train(cfg, trainer, task, *args)
-
-    module.train = train
+        return plain(cfg, trainer, task, *args)

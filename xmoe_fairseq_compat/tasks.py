@@ -7,21 +7,21 @@ import logging
 from typing import Any
 
 from xmoe_fairseq_compat.errors import FlagError
-from xmoe_fairseq_compat.registry import patch
+from xmoe_fairseq_compat.registry import patch, wrap
 
 
 @patch("fairseq.tasks.translation_from_pretrained_bart")
 def fine_tune_bart(module: Any) -> None:
     """Every torch: translation_from_pretrained_bart reads `args`, which its parent has renamed `cfg`."""
     kind = module.TranslationFromPretrainedBARTTask
-    plain_init = kind.__init__
 
-    def init(self: Any, args: Any, *dictionaries: Any) -> None:
+    @wrap(kind, "__init__")
+    def init(plain: Any, self: Any, args: Any, *dictionaries: Any) -> None:
         if not args.langs:
             raise FlagError("--langs must name the languages of pretraining, such as en_XX,de_DE")
-        plain_init(self, args, *dictionaries)
+        plain(self, args, *dictionaries)
 
-    kind.__init__, kind.args = init, property(lambda self: self.cfg)
+    kind.args = property(lambda self: self.cfg)
 
 
 @patch("fairseq.tasks.translation_from_pretrained_bart")
@@ -30,20 +30,18 @@ def search_with_bart(module: Any) -> None:
     from fairseq.tasks import FairseqTask
 
     kind = module.TranslationFromPretrainedBARTTask
-    plain_build = kind.build_generator
 
+    @wrap(kind, "build_generator")
     def build_generator(
-        self: Any, models: Any, args: Any, seq_gen_cls: Any = None, extra: Any = None, **rest: Any
+        plain: Any, self: Any, models: Any, args: Any, seq_gen_cls: Any = None, extra: Any = None, **rest: Any
     ) -> Any:
         if getattr(args, "score_reference", False):
-            return plain_build(self, models, args)
+            return plain(self, models, args)
         eos = self.tgt_dict.index(f"[{self.args.target_lang}]")  # how a sentence of this language ends
         rest["extra_gen_cls_kwargs"] = {**(extra or rest.get("extra_gen_cls_kwargs") or {}), "eos": eos}
         generator = FairseqTask.build_generator(self, models, args, seq_gen_cls=seq_gen_cls, **rest)
         generator.search.eos = eos
         return generator
-
-    kind.build_generator = build_generator
 
 
 @patch("fairseq.tasks.language_modeling")
@@ -55,31 +53,31 @@ def leave_room_for_bos(module: Any) -> None:
     from fairseq.modules import LearnedPositionalEmbedding
 
     kind, logger = module.LanguageModelingTask, logging.getLogger(module.__name__)
-    plain_build, plain_load = kind.build_model, kind.load_dataset
 
     # by this name: fairseq looks whether there is one, and else keeps settings that the model does not have
-    def build_model(self: Any, args: Any, from_checkpoint: bool = False) -> Any:
-        model = plain_build(self, args, from_checkpoint)
+    @wrap(kind, "build_model")
+    def build_model(plain: Any, self: Any, args: Any, from_checkpoint: bool = False) -> Any:
+        model = plain(self, args, from_checkpoint)
         positions = getattr(getattr(model, "decoder", None), "embed_positions", None)
         if self.args.add_bos_token and isinstance(positions, LearnedPositionalEmbedding):
             self.room = model.max_positions() - 1
         return model
 
-    def load_dataset(self: Any, *args: Any, **kwargs: Any) -> Any:
+    @wrap(kind, "load_dataset")
+    def load_dataset(plain: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
         given, room = self.args, getattr(self, "room", None)
         if room is None or given.tokens_per_sample != room + 1:
-            return plain_load(self, *args, **kwargs)
+            return plain(self, *args, **kwargs)
         logger.info(
             f"blocks of {room} tokens: with the one of --add-bos-token they fill the learned positions"
         )
         self.args = copy.copy(given)
         self.args.tokens_per_sample = room
         try:
-            return plain_load(self, *args, **kwargs)
+            return plain(self, *args, **kwargs)
         finally:
             self.args = given
 
-    kind.build_model, kind.load_dataset = build_model, load_dataset
     kind.max_positions = lambda self: getattr(self, "room", None)
 
 
@@ -88,9 +86,9 @@ def a_model_for_each_pair(module: Any) -> None:
     """Every torch: a task of several models, given an architecture of one, ends in a traceback."""
     own = (value for value in vars(module).values() if getattr(value, "__module__", "") == module.__name__)
     kind: Any = next(value for value in own if isinstance(value, type))
-    plain_build = kind.build_model
 
-    def build_model(self: Any, args: Any, from_checkpoint: bool = False) -> Any:
+    @wrap(kind, "build_model")
+    def build_model(plain: Any, self: Any, args: Any, from_checkpoint: bool = False) -> Any:
         from fairseq.models import ARCH_MODEL_REGISTRY, FairseqMultiModel
 
         name = getattr(args, "arch", None) or getattr(args, "_name", None)
@@ -102,20 +100,16 @@ def a_model_for_each_pair(module: Any) -> None:
                 f" multilingual_transformer, got --arch {name}; for one model of all pairs take"
                 " --task translation_multi_simple_epoch"
             )
-        return plain_build(self, args, from_checkpoint)
-
-    kind.build_model = build_model
+        return plain(self, args, from_checkpoint)
 
 
 @patch("fairseq.search")
 def constraints_that_arrive(module: Any) -> None:
     """Every torch: some tasks pass over the constraints that fairseq-interactive reads: TypeError."""
     kind = module.LexicallyConstrainedBeamSearch
-    plain_init = kind.init_constraints
 
-    def init_constraints(self: Any, batch_constraints: Any, beam_size: int) -> Any:
+    @wrap(kind, "init_constraints")
+    def init_constraints(plain: Any, self: Any, batch_constraints: Any, beam_size: int) -> Any:
         if batch_constraints is None:
             raise FlagError("--constraints needs a task that hands them on, such as --task translation")
-        return plain_init(self, batch_constraints, beam_size)
-
-    kind.init_constraints = init_constraints
+        return plain(self, batch_constraints, beam_size)

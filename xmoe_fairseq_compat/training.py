@@ -7,7 +7,7 @@ import sys
 from typing import Any
 
 from xmoe_fairseq_compat.reading import tensors
-from xmoe_fairseq_compat.registry import patch, stand_in
+from xmoe_fairseq_compat.registry import patch, stand_in, wrap
 
 
 @patch("fairseq.trainer")
@@ -47,16 +47,15 @@ def count_what_came_before_a_dummy_batch(module: Any) -> None:
     """
     import torch
 
-    plain_step = module.Trainer.train_step
-
     def nothing(value: Any) -> Any:
         return torch.zeros_like(value) if torch.is_tensor(value) else 0
 
-    def train_step(self: Any, samples: Any, raise_oom: bool = False) -> Any:
+    @wrap(module.Trainer, "train_step")
+    def train_step(plain: Any, self: Any, samples: Any, raise_oom: bool = False) -> Any:
         real = [sample for sample in samples if sample]
         dummies = [sample for sample in samples if not sample]
         if not (real and dummies):
-            return plain_step(self, samples, raise_oom)
+            return plain(self, samples, raise_oom)
         plain_task_step = self.task.train_step
 
         def task_step(*args: Any, ignore_grad: bool = False, **kwargs: Any) -> Any:
@@ -67,11 +66,9 @@ def count_what_came_before_a_dummy_batch(module: Any) -> None:
 
         self.task.train_step = task_step
         try:
-            return plain_step(self, dummies + real, raise_oom)
+            return plain(self, dummies + real, raise_oom)
         finally:
             del self.task.train_step
-
-    module.Trainer.train_step = train_step
 
 
 def not_finite(named_parameters: Any, first_found: str) -> str | None:
@@ -139,15 +136,13 @@ def flatten_on_cpu(module: Any) -> None:
     import torch
 
     mixin = module._FP16OptimizerMixin
-    plain_build = mixin.build_fp32_params.__func__
 
-    def build_fp32_params(cls: Any, args: Any, params: Any, flatten: bool = True) -> Any:
+    @wrap(mixin, "build_fp32_params")
+    def build_fp32_params(plain: Any, cls: Any, args: Any, params: Any, flatten: bool = True) -> Any:
         params = list(params)
         where_they_are = stand_in(torch.cuda, current_device=lambda: params[0].device.index)
         module.torch = stand_in(torch, cuda=where_they_are)
-        return plain_build(cls, args, params, flatten)
-
-    mixin.build_fp32_params = classmethod(build_fp32_params)
+        return plain(cls, args, params, flatten)
 
 
 @patch("fairseq.tasks.fairseq_task")
@@ -155,19 +150,16 @@ def autocast_on_cpu(module: Any) -> None:
     """Every torch: --amp turns on the autocast of GPUs alone, so that a CPU computes in fp32 all the same."""
     import torch
 
-    plain_step = module.FairseqTask.train_step
-
+    @wrap(module.FairseqTask, "train_step")
     def train_step(
-        self: Any, sample: Any, model: Any, criterion: Any, optimizer: Any, *args: Any, **kw: Any
+        plain: Any, self: Any, sample: Any, model: Any, criterion: Any, optimizer: Any, *args: Any, **kw: Any
     ) -> Any:
         def in_bf16(model: Any, sample: Any) -> Any:
             with torch.autocast("cpu", torch.bfloat16):
                 return criterion(model, sample)
 
         is_amp = isinstance(optimizer, module.AMPOptimizer) and next(model.parameters()).is_cpu
-        return plain_step(self, sample, model, in_bf16 if is_amp else criterion, optimizer, *args, **kw)
-
-    module.FairseqTask.train_step = train_step
+        return plain(self, sample, model, in_bf16 if is_amp else criterion, optimizer, *args, **kw)
 
 
 @patch("fairseq_cli.train")
@@ -187,13 +179,11 @@ def count_experts(module: Any) -> None:
 @patch("fairseq_cli.train")
 def stop_where_the_run_has_ended(module: Any) -> None:
     """Every torch: a run that has made all its --max-update updates makes one more whenever it is resumed."""
-    plain_train = module.train
 
-    def train(cfg: Any, trainer: Any, *args: Any) -> Any:
+    @wrap(module, "train")
+    def train(plain: Any, cfg: Any, trainer: Any, *args: Any) -> Any:
         most = cfg.optimization.max_update
         if 0 < most <= trainer.get_num_updates():
             module.logger.info(f"nothing left to train: all --max-update {most} updates were made before")
             return [None], True
-        return plain_train(cfg, trainer, *args)
-
-    module.train = train
+        return plain(cfg, trainer, *args)

@@ -15,7 +15,7 @@ from typing import Any
 
 from xmoe_fairseq_compat.errors import NO_LITERAL, FlagError, UserError
 from xmoe_fairseq_compat.reading import MOST_TIMES
-from xmoe_fairseq_compat.registry import EVERY, patch, patch_around, stand_in
+from xmoe_fairseq_compat.registry import EVERY, patch, patch_around, stand_in, wrap
 
 LONGEST = 10**6  # of a list that is written as a product: a choice, far above any model's layers
 
@@ -137,13 +137,11 @@ def _extract(archive: str, folder: Path) -> None:
 @patch("fairseq.file_utils")
 def keep_archives(module: Any) -> None:
     """Every torch: from_pretrained of an archive writes where its members say, then deletes the archive."""
-    plain_load = module.load_archive_file
 
-    def load_archive_file(archive_file: Any) -> Any:
+    @wrap(module, "load_archive_file")
+    def load_archive_file(plain: Any, archive_file: Any) -> Any:
         try:
             found = module.cached_path(archive_file, cache_dir=None)
         except OSError:
-            return plain_load(archive_file)  # says that there is none
+            return plain(archive_file)  # says that there is none
         return found if os.path.isdir(found) else unpack(found)
-
-    module.load_archive_file = load_archive_file

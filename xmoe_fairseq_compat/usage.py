@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from xmoe_fairseq_compat.errors import UserError, flag, one_line
 from xmoe_fairseq_compat.plugins import models, plugin_of
-from xmoe_fairseq_compat.registry import patch, stand_in
+from xmoe_fairseq_compat.registry import patch, stand_in, wrap
 
 FEW = 12  # so many names are listed: a choice
 
@@ -70,14 +70,12 @@ def errors_without_usage(module: Any) -> None:
 @patch("fairseq_cli.score")
 def order_of_bleu(module: Any) -> None:
     """Every torch: fairseq-score --order 0 divides by zero, -1 scores 100 (its Scorer knows 1 to 4)."""
-    plain_parser = module.get_parser
 
-    def get_parser() -> Any:
-        parser = plain_parser()
+    @wrap(module, "get_parser")
+    def get_parser(plain: Any) -> Any:
+        parser = plain()
         parser._option_string_actions["--order"].choices = (1, 2, 3, 4)
         return parser
-
-    module.get_parser = get_parser
 
 
 def in_one_line(error: Exception) -> str:
@@ -110,15 +108,14 @@ def explained(error: Exception) -> Exception:
 def settings_in_one_line(module: Any) -> None:
     """Every torch: a value that a setting does not take (--tokenizer moses without --source-lang) ends in a
     page of all settings there are."""
-    plain_convert = module.convert_namespace_to_omegaconf
 
-    def convert_namespace_to_omegaconf(args: Any) -> Any:
+    @wrap(module, "convert_namespace_to_omegaconf")
+    def convert_namespace_to_omegaconf(plain: Any, args: Any) -> Any:
         try:
-            return plain_convert(args)
+            return plain(args)
         except Exception as error:
             raise explained(error) from error
 
-    module.convert_namespace_to_omegaconf = convert_namespace_to_omegaconf
     module.logger.addFilter(lambda record: not record.getMessage().startswith("Error when composing"))
 
 
@@ -128,23 +125,22 @@ def hydra_errors_in_one_line(module: Any) -> None:
     from hydra._internal import utils
 
     utils.argparse = stand_in(argparse, ArgumentParser=Parser)
-    plain_main, plain_cli = module._hydra_main, module.cli_main
 
-    def _hydra_main(cfg: Any, **kwargs: Any) -> Any:
+    @wrap(module, "_hydra_main")
+    def _hydra_main(plain: Any, cfg: Any, **kwargs: Any) -> Any:
         """Ends here what a user can fix: hydra would precede it by all that it was called with."""
         try:
-            return plain_main(cfg, **kwargs)
+            return plain(cfg, **kwargs)
         except Exception as error:
             if one_line(explained(error)) is None:
                 raise
             sys.excepthook(type(error), explained(error), None)
             sys.exit(1)
 
-    def cli_main() -> None:
+    @wrap(module, "cli_main")
+    def cli_main(plain: Any) -> None:
         os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # let errors through
         try:
-            plain_cli()
+            plain()
         except Exception as error:
             raise explained(error) from error
-
-    module._hydra_main, module.cli_main = _hydra_main, cli_main
