@@ -13,7 +13,7 @@ from xmoe_fairseq_compat.errors import FlagError, UserError
 from xmoe_fairseq_compat.folders import check_language_model
 from xmoe_fairseq_compat.registry import has, patch, stand_in, wrap
 from xmoe_fairseq_compat.settings import configuration
-from xmoe_fairseq_compat.shares import Names, Turns, shared, with_each_task
+from xmoe_fairseq_compat.shares import Names, Turns, share_out, with_each_task
 from xmoe_fairseq_compat.splits import load_with_targets
 
 
@@ -109,17 +109,15 @@ def generate_on_several_ranks(module: Any) -> None:
         utils = checked_language_model(module.checkpoint_utils, dictionaries)
         return {"tasks": with_each_task(module.tasks, see_to), "checkpoint_utils": utils}
 
-    shared_main = shared(module, prepare)
+    share_out(module, prepare)
 
-    @functools.wraps(shared_main)
-    def main(cfg: Any) -> Any:
+    @wrap(module, "main")
+    def main(plain: Any, cfg: Any) -> Any:
         from fairseq.distributed import utils
 
         cfg = configuration(cfg)
         alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
-        return shared_main(cfg) if alone else utils.call_main(cfg, shared_main)
-
-    module.main = main
+        return plain(cfg) if alone else utils.call_main(cfg, plain)
 
 
 @patch("fairseq_cli.eval_lm")
@@ -137,7 +135,7 @@ def score_on_several_ranks(module: Any) -> None:
             cfg.dataset.num_workers = min(1, cfg.dataset.num_workers)
         return {"SequenceScorer": SequenceScorer, "tasks": with_each_task(module.tasks, turns.watch)}
 
-    module.main = shared(module, prepare)
+    share_out(module, prepare)
 
 
 @patch("fairseq_cli.validate")
@@ -160,4 +158,4 @@ def validate_on_several_ranks(module: Any) -> None:
             "checkpoint_utils": stand_in(utils, load_model_ensemble_and_task=load_model_ensemble_and_task)
         }
 
-    module.main = shared(module, prepare)
+    share_out(module, prepare)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from xmoe_fairseq_compat.errors import UserError
-from xmoe_fairseq_compat.registry import replaced, stand_in
+from xmoe_fairseq_compat.registry import replaced, stand_in, wrap
 from xmoe_fairseq_compat.settings import configuration
 
 
@@ -117,21 +117,18 @@ class Share:
 Names = dict[str, Any]
 
 
-def shared(module: Any, prepare: Callable[[Turns, Any], Names]) -> Callable[..., Any]:
-    """A command's main whose batches the ranks share out; `prepare` sees to what computes one."""
-    plain_main = module.main
+def share_out(module: Any, prepare: Callable[[Turns, Any], Names]) -> None:
+    """Have the ranks share out the batches of a command; `prepare` sees to what computes one."""
 
-    @functools.wraps(plain_main)
-    def main(cfg: Any, *args: Any, **kwargs: Any) -> Any:
+    @wrap(module, "main")
+    def main(plain: Any, cfg: Any, *args: Any, **kwargs: Any) -> Any:
         cfg = configuration(cfg)
         turns, progress = Turns(cfg), module.progress_bar
         bar = stand_in(progress, progress_bar=functools.partial(turns.bar, progress.progress_bar))
         with turns.printing_once(), replaced(module, progress_bar=bar, **prepare(turns, cfg)):
-            result = plain_main(cfg, *args, **kwargs)
+            result = plain(cfg, *args, **kwargs)
         turns.say_what_was_left_out()
         return result
-
-    return main
 
 
 def with_each_task(tasks: Any, see_to: Callable[[Any], None]) -> Any:

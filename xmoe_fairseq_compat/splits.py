@@ -113,14 +113,9 @@ def say_which_length_is_too_long(module: Any) -> None:
 
     @wrap(module, "batch_by_size")
     def batch_by_size(
-        plain: Any,
-        indices: Any,
-        num_tokens_fn: Any,
-        num_tokens_vec: Any = None,
-        max_tokens: Any = None,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
+        plain: Any, indices: Any, num_tokens_fn: Any, num_tokens_vec: Any = None, max_tokens: Any = None,
+        *args: Any, **kwargs: Any,
+    ) -> Any:  # fmt: skip
         try:
             return plain(indices, num_tokens_fn, num_tokens_vec, max_tokens, *args, **kwargs)
         except AssertionError as error:
@@ -141,13 +136,9 @@ def say_which_sentence_is_too_long(module: Any) -> None:
 
     @wrap(module.FairseqTask, "filter_indices_by_size")
     def filter_indices_by_size(
-        plain: Any,
-        self: Any,
-        indices: Any,
-        dataset: Any,
-        max_positions: Any = None,
+        plain: Any, self: Any, indices: Any, dataset: Any, max_positions: Any = None,
         ignore_invalid_inputs: bool = False,
-    ) -> Any:
+    ) -> Any:  # fmt: skip
         try:
             return plain(self, indices, dataset, max_positions, ignore_invalid_inputs)
         except Exception as error:

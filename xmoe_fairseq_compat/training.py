@@ -101,20 +101,22 @@ def name_the_parameter_that_is_not_finite(module: Any) -> None:
     torch looks for a tensor in a module's output and fails on a record or an empty dict (TypeError,
     StopIteration); if it does not, whole gradients are printed, and no parameter is named at the end.
     """
-    plain_hook, plain_detect = module.NanDetector.fhook_fn, module.NanDetector._detect
+    detector = module.NanDetector
 
     def add_hooks(self: Any, watched: Any) -> None:
         self.first_found = getattr(self, "first_found", "")
         self.fhooks.append(watched.register_forward_hook(self.fhook_fn))
 
-    def fhook_fn(self: Any, watched: Any, inputs: Any, output: Any) -> None:
-        plain_hook(self, watched, inputs, output)
+    @wrap(detector, "fhook_fn")
+    def fhook_fn(plain: Any, self: Any, watched: Any, inputs: Any, output: Any) -> None:
+        plain(self, watched, inputs, output)
         for _, tensor in tensors(output):
             if getattr(tensor, "requires_grad", False):
                 tensor.register_hook(functools.partial(self.bhook_fn, watched, inputs))
 
-    def detect(self: Any, *args: Any) -> Any:
-        found = plain_detect(self, *args)
+    @wrap(detector, "_detect")
+    def detect(plain: Any, self: Any, *args: Any) -> Any:
+        found = plain(self, *args)
         self.first_found = self.first_found or found or ""
         return found
 
@@ -124,9 +126,7 @@ def name_the_parameter_that_is_not_finite(module: Any) -> None:
         if text:
             raise FloatingPointError(text)
 
-    detector = module.NanDetector
-    detector.add_hooks, detector.fhook_fn, detector._detect = add_hooks, fhook_fn, detect
-    detector.__exit__ = __exit__
+    detector.add_hooks, detector.__exit__ = add_hooks, __exit__
 
 
 @patch("fairseq.optim.fp16_optimizer")
