@@ -8,7 +8,7 @@ from xmoe_fairseq_compat import plugins
 from xmoe_fairseq_compat.override_rules import refuse
 
 
-def read_whole(state: dict[str, Any], path: Any) -> dict[str, Any]:
+def read_whole(state: dict[str, Any], path: Any, overrides: Mapping[str, Any]) -> dict[str, Any]:
     """A checkpoint with all its experts, whichever files they lie in.
 
     Its configuration then says so: fairseq builds the model as the training run had it, and here every
@@ -43,5 +43,5 @@ def check_overrides(overrides: Mapping[str, Any], settings: Mapping[str, Any]) -
 
 plugins.after_load.append(read_whole)
 plugins.override_rules.append(check_overrides)
-plugins.shaping.append("no_moe_.*|moe_(freq|num_experts|ffn_split|router|combine|target_.*)")
+plugins.shaping.append("no_moe_.*|moe_(freq|num_experts|ffn_split|router|router_args|combine|target_.*)")
 plugins.go_on.add("xmoe-convert")

@@ -143,10 +143,12 @@ def let_plugins_complete_a_checkpoint(module: Any) -> None:
     """Every torch: fairseq reads a checkpoint from one file; a plugin's may lie in several."""
 
     @wrap(module, "load_checkpoint_to_cpu")
-    def load_checkpoint_to_cpu(plain: Any, path: Any, *args: Any, **kwargs: Any) -> Any:
-        state = plain(path, *args, **kwargs)
+    def load_checkpoint_to_cpu(
+        plain: Any, path: Any, arg_overrides: Any = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        state = plain(path, arg_overrides, *args, **kwargs)
         for complete in plugins.after_load:
-            state = complete(state, path)
+            state = complete(state, path, arg_overrides or {})
         if any(value is None for value in state["model"].values()):
             for name in state:
                 if plugin := plugins.plugin_of(name):  # loaded, it would have taken the entry out

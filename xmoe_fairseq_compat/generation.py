@@ -69,7 +69,7 @@ def limit_each_sentence_by_its_own_length(module: Any) -> None:
     """
     import torch
 
-    @wrap(module.SequenceGenerator, "generate")
+    @wrap(module.SequenceGenerator, "generate")  # not _generate, which is compiled to TorchScript
     def generate(plain: Any, self: Any, models: Any, sample: Any, **kwargs: Any) -> Any:
         source = sample["net_input"].get("src_tokens")
         # A search that decides by itself when a sentence may end would be left without a candidate.
@@ -126,7 +126,7 @@ def refuse_steps_of_beam_search(module: Any) -> None:
     """Every torch: --print-step and --retain-iter-history are for models that refine a whole sentence; a beam
     search ends in a KeyError, after the first batch."""
 
-    @wrap(module.FairseqTask, "build_generator")
+    @wrap(module.FairseqTask, "build_generator")  # tasks of such models have one of their own
     def build_generator(plain: Any, self: Any, models: Any, args: Any, *rest: Any, **kwargs: Any) -> Any:
         for name in ("print_step", "retain_iter_history"):
             if getattr(args, name, False):

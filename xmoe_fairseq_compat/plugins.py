@@ -7,8 +7,9 @@ from collections.abc import Callable
 from importlib import metadata
 from typing import Any
 
-# Each gets a checkpoint that fairseq has read and its path, and gives the checkpoint to go on with.
-after_load: list[Callable[[dict[str, Any], Any], dict[str, Any]]] = []
+# Each gets a checkpoint that fairseq has read, its path and what overrides its configuration; and gives the
+# checkpoint to go on with.
+after_load: list[Callable[[dict[str, Any], Any, dict[str, Any]], dict[str, Any]]] = []
 # Each gets what --model-overrides changes and the model's settings, as overridden; raises FlagError.
 override_rules: list[Callable[[dict[str, Any], dict[str, Any]], None]] = []
 # Regular expressions: settings of a model that change the number or the sizes of its weights.
@@ -16,8 +17,8 @@ shaping: list[str] = []
 # Commands that an interruption costs little: the next run goes on.
 go_on: set[str] = set()
 
-# The group of entry points in which an installed plugin declares how its names begin, those of models and the
-# like, flags and entries of checkpoints (`moe_ = its_user_dir`): and is named where it is not loaded.
+# The group of entry points in which an installed plugin declares how its names begin (of models and the like,
+# of flags, of entries of checkpoints), as `moe_ = its_user_dir`: it has to be named where it is not loaded.
 NAMES = "xmoe_fairseq_compat.names"
 
 

@@ -6,7 +6,7 @@ import os
 from typing import Any
 
 from xmoe_fairseq_compat.errors import UserError
-from xmoe_fairseq_compat.registry import has, patch, stand_in, wrap
+from xmoe_fairseq_compat.registry import has, patch, stand_in
 
 
 @patch("fairseq.models.distributed_fairseq_model")
@@ -16,11 +16,11 @@ def torch_ddp(module: Any) -> None:
     These are the fast path's copies of the encoder's weights. They are frozen only while DDP notes which
     gradients to wait for: the optimizer must go on counting them, as its saved states do.
     """
+    plain_ddp = module.DistributedDataParallel
     parts = ("in_proj", "out_proj", "fc1", "fc2")
     copies = [f"{part}_{kind}" for part in parts for kind in ("weight", "bias")]
 
-    @wrap(module, "DistributedDataParallel")
-    def ddp(plain: Any, module: Any, device_ids: Any = None, output_device: Any = None, **kwargs: Any) -> Any:
+    def ddp(module: Any, device_ids: Any = None, output_device: Any = None, **kwargs: Any) -> Any:
         from fairseq.modules.transformer_layer import TransformerEncoderLayerBase
 
         if next(module.parameters()).device.type == "cpu":
@@ -31,10 +31,12 @@ def torch_ddp(module: Any) -> None:
         for parameter in unused:
             parameter.requires_grad_(False)
         try:
-            return plain(module, device_ids=device_ids, output_device=output_device, **kwargs)
+            return plain_ddp(module, device_ids=device_ids, output_device=output_device, **kwargs)
         finally:
             for parameter in unused:
                 parameter.requires_grad_(True)
+
+    module.DistributedDataParallel = ddp
 
 
 @patch("fairseq.distributed.utils", when=lambda: has("torch", 2))

@@ -58,7 +58,7 @@ def wrap(owner: Any, name: str) -> Callable[[Callable[..., Any]], Callable[..., 
         is_classmethod = isinstance(owner, type) and inspect.ismethod(plain)
         plain = plain.__func__ if is_classmethod else plain
 
-        @functools.wraps(plain)
+        @functools.wraps(plain)  # with its name: ranks that are spawned find a command's main by that
         def wrapped(*args: Any, **kwargs: Any) -> Any:
             return function(plain, *args, **kwargs)
 

@@ -112,14 +112,16 @@ def name_the_missing_optimizer(module: Any) -> None:
 @patch("fairseq_cli.train")
 def refuse_a_store_that_is_gone(module: Any) -> None:
     """Every torch: --use-plasma-view starts a program of pyarrow's, which was taken out in version 12."""
+    plain_store = module.PlasmaStore
 
-    @wrap(module, "PlasmaStore")
-    def store(plain: Any, *args: Any, **kwargs: Any) -> Any:
+    def store(*args: Any, **kwargs: Any) -> Any:
         if shutil.which("plasma_store") is None:
             raise FlagError(
                 "--use-plasma-view needs plasma_store, which pyarrow had up to version 11; leave it out"
             )
-        return plain(*args, **kwargs)
+        return plain_store(*args, **kwargs)
+
+    module.PlasmaStore = store
 
 
 @patch("fairseq.checkpoint_utils")

@@ -1,5 +1,6 @@
 """When a patch runs: before fairseq is imported, in the order of files, for versions that have the defect."""
 
+import inspect
 import os
 import runpy
 import subprocess
@@ -7,6 +8,7 @@ import sys
 from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -69,3 +71,35 @@ def test_versions_that_have_no_defect_are_left_alone(monkeypatch: pytest.MonkeyP
     module = SimpleNamespace()
     registry.patched("m", lambda module: None)(module)
     assert ran == [module]
+
+
+def test_a_function_is_put_around_another() -> None:
+    """wrap; it is found by the other's name, and shows its own arguments."""
+
+    class Kind:
+        def add(self, x: int) -> int:
+            return x + 1
+
+        @classmethod
+        def make(cls, x: int) -> tuple[type, int]:
+            return cls, x
+
+    module = SimpleNamespace(Kind=Kind, main=test_a_function_is_put_around_another)
+
+    @registry.wrap(Kind, "add")
+    def add(plain: Any, self: Any, x: int, times: int = 10) -> int:
+        return plain(self, x) * times
+
+    @registry.wrap(Kind, "make")
+    def make(plain: Any, cls: Any, x: int) -> Any:
+        return plain(cls, -x)
+
+    @registry.wrap(module, "main")
+    def other(plain: Any) -> Any:
+        return plain
+
+    assert (Kind().add(1), Kind().add(1, times=3)) == (20, 6)
+    assert inspect.getfullargspec(Kind().add).args == ["self", "x", "times"]
+    assert Kind.make(5) == (Kind, -5) == Kind().make(5)
+    assert module.main() is test_a_function_is_put_around_another
+    assert module.main.__qualname__ == "test_a_function_is_put_around_another"
