@@ -4,19 +4,13 @@ from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
-from xmoe_fairseq.flags import (
-    COMBINE,
-    HASH_TABLES,
-    OWN_CAPACITY,
-    ROUTERS,
-    WITHOUT_SCORES,
-    MoEConfig,
-    flag,
-    read_field,
-)
+from xmoe_fairseq.flags import MoEConfig, flag, read_field
+from xmoe_fairseq.moe.layer import COMBINE
+from xmoe_fairseq.moe.routers.registry import RouterKind, flags_of_routers, registered_routers, router_named
+from xmoe_fairseq.router_args import read_router_args
 from xmoe_fairseq_compat.errors import FlagError
 
-__all__ = ["MoEConfig", "expert_parallel_size", "flag", "read_field", "read_moe_config"]
+__all__ = ["MoEConfig", "expert_parallel_size", "flag", "read_field", "read_moe_config", "router_kind"]
 
 
 def read_moe_config(model_cfg: Any, sides: tuple[str, ...]) -> MoEConfig:
@@ -39,16 +33,31 @@ def read_moe_config(model_cfg: Any, sides: tuple[str, ...]) -> MoEConfig:
     for name, (rule, holds) in _RULES.items():
         if not holds(config):
             raise FlagError(f"{flag(name)} {rule}, got {getattr(config, name)}")
-    _check_router(config)
-    _check_thresholds(config, sides, model_cfg)
-    for side in sides:
-        if config.has_experts(side):
-            _check_side(config, side, model_cfg)
+    kind = router_kind(config.moe_router)
+    _check_router(config, kind)
+    with_experts = [side for side in sides if config.has_experts(side)]
+    for side in with_experts:
+        _check_side(config, kind, side, model_cfg)
+    num_layers = sum(read_field(model_cfg, f"{side}_layers", 0) // config.moe_freq for side in with_experts)
+    try:
+        kind.check(config, num_layers)
+    except ValueError as error:
+        raise FlagError(str(error)) from None
     return config
+
+
+def router_kind(name: str) -> type[RouterKind]:
+    """Raises FlagError if no router is registered by that name."""
+    try:
+        return router_named(name)
+    except ValueError as error:
+        raise FlagError(str(error)) from None
 
 
 def _check_type(name: str, value: Any, default: Any) -> None:
     kind = type(default)
+    if name == "moe_router_args":  # read_router_args says more
+        return
     fits = isinstance(value, int | float) if kind is float else isinstance(value, kind)
     if not fits or (isinstance(value, bool) and kind is not bool):
         raise FlagError(f"{flag(name)} must be of type {kind.__name__}, got {value!r}")
@@ -56,35 +65,8 @@ def _check_type(name: str, value: Any, default: Any) -> None:
 
 _RULES: dict[str, tuple[str, Callable[[MoEConfig], bool]]] = {
     "moe_freq": ("must be 0 (dense) or more", lambda c: c.moe_freq >= 0),
-    "moe_router": (f"must be one of {', '.join(ROUTERS)}", lambda c: c.moe_router in ROUTERS),
     "moe_num_experts": ("must be in [1, 2^20]", lambda c: 1 <= c.moe_num_experts <= 2**20),
     "moe_ffn_split": ("must be at least 1", lambda c: c.moe_ffn_split >= 1),
-    "moe_threshold": ("must be in [0, 1]", lambda c: 0 <= c.moe_threshold <= 1),
-    "moe_target_experts_per_token": (
-        "must be 0 (off), or from 1 to --moe-max-experts-per-token (default: 2s) and --moe-num-experts",
-        lambda c: (
-            c.moe_target_experts_per_token == 0
-            or 1 <= c.moe_target_experts_per_token <= c.most_experts_per_token
-        ),
-    ),
-    "moe_topk": (
-        "must be 0 (= --moe-ffn-split) or more, and only --moe-router topk and expert_choice take it",
-        lambda c: c.moe_topk >= 0 and (c.moe_topk == 0 or c.moe_router in ("topk", "expert_choice")),
-    ),
-    "moe_hash_table": (
-        f"must be one of {', '.join(HASH_TABLES)}",
-        lambda c: c.moe_hash_table in HASH_TABLES,
-    ),
-    "moe_max_experts_per_token": (
-        "must be -1 (= 2 x --moe-ffn-split), 0 (no limit) or more",
-        lambda c: c.moe_max_experts_per_token >= -1,
-    ),
-    "moe_combine": (
-        f"must be one of {', '.join(COMBINE)}, and only --moe-router threshold and topk take ones",
-        lambda c: (
-            c.moe_combine in COMBINE and (c.moe_combine == "probs" or c.moe_router in ("threshold", "topk"))
-        ),
-    ),
     # Beyond these, scores overflow or are all the same.
     "moe_router_temperature": ("must be from 1e-6 to 1e6", lambda c: 1e-6 <= c.moe_router_temperature <= 1e6),
     "moe_router_init_scale": ("must be from 1e-6 to 1e6", lambda c: 1e-6 <= c.moe_router_init_scale <= 1e6),
@@ -122,48 +104,32 @@ def expert_parallel_size(config: MoEConfig, world_size: int) -> int:
     return size
 
 
-def _check_router(config: MoEConfig) -> None:
-    """What the routers of other methods cannot be combined with."""
+def _check_router(config: MoEConfig, kind: type[RouterKind]) -> None:
+    """What goes with which router, as the routers declare it."""
     router = config.moe_router
+
+    def refuse(name: str, rule: str) -> None:
+        raise FlagError(f"{flag(name)} {rule}, got {getattr(config, name)}")
+
+    for f, takers in flags_of_routers().items():
+        if not f.holds(config):
+            refuse(f.name, f.rule)
+        if f.refused_elsewhere and f not in kind.flags and getattr(config, f.name) != f.default:
+            raise FlagError(f"{flag(f.name)} needs --moe-router {' or '.join(takers)}, got {router}")
+    if config.moe_combine not in COMBINE or config.moe_combine == "ones" and not kind.takes_ones:
+        takers = [name for name, each in registered_routers().items() if each.takes_ones]
+        only = f"only --moe-router {' and '.join(takers)} take ones"
+        refuse("moe_combine", f"must be one of {', '.join(COMBINE)}, and {only}")
     for name in ("moe_capacity_factor", "moe_eval_capacity_factor"):
-        if router in OWN_CAPACITY and getattr(config, name):
-            rule = f"must be 0 with --moe-router {router}, which has a capacity of its own"
-            raise FlagError(f"{flag(name)} {rule}, got {getattr(config, name)}")
-    if router == "gshard" and config.moe_expert_parallel_size != 1:
-        rule = "must be 1 with --moe-router gshard (fairscale exchanges equal numbers of tokens only)"
-        raise FlagError(f"--moe-expert-parallel-size {rule}, got {config.moe_expert_parallel_size}")
+        if kind.has_own_capacity and getattr(config, name):
+            refuse(name, f"must be 0 with --moe-router {router}, which has a capacity of its own")
     for name in ("moe_router_temperature", "moe_router_init_scale"):
-        if router in WITHOUT_SCORES and getattr(config, name) != 1:
-            rule = f"must be 1 with --moe-router {router}, whose scores are not the plugin's"
-            raise FlagError(f"{flag(name)} {rule}, got {getattr(config, name)}")
-    for name in ("moe_target_experts_per_token", "moe_layer_thresholds"):
-        if router != "threshold" and getattr(config, name):
-            raise FlagError(f"{flag(name)} needs --moe-router threshold, got {router}")
-    if router == "gshard" and config.moe_num_experts < 2:
-        raise FlagError("--moe-num-experts must be at least 2 with --moe-router gshard, got 1")
+        if not kind.has_scores and getattr(config, name) != 1:
+            refuse(name, f"must be 1 with --moe-router {router}, whose scores are not the plugin's")
+    read_router_args(router, kind, config.moe_router_args)
 
 
-def _check_thresholds(config: MoEConfig, sides: tuple[str, ...], model_cfg: Any) -> None:
-    """--moe-layer-thresholds: one for each MoE layer."""
-    given, name = config.moe_layer_thresholds, "--moe-layer-thresholds"
-    if not given:
-        return
-    if config.moe_target_experts_per_token:
-        raise FlagError(f"{name} cannot be combined with --moe-target-experts-per-token, got {given}")
-    layers = sum(
-        read_field(model_cfg, f"{side}_layers", 0) // config.moe_freq
-        for side in sides
-        if config.has_experts(side)
-    )
-    try:
-        fits = len(config.layer_thresholds) == layers and all(0 <= t <= 1 for t in config.layer_thresholds)
-    except ValueError:
-        fits = False
-    if not fits:
-        raise FlagError(f"{name} must give each of the {layers} MoE layers a number in [0, 1], got {given}")
-
-
-def _check_side(config: MoEConfig, side: str, model_cfg: Any) -> None:
+def _check_side(config: MoEConfig, kind: type[RouterKind], side: str, model_cfg: Any) -> None:
     """Rules between the MoE flags and fairseq's own, for one side that has MoE layers."""
 
     def own(name: str) -> Any:
@@ -176,14 +142,11 @@ def _check_side(config: MoEConfig, side: str, model_cfg: Any) -> None:
     if config.moe_freq > num_layers:
         rule = f"must be at most --{side}-layers {num_layers} (0 = dense)"
         raise FlagError(f"--moe-freq {rule}, got {config.moe_freq}")
-    if config.moe_router == "expert_choice" and side == "decoder":
+    if side == "decoder" and not kind.is_causal:
         raise FlagError(
-            "--moe-router expert_choice cannot be used in a decoder: its experts choose among all tokens, so "
-            "a token would depend on later ones; add --no-moe-decoder or take another router"
+            f"--moe-router {config.moe_router} cannot be used in a decoder: its experts choose among all "
+            "tokens, so a token would depend on later ones; add --no-moe-decoder or take another router"
         )
-    if config.moe_router in ("topk", "expert_choice") and config.k > config.moe_num_experts:
-        rule = f"must be at most --moe-num-experts {config.moe_num_experts}"
-        raise FlagError(f"--moe-topk (default: --moe-ffn-split) {rule}, got {config.k}")
     for name in ("scale_fc", "quant_noise_pq", "quant_noise_scalar", "base_layers", f"{side}_layers_to_keep"):
         if own(name):
             raise FlagError(

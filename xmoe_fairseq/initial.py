@@ -13,8 +13,8 @@ def draw_normal(model: nn.Module, std: float) -> None:
             module.reset_parameters(std)
         elif isinstance(module, nn.Linear | nn.Embedding | Router):
             nn.init.normal_(module.weight, std=std)
-            if getattr(module, "bias", None) is not None:
-                nn.init.zeros_(module.bias)  # type: ignore[arg-type]
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
     for module in model.modules():  # last, because an output layer may share an embedding's weight
         if isinstance(module, nn.Embedding) and module.padding_idx is not None:
             nn.init.zeros_(module.weight[module.padding_idx])

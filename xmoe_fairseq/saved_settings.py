@@ -5,6 +5,7 @@ from dataclasses import fields
 from typing import Any
 
 from xmoe_fairseq.config import MoEConfig
+from xmoe_fairseq.moe.routers.registry import RouterKind, flags_of_routers, registered_routers
 from xmoe_fairseq_compat.errors import CheckpointError
 from xmoe_fairseq_compat.misfits import check_left_out, other_sizes, settings_of
 from xmoe_fairseq_compat.settings import as_dict
@@ -39,7 +40,6 @@ def check_saved_settings(path: Any, state: Mapping[str, Any], model_cfg: Any) ->
 def counting(saved: Mapping[str, Any]) -> list[str]:
     """Names of the MoE settings in a checkpoint that say what the model is."""
     names = [f.name for f in fields(MoEConfig) if f.name in saved and f.name not in FREE]
-    steered = saved.get("moe_target_experts_per_token") or saved.get("moe_layer_thresholds")
-    if steered or saved.get("moe_router") != "threshold":
-        names = [name for name in names if name != "moe_threshold"]
-    return names
+    taken = registered_routers().get(saved.get("moe_router", ""), RouterKind).flags
+    idle = [f.name for f in flags_of_routers() if f not in taken or any(map(saved.get, f.unless))]
+    return [name for name in names if name not in idle]

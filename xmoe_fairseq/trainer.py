@@ -10,10 +10,10 @@ from fairseq.criterions import CRITERION_REGISTRY
 from fairseq.trainer import Trainer
 from torch import nn
 
-from xmoe_fairseq.config import read_field
+from xmoe_fairseq.config import MoEConfig, read_field, router_kind
 from xmoe_fairseq.criterions.moe_loss import MoELossMixin
 from xmoe_fairseq.failure import explain, introduce
-from xmoe_fairseq.moe import Budget, step_budgets
+from xmoe_fairseq.moe import Budget
 from xmoe_fairseq.saved_settings import check_saved_settings
 from xmoe_fairseq_compat.errors import FlagError
 
@@ -35,8 +35,8 @@ class MoETrainer(Trainer):
         super().__init__(cfg, task, model, criterion, quantizer)
         if dist.is_initialized():
             introduce()
-        is_balanced = read_field(cfg.model, "moe_router", None) not in ("threshold", "topk", "gshard")
-        if not is_balanced and not isinstance(criterion, MoELossMixin):
+        self.router_kind = router_kind(read_field(cfg.model, "moe_router", MoEConfig.moe_router))
+        if self.router_kind.needs_balance_loss and not isinstance(criterion, MoELossMixin):
             name = read_field(cfg.criterion, "_name", type(criterion).__name__)
             balanced = [f"moe_{name}"] if f"moe_{name}" in CRITERION_REGISTRY else BALANCED
             logger.warning(
@@ -90,7 +90,7 @@ class MoETrainer(Trainer):
         too late for that: fairseq calls it before the next forward.
         """
         super().set_num_updates(num_updates)
-        step_budgets(self.get_model())
+        self.router_kind.after_update(self.get_model())
 
     def _prepare_sample(self, sample: Any, is_dummy: bool = False) -> tuple[Any, bool]:
         sample, is_dummy = super()._prepare_sample(sample, is_dummy)

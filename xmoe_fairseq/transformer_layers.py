@@ -1,8 +1,9 @@
 """fairseq's Transformer layers with an MoE layer where the FFN was."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from contextlib import nullcontext
 from functools import partial
+from itertools import count
 from typing import Any
 
 import torch
@@ -13,8 +14,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from xmoe_fairseq.build_moe import build_moe
-from xmoe_fairseq.config import MoEConfig
-from xmoe_fairseq.moe import MoELayer, moe_layers
+from xmoe_fairseq.config import MoEConfig, router_kind
+from xmoe_fairseq.moe import RoutedLayer, moe_layers
 from xmoe_fairseq.parallel import ExpertParallel, expert_parallel, spread_experts
 from xmoe_fairseq.parallel.trainer import ExpertParallelTrainer
 from xmoe_fairseq.token_ids import TokenIds
@@ -25,15 +26,12 @@ def install_experts(model: nn.Module, config: MoEConfig, sides: tuple[str, ...])
     """Put MoE layers into a fairseq model, in place; each rank of a run gets the experts that it holds."""
     if not any(config.has_experts(side) for side in sides):
         return
-    parallel = expert_parallel(config)
+    parallel, numbers = expert_parallel(config), count()
     for side in sides:
-        install_moe_layers(getattr(model, side), config, side, parallel)
+        install_moe_layers(getattr(model, side), config, side, parallel, numbers)
     for layer in moe_layers(model):
         for parameter in layer.expert_parameters():
             parameter.is_expert = True  # type: ignore[attr-defined]  # see xmoe_fairseq_compat
-    if config.moe_layer_thresholds:
-        for layer, threshold in zip(moe_layers(model), config.layer_thresholds, strict=True):
-            layer.router.threshold = threshold  # type: ignore[assignment]
     if parallel:
         spread_experts(model, parallel)
     # see xmoe_fairseq_compat
@@ -41,7 +39,7 @@ def install_experts(model: nn.Module, config: MoEConfig, sides: tuple[str, ...])
 
 
 def install_moe_layers(
-    stack: nn.Module, config: MoEConfig, side: str, parallel: ExpertParallel | None
+    stack: nn.Module, config: MoEConfig, side: str, parallel: ExpertParallel | None, numbers: Iterator[int]
 ) -> None:
     """Replace every Nth layer of a fairseq encoder or decoder, in place; other layers stay fairseq's own.
 
@@ -49,12 +47,13 @@ def install_moe_layers(
         stack: TransformerEncoderBase or TransformerDecoderBase.
         side: "encoder" or "decoder"; begins the layers' names in errors and statistics.
         parallel: this rank's place if the experts are shared out among ranks.
+        numbers: of the model's MoE layers, from the encoder's first on.
     """
     if not config.has_experts(side):
         return
-    ids = TokenIds(stack, side) if config.moe_router == "hash" else None
+    ids = TokenIds(stack, side) if router_kind(config.moe_router).goes_by_ids else None
     for index in range(config.moe_freq - 1, len(stack.layers), config.moe_freq):
-        moe = build_moe(stack, config, side, parallel, name=f"{side}.layers.{index}")
+        moe = build_moe(stack, config, side, parallel, f"{side}.layers.{index}", next(numbers))
         layer: nn.Module
         if side == "encoder":
             layer = MoEEncoderLayer(stack.cfg, moe)
@@ -89,7 +88,7 @@ class _MoEFeedForward:
 
     dropout_module: FairseqDropout
 
-    def replace_ffn(self, moe: MoELayer) -> None:
+    def replace_ffn(self, moe: RoutedLayer) -> None:
         del self.fc1, self.fc2  # modules, which could not be overwritten by a method
         self.moe = moe
         self.fc1 = self.feed_forward
@@ -123,9 +122,9 @@ class _MoEFeedForward:
 
 
 class MoEEncoderLayer(_MoEFeedForward, TransformerEncoderLayerBase):
-    """Encoder layer; the FFN is an MoELayer that skips padding."""
+    """Encoder layer; the FFN is an MoE layer that skips padding."""
 
-    def __init__(self, cfg: TransformerConfig, moe: MoELayer) -> None:
+    def __init__(self, cfg: TransformerConfig, moe: RoutedLayer) -> None:
         super().__init__(cfg)
         self.replace_ffn(moe)
         # Copies for a fast path that knows dense layers only.
@@ -150,9 +149,9 @@ class MoEEncoderLayer(_MoEFeedForward, TransformerEncoderLayerBase):
 
 
 class MoEDecoderLayer(_MoEFeedForward, TransformerDecoderLayerBase):
-    """Decoder layer; the FFN is an MoELayer that skips padding."""
+    """Decoder layer; the FFN is an MoE layer that skips padding."""
 
-    def __init__(self, cfg: TransformerConfig, moe: MoELayer, no_encoder_attn: bool = False) -> None:
+    def __init__(self, cfg: TransformerConfig, moe: RoutedLayer, no_encoder_attn: bool = False) -> None:
         super().__init__(cfg, no_encoder_attn)
         self.replace_ffn(moe)
 

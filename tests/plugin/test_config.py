@@ -14,14 +14,20 @@ from xmoe_fairseq.config import MoEConfig, read_moe_config
 from xmoe_fairseq.model_config import complete_namespace
 from xmoe_fairseq.models.language_model import XMoETransformerLanguageModelConfig
 from xmoe_fairseq.models.translation import XMoETransformerConfig, XMoETransformerModel
+from xmoe_fairseq.moe.routers.threshold import max_experts_per_token
+from xmoe_fairseq.moe.routers.topk import experts_per_token
 from xmoe_fairseq_compat.errors import FlagError
 
+UNKNOWN = (
+    "--moe-router must be one of threshold, base, expert_choice, gshard, hash, topk, got best; a router of "
+    "somebody's own needs the --user-dir that registers it"
+)
 BAD = [
     ({"moe_freq": -1}, "--moe-freq must be 0 (dense) or more, got -1"),
     ({"moe_freq": 4}, "--moe-freq must be at most --decoder-layers 3 (0 = dense), got 4"),
     (
         {"moe_router": "best"},
-        "--moe-router must be one of threshold, topk, hash, base, expert_choice, gshard, got best",
+        UNKNOWN,
     ),
     ({"moe_num_experts": 0}, "--moe-num-experts must be in [1, 2^20], got 0"),
     ({"moe_num_experts": 2.5}, "--moe-num-experts must be of type int, got 2.5"),
@@ -65,7 +71,7 @@ BAD = [
         {"moe_router_temperature": 0.5, "moe_router": "hash"},
         "--moe-router-temperature must be 1 with --moe-router hash, whose scores",
     ),
-    ({"moe_topk": 2}, "only --moe-router topk and expert_choice take it, got 2"),
+    ({"moe_topk": 2}, "--moe-topk needs --moe-router expert_choice or topk, got threshold"),
     ({"moe_router": "topk", "moe_topk": 9}, "must be at most --moe-num-experts 8, got 9"),
     ({"moe_router": "topk", "moe_topk": -1}, "--moe-topk must be 0 (= --moe-ffn-split) or more"),
     ({"moe_hash_table": "perfect"}, "--moe-hash-table must be one of balanced, random, got perfect"),
@@ -123,7 +129,7 @@ def test_a_bad_value_is_refused_with_one_line(flags: dict, message: str) -> None
     [
         (
             {"moe_router": "best"},
-            "--moe-router must be one of threshold, topk, hash, base, expert_choice, gshard, got best",
+            UNKNOWN,
         ),
         ({"moe_threshold": 1.5}, "--moe-threshold must be in [0, 1], got 1.5"),
     ],
@@ -176,9 +182,9 @@ def test_experts_may_choose_tokens_in_the_encoder() -> None:
 
 def test_defaults() -> None:
     config = read_moe_config(Namespace(), ())
-    assert config.experts_per_token_limit == 8
-    assert config.k == 4
-    assert read_moe_config(Namespace(moe_max_experts_per_token=0), ()).experts_per_token_limit == 0
+    assert max_experts_per_token(config) == 8
+    assert experts_per_token(config) == 4
+    assert max_experts_per_token(read_moe_config(Namespace(moe_max_experts_per_token=0), ())) == 0
     assert read_moe_config(OmegaConf.create({"moe_threshold": 1}), ()).moe_threshold == 1
 
 

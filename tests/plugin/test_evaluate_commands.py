@@ -115,7 +115,7 @@ def test_threshold_and_k_can_be_changed_at_evaluation(
         ("{'moe_threshold': 'high'}", "moe_threshold must be of type float, got 'high'"),
         (
             "{'moe_router': 'best'}",
-            "--moe-router must be one of threshold, topk, hash, base, expert_choice, gshard, got best",
+            "hash, topk, got best; a router of somebody's own needs the --user-dir that registers it",
         ),
     ],
 )

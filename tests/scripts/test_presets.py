@@ -8,6 +8,8 @@ from presets import MODELS, PRESETS, Model
 
 import xmoe_fairseq  # noqa: F401  (registers the models)
 from xmoe_fairseq.config import read_moe_config
+from xmoe_fairseq.moe.routers.threshold import max_experts_per_token
+from xmoe_fairseq.moe.routers.topk import experts_per_token
 
 
 @pytest.mark.parametrize(
@@ -76,7 +78,7 @@ def test_fairseq_takes_the_flags(task: str, preset: str) -> None:
         assert config.moe_eval_capacity_factor == 0
         assert config.moe_target_experts_per_token == (plan.split / 2 if "budget" in model else 0)
         if preset == "paper" and model.startswith("xmoe"):
-            assert (config.moe_threshold, config.experts_per_token_limit) == (0.9, 0)
+            assert (config.moe_threshold, max_experts_per_token(config)) == (0.9, 0)
         rows = args.max_tokens if task == "wmt" else args.batch_size * args.tokens_per_sample
         assert rows * args.update_freq[0] == plan.size.tokens_per_update
 
@@ -105,4 +107,4 @@ def test_models_use_as_much_compute_as_the_dense_ffn() -> None:
         )
         config = read_moe_config(args, ())
         single = config.moe_router in ("hash", "base")
-        assert per_token.get(name, 1 if single else config.k) / kind.split == 1
+        assert per_token.get(name, 1 if single else experts_per_token(config)) / kind.split == 1

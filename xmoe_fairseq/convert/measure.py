@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from xmoe_fairseq.convert.data import Batches
 from xmoe_fairseq.convert.ffn import FeedForward
-from xmoe_fairseq.moe import MoELayer, Routing, moe_layers, record_routing
+from xmoe_fairseq.moe import RoutedLayer, Routing, moe_layers, record_routing
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def dense_places(ffns: list[FeedForward]) -> list[tuple[nn.Module, nn.Module]]:
 
 
 def measure_sparse(
-    model: nn.Module, batches: Batches, look: Callable[[MoELayer, Routing], Any] | None = None
+    model: nn.Module, batches: Batches, look: Callable[[RoutedLayer, Routing], Any] | None = None
 ) -> Quality:
     """
     Args:
@@ -67,7 +67,7 @@ def measure_sparse(
             records.clear()
 
         loss, seconds = run(model, batches, [(layer, layer) for layer in layers], count)
-    thresholds = [float(layer.router.threshold) for layer in layers]  # type: ignore[arg-type]
+    thresholds = [float(layer.router.threshold) for layer in layers]  # type: ignore[arg-type, union-attr]
     flops = totals["flops"] / max(totals["flops_dense_ffn"], 1.0)
     return Quality(thresholds, loss, flops, totals["rows"] / max(totals["tokens"], 1.0), seconds)
 

@@ -82,7 +82,7 @@ def make_dial(model: nn.Module, batches: Batches, per_layer: bool, tick: Callabl
 
 def set_thresholds(model: nn.Module, thresholds: list[float]) -> None:
     for layer, threshold in zip(moe_layers(model), thresholds, strict=True):
-        layer.router.threshold = threshold  # type: ignore[assignment]
+        layer.router.threshold = threshold  # type: ignore[assignment, union-attr]
 
 
 def balance(layers: int, measure: Callable[[list[float]], Quality]) -> list[float]:

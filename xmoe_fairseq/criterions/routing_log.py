@@ -15,23 +15,24 @@ from fairseq import metrics
 from fairseq.logging.meters import AverageMeter, MetersDict
 from torch import Tensor
 
-from xmoe_fairseq.moe import MoELayer, Routing, RoutingStats, ThresholdRouter
+from xmoe_fairseq.moe import RoutedLayer, Routing, RoutingStats
 
 SIDES = ("encoder", "decoder")
-Records = list[tuple[MoELayer, Routing]]
+FLOPS = {"flops", "flops_all_experts", "flops_dense_ffn"}
+Records = list[tuple[RoutedLayer, Routing]]
 
 
-def routing_sums(layers: list[MoELayer], records: Records, device: torch.device) -> dict[str, Tensor]:
+def routing_sums(layers: list[RoutedLayer], records: Records, device: torch.device) -> dict[str, Tensor]:
     """Logging outputs: (L,) or (L, E) for the L layers of each side."""
     sums = {}
     for side in SIDES:
-        if own := [layer for layer in layers if side_of(layer) == side]:
+        if own := [layer for layer in layers if layer.side == side]:
             for name, total in side_sums(own, records, device).items():
                 sums[f"moe_{side}_{name}"] = total
     return sums
 
 
-def side_sums(layers: list[MoELayer], records: Records, device: torch.device) -> dict[str, Tensor]:
+def side_sums(layers: list[RoutedLayer], records: Records, device: torch.device) -> dict[str, Tensor]:
     """Sums of one side's L layers, (L,) or (L, E); 0 for a layer that did not run."""
     of_layers = [
         layer_sums(layer, [routing for ran, routing in records if ran is layer], device) for layer in layers
@@ -39,17 +40,15 @@ def side_sums(layers: list[MoELayer], records: Records, device: torch.device) ->
     return {name: torch.stack([sums[name] for sums in of_layers]) for name in of_layers[0]}
 
 
-def layer_sums(layer: MoELayer, routings: list[Routing], device: torch.device) -> dict[str, Tensor]:
-    router = getattr(layer, "router", None)  # a peer's layer keeps its own elsewhere
+def layer_sums(layer: RoutedLayer, routings: list[Routing], device: torch.device) -> dict[str, Tensor]:
     calls = []
     for stats in (RoutingStats.zeros(layer.num_experts, device), *map(RoutingStats.of, routings)):
-        calls.append({**vars(stats), **layer_flops(layer, stats)})
-        if isinstance(router, ThresholdRouter):
-            calls[-1]["threshold"] = router.threshold_in_use * stats.tokens
+        own = {name: value * stats.tokens for name, value in layer.to_log().items()}
+        calls.append({**vars(stats), **layer_flops(layer, stats), **own})
     return {name: torch.stack([call[name] for call in calls]).sum(0) for name in calls[0]}
 
 
-def layer_flops(layer: MoELayer, stats: RoutingStats) -> dict[str, Tensor]:
+def layer_flops(layer: RoutedLayer, stats: RoutingStats) -> dict[str, Tensor]:
     """Multiply-adds x 2 of the matrix products in a forward pass, router included.
 
     The authors count the experts only; the router is what the saving costs.
@@ -61,10 +60,6 @@ def layer_flops(layer: MoELayer, stats: RoutingStats) -> dict[str, Tensor]:
         "flops_all_experts": router + stats.tokens * (layer.num_experts * per_row),
         "flops_dense_ffn": stats.tokens * (4 * layer.model_dim * layer.dense_ffn_dim),
     }
-
-
-def side_of(layer: MoELayer) -> str:
-    return layer.name.split(".")[0]
 
 
 def log_routing(logging_outputs: list[dict[str, Any]]) -> None:
@@ -123,6 +118,6 @@ def ratios(sums: dict[str, Tensor]) -> dict[str, float]:
         "load_cv": stats.load_cv.mean(),
         "router_entropy": stats.entropy.sum() / stats.tokens.sum(),
     }
-    if "threshold" in sums:
-        values["threshold"] = (sums["threshold"] / stats.tokens).mean()
+    for name in sums.keys() - vars(stats).keys() - FLOPS:  # of the routers' own
+        values[name] = (sums[name] / stats.tokens).mean()
     return {name: round(value.item(), 4) for name, value in values.items()}

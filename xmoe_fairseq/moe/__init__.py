@@ -1,16 +1,27 @@
 """Mixture-of-Experts in plain torch: tokens -> router -> dispatch -> experts -> combine -> loss.
 
 Nothing in here knows fairseq. Start reading at `layer.py`.
+
+A capital suffix is a tensor's shape, `probs_TE` is (T, E); without one it is a scalar or the shape varies:
+
+    T  tokens on this rank that are no padding        D  width of a token
+    E  experts                                        F  hidden width of an expert
+    K  choices of a token, the best first             R  routed (token, expert) pairs
+    S  rows that the experts here read                W  ranks; N: of these share out the experts
+    L  layers                                         V  token ids
+    B  bins of a histogram; C: counts, those and two more
 """
 
 from xmoe_fairseq.moe.budget import Budget, step_budgets
 from xmoe_fairseq.moe.experts.experts import Experts
 from xmoe_fairseq.moe.layer import MoELayer
 from xmoe_fairseq.moe.records import moe_layers, record_routing
-from xmoe_fairseq.moe.routers.base import Router
+from xmoe_fairseq.moe.routed_layer import RoutedLayer
+from xmoe_fairseq.moe.routers.base import Router, TokenRouter
 from xmoe_fairseq.moe.routers.base_assignment import BaseRouter
 from xmoe_fairseq.moe.routers.expert_choice import ExpertChoiceRouter
 from xmoe_fairseq.moe.routers.hash import HashRouter, balanced_table, random_table
+from xmoe_fairseq.moe.routers.registry import register_router
 from xmoe_fairseq.moe.routers.threshold import ThresholdRouter
 from xmoe_fairseq.moe.routers.topk import TopKRouter
 from xmoe_fairseq.moe.routing import Routing
@@ -23,14 +34,17 @@ __all__ = [
     "Experts",
     "HashRouter",
     "MoELayer",
+    "RoutedLayer",
     "Router",
     "Routing",
     "RoutingStats",
     "ThresholdRouter",
+    "TokenRouter",
     "TopKRouter",
     "balanced_table",
     "moe_layers",
     "random_table",
     "record_routing",
+    "register_router",
     "step_budgets",
 ]

@@ -6,25 +6,25 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from xmoe_fairseq.moe.layer import MoELayer
+from xmoe_fairseq.moe.routed_layer import RoutedLayer
 from xmoe_fairseq.moe.routing import Routing
 
 
-def moe_layers(model: nn.Module) -> list[MoELayer]:
+def moe_layers(model: nn.Module) -> list[RoutedLayer]:
     """In the order of the model's modules: an encoder's before a decoder's, from the lowest up."""
-    return [module for module in model.modules() if isinstance(module, MoELayer)]
+    return [module for module in model.modules() if isinstance(module, RoutedLayer)]
 
 
 @contextmanager
-def record_routing(model: nn.Module) -> Iterator[list[tuple[MoELayer, Routing]]]:
+def record_routing(model: nn.Module) -> Iterator[list[tuple[RoutedLayer, Routing]]]:
     """Collects the (layer, routing) of every MoE layer call of `model` inside the `with` block, in order.
 
     What runs after the block, such as the recomputation of checkpointed activations in the backward pass,
     is not recorded, so a loss taken from the list counts once.
     """
-    records: list[tuple[MoELayer, Routing]] = []
+    records: list[tuple[RoutedLayer, Routing]] = []
 
-    def keep(layer: MoELayer, _: Any, output: tuple[Tensor, Routing]) -> None:
+    def keep(layer: RoutedLayer, _: Any, output: tuple[Tensor, Routing]) -> None:
         records.append((layer, output[1]))
 
     handles = [layer.register_forward_hook(keep) for layer in moe_layers(model)]

@@ -1,6 +1,6 @@
 """Routers: (T, D) tokens -> Routing.
 
-A router scores every expert for every token, then a subclass says which experts a token takes.
+Most are a `Router`: it scores every expert for every token, then a subclass says which experts a token takes.
 Arithmetic is fp32 at least, with autocast off: in bf16 two experts easily tie, and the running
 mass of the threshold router would be wrong in its second digit.
 """
@@ -13,17 +13,43 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from xmoe_fairseq.moe.budget import Budget
 from xmoe_fairseq.moe.losses import load_balance_loss, z_loss
+from xmoe_fairseq.moe.routers.registry import RouterKind
 from xmoe_fairseq.moe.routing import Routing
 
 
-class Router(nn.Module):
-    """Linear scores without a bias, softmax, and a choice that a subclass makes.
+class TokenRouter(RouterKind, nn.Module):
+    """What an `MoELayer` needs of a router.
 
     Args:
         model_dim: width D of a token.
         num_experts: number of experts E.
+        flops_per_token: multiply-adds x 2.
+    """
+
+    def __init__(self, model_dim: int, num_experts: int, flops_per_token: int) -> None:
+        super().__init__()
+        if model_dim < 1 or num_experts < 1:
+            raise ValueError(
+                f"model_dim and num_experts must be at least 1, got {model_dim} and {num_experts}"
+            )
+        self.model_dim, self.num_experts = model_dim, num_experts
+        self.flops_per_token = flops_per_token
+
+    def forward(self, x_TD: Tensor, ids_T: Tensor | None = None) -> Routing:
+        """Route T non-padding tokens, by what they are or by their ids."""
+        raise NotImplementedError
+
+    def to_log(self) -> dict[str, Tensor | float]:
+        """What is worth a record beside the statistics of the routing."""
+        return {}
+
+    def extra_repr(self) -> str:
+        return f"model_dim={self.model_dim}, num_experts={self.num_experts}"
+
+
+class Router(TokenRouter):
+    """Linear scores without a bias, softmax, and a choice that a subclass makes.
 
     `temperature` divides the scores: below 1 a router is more decisive.
     """
@@ -31,26 +57,9 @@ class Router(nn.Module):
     temperature = 1.0
 
     def __init__(self, model_dim: int, num_experts: int) -> None:
-        super().__init__()
-        self.budget: Budget | None = None  # a ThresholdRouter may have one
-        if model_dim < 1 or num_experts < 1:
-            raise ValueError(
-                f"model_dim and num_experts must be at least 1, got {model_dim} and {num_experts}"
-            )
+        super().__init__(model_dim, num_experts, 2 * model_dim * num_experts)
         self.weight = nn.Parameter(torch.empty(num_experts, model_dim))
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))  # as nn.Linear
-
-    @property
-    def num_experts(self) -> int:
-        return self.weight.size(0)
-
-    @property
-    def model_dim(self) -> int:
-        return self.weight.size(1)
-
-    @property
-    def flops_per_token(self) -> int:
-        return 2 * self.weight.numel()
 
     def forward(self, x_TD: Tensor, ids_T: Tensor | None = None) -> Routing:
         """Route T non-padding tokens, by what they are: their ids are for routers that go by them.
@@ -99,12 +108,9 @@ class Router(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """The checkpoint of a model that was trained with a budget may be used with a fixed t or k."""
-        if self.budget is None:
+        if "budget.threshold" not in dict(self.named_buffers()):
             state_dict.pop(f"{prefix}budget.threshold", None)
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-    def extra_repr(self) -> str:
-        return f"model_dim={self.weight.size(1)}, num_experts={self.num_experts}"
 
 
 def may_overflow(router: nn.Module, x_TD: Tensor) -> bool:

@@ -4,14 +4,20 @@ import torch
 from torch import Tensor
 
 from xmoe_fairseq.moe.routers.base import Router
+from xmoe_fairseq.moe.routers.registry import register_router
 
 
+@register_router("base")
 class BaseRouter(Router):
     """BASE layers: one expert per token, weight sigmoid(score), no auxiliary loss.
 
     In training tokens are assigned so that every expert gets ceil(T/E) at most and the sum of scores is
     largest; in evaluation each token takes its best expert. Lewis et al. 2021, arXiv 2103.16716.
     """
+
+    description = "one, with a balanced assignment in training, the best in evaluation (BASE layers)"
+    depends_on_batch = "in training"
+    needs_balance_loss = False
 
     def choose(self, logits_TE: Tensor, probs_TE: Tensor) -> tuple[Tensor, Tensor]:
         expert_T = balanced_assignment(logits_TE) if self.training else logits_TE.argmax(dim=-1)

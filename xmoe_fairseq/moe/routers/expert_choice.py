@@ -6,8 +6,11 @@ import torch
 from torch import Tensor
 
 from xmoe_fairseq.moe.routers.base import Router, by_preference
+from xmoe_fairseq.moe.routers.registry import Place, register_router
+from xmoe_fairseq.moe.routers.topk import TOPK, check_topk, experts_per_token
 
 
+@register_router("expert_choice")
 class ExpertChoiceRouter(Router):
     """Every expert takes its `ceil(T * c / E)` most probable tokens. Zhou et al. 2022, arXiv 2202.09368.
 
@@ -19,6 +22,16 @@ class ExpertChoiceRouter(Router):
         experts_per_token: c, in (0, E].
     """
 
+    description = (
+        "none to all: every expert takes its best tokens; refused in decoders, which would see the future"
+    )
+    depends_on_batch = "yes"
+    is_causal = False
+    needs_balance_loss = False
+    has_own_capacity = True
+    flags = (TOPK,)
+    check = staticmethod(check_topk)
+
     def __init__(self, model_dim: int, num_experts: int, experts_per_token: float = 1.0) -> None:
         super().__init__(model_dim, num_experts)
         if not 0 < experts_per_token <= num_experts:
@@ -26,6 +39,10 @@ class ExpertChoiceRouter(Router):
                 f"experts_per_token must be in (0, num_experts = {num_experts}], got {experts_per_token}"
             )
         self.experts_per_token = experts_per_token
+
+    @classmethod
+    def from_config(cls, place: Place) -> "ExpertChoiceRouter":
+        return cls(place.model_dim, place.num_experts, experts_per_token(place.config))
 
     def choose(self, logits_TE: Tensor, probs_TE: Tensor) -> tuple[Tensor, Tensor]:
         tokens_each = math.ceil(probs_TE.size(0) * self.experts_per_token / self.num_experts)

@@ -11,20 +11,21 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from fairscale.nn.moe import MOELayer, Top2Gate
 from torch import Tensor, nn
 
 from xmoe_fairseq.moe.experts.plain import Activation
-from xmoe_fairseq.moe.layer import MoELayer
 from xmoe_fairseq.moe.losses import z_loss
+from xmoe_fairseq.moe.routed_layer import RoutedLayer
 from xmoe_fairseq.moe.routers.base import may_overflow
+from xmoe_fairseq.moe.routers.registry import RouterKind, register_router
 from xmoe_fairseq.moe.routing import Routing
 from xmoe_fairseq.moe.stats import RoutingStats
 
 TOP = 2
 
 
-class GShardLayer(MoELayer):
+@register_router("gshard")
+class GShardLayer(RouterKind, RoutedLayer):
     """The two experts of a token share its output by renormalised probabilities; an expert takes 2T/E rows.
 
     That capacity, and the noise in the choice of the second expert, are there in evaluation too, so results
@@ -32,6 +33,14 @@ class GShardLayer(MoELayer):
     tokens: the batch's first ones are repeated up to it, and their outputs left out again.
     Its dispatch is a product with a (T, E, 2T/E) mask: memory and time grow with T squared.
     """
+
+    description = (
+        "two, the second with noise; fairscale's own `MOELayer` and `Top2Gate`, which keep 2T/E tokens "
+        "per expert"
+    )
+    depends_on_batch = "yes"
+    has_scores = False  # the plugin's
+    has_own_capacity = True
 
     def __init__(
         self,
@@ -42,12 +51,16 @@ class GShardLayer(MoELayer):
         activation_dropout: float = 0.0,
         dense_ffn_dim: int | None = None,
         name: str = "GShard layer",
+        side: str = "",
     ) -> None:
-        nn.Module.__init__(self)  # not MoELayer's: router and experts are fairscale's
+        router_flops = 2 * model_dim * num_experts
+        super().__init__(model_dim, expert_dim, num_experts, router_flops, dense_ffn_dim, name, side)
         if num_experts < TOP:
             raise ValueError(f"num_experts must be at least {TOP} for GShard, got {num_experts}")
         if expert_dim < 1:
             raise ValueError(f"expert_dim must be at least 1, got {expert_dim}")
+        from fairscale.nn.moe import MOELayer, Top2Gate  # its imports take a second
+
         experts = [
             FeedForward(model_dim, expert_dim, activation, activation_dropout) for _ in range(num_experts)
         ]
@@ -58,10 +71,15 @@ class GShardLayer(MoELayer):
             parameter.__dict__.pop(
                 "expert", None
             )  # fairscale's mark for DDP to skip it; here all ranks have all
-        self.model_dim, self.expert_dim, self.num_experts = model_dim, expert_dim, num_experts
-        self.router_flops = 2 * model_dim * num_experts
-        self.dense_ffn_dim = dense_ffn_dim or expert_dim
-        self.name = name
+
+    @classmethod
+    def check(cls, config: Any, num_layers: int) -> None:
+        if config.moe_expert_parallel_size != 1:
+            rule = "must be 1 with --moe-router gshard (fairscale exchanges equal numbers of tokens only)"
+            raise ValueError(f"--moe-expert-parallel-size {rule}, got {config.moe_expert_parallel_size}")
+        if config.moe_num_experts < TOP:
+            rule = f"must be at least {TOP} with --moe-router gshard"
+            raise ValueError(f"--moe-num-experts {rule}, got {config.moe_num_experts}")
 
     def forward_tokens(self, x_TD: Tensor, ids_T: Tensor | None = None) -> tuple[Tensor, Routing]:
         num_tokens = x_TD.size(0)

@@ -6,13 +6,15 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from xmoe_fairseq.moe.routers.base import may_overflow, not_finite
+from xmoe_fairseq.moe.routers.base import TokenRouter, may_overflow, not_finite
+from xmoe_fairseq.moe.routers.registry import Flag, Place, register_router
 from xmoe_fairseq.moe.routing import Routing
 
 
-class HashRouter(nn.Module):
+@register_router("hash")
+class HashRouter(TokenRouter):
     """One expert per token, looked up by the token's id; weight 1, nothing to learn, no auxiliary loss.
 
     The id is that of the input token, so it is known in time and the same in any batch. The table is a
@@ -24,16 +26,33 @@ class HashRouter(nn.Module):
         table_V: the expert of each of V token ids; see `random_table` and `balanced_table`.
     """
 
-    flops_per_token = 0
+    description = "one, fixed by the input token's id; weight 1, nothing to learn (Hash layers)"
+    needs_balance_loss = False
+    has_scores = False
+    goes_by_ids = True
+    flags = (
+        Flag(
+            "moe_hash_table", "balanced", "balanced (frequent tokens to the least loaded expert, by the "
+            "dictionary's counts) or random",
+            rule="must be one of balanced, random",
+            holds=lambda config: config.moe_hash_table in ("balanced", "random"),
+        ),
+    )  # fmt: skip
 
     def __init__(self, model_dim: int, num_experts: int, table_V: Tensor) -> None:
-        super().__init__()
+        super().__init__(model_dim, num_experts, flops_per_token=0)
         if table_V.numel() == 0 or not 0 <= int(table_V.min()) <= int(table_V.max()) < num_experts:
             raise ValueError(f"table_V must hold expert ids from 0 to {num_experts - 1}")
-        self.model_dim = model_dim
-        self.num_experts = num_experts
         self.table_V: Tensor
         self.register_buffer("table_V", table_V.long())
+
+    @classmethod
+    def from_config(cls, place: Place) -> "HashRouter":
+        if place.config.moe_hash_table == "random":
+            table_V = random_table(len(place.dictionary), place.num_experts)
+        else:
+            table_V = balanced_table(place.dictionary.count, place.num_experts)
+        return cls(place.model_dim, place.num_experts, table_V)
 
     def forward(self, x_TD: Tensor, ids_T: Tensor | None = None) -> Routing:
         """
@@ -65,7 +84,7 @@ class HashRouter(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        return f"model_dim={self.model_dim}, num_experts={self.num_experts}, ids={self.table_V.numel()}"
+        return f"{super().extra_repr()}, ids={self.table_V.numel()}"
 
 
 def random_table(num_ids: int, num_experts: int) -> Tensor:

@@ -1,13 +1,61 @@
 """The paper's router: each token takes experts until their mass reaches t."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from xmoe_fairseq.moe.budget import Budget
+from xmoe_fairseq.moe.budget import Budget, step_budgets
 from xmoe_fairseq.moe.routers.base import Router, by_preference
+from xmoe_fairseq.moe.routers.registry import Flag, Place, register_router
 
 
+def max_experts_per_token(config: Any) -> int:
+    """Of the flags; 0 = no limit."""
+    limit: int = config.moe_max_experts_per_token
+    return 2 * int(config.moe_ffn_split) if limit == -1 else limit
+
+
+def target_is_possible(config: Any) -> bool:
+    target: float = config.moe_target_experts_per_token
+    num_experts: int = config.moe_num_experts
+    return target == 0 or 1 <= target <= min(max_experts_per_token(config) or num_experts, num_experts)
+
+
+def layer_thresholds(config: Any) -> list[float]:
+    """t of each MoE layer; none if they are not given. Raises ValueError if one is no number."""
+    given = config.moe_layer_thresholds
+    return [float(t) for t in given.split(",")] if given else []
+
+
+FLAGS = (
+    Flag(
+        "moe_threshold", 0.9, "a token takes experts until their probabilities reach this mass, in [0, 1]; "
+        "0 = one expert, 1 = all",
+        rule="must be in [0, 1]", holds=lambda config: 0 <= config.moe_threshold <= 1,
+        unless=("moe_layer_thresholds", "moe_target_experts_per_token"),
+    ),
+    Flag(
+        "moe_layer_thresholds", "", "t of each MoE layer instead, the encoder's first, such as 0.4,0.6,0.5",
+        refused_elsewhere=True,
+    ),
+    Flag(
+        "moe_target_experts_per_token", 0.0, "in training steer each layer's t, from a low start, so that a "
+        "token takes so many experts on average; --moe-threshold then counts for nothing; 0 = off",
+        rule="must be 0 (off), or from 1 to --moe-max-experts-per-token (default: 2s) and --moe-num-experts",
+        holds=target_is_possible, refused_elsewhere=True,
+    ),
+    Flag(
+        "moe_max_experts_per_token", -1, "keep only a token's first choices; 0 = no limit, "
+        "-1 = 2 x --moe-ffn-split, so never more than twice the dense FFN",
+        rule="must be -1 (= 2 x --moe-ffn-split), 0 (no limit) or more",
+        holds=lambda config: config.moe_max_experts_per_token >= -1,
+    ),
+)  # fmt: skip
+
+
+@register_router("threshold")
 class ThresholdRouter(Router):
     """A token takes experts in order of probability while the mass before an expert is below t.
 
@@ -21,6 +69,10 @@ class ThresholdRouter(Router):
         target_experts_per_token: steer t to this average instead (see `budget.py`; it takes a call of
             `step_budgets` after each update); 0 = `threshold` as it is.
     """
+
+    description = "XMoE: those that reach a probability of t together"
+    takes_ones = True
+    flags = FLAGS
 
     def __init__(
         self,
@@ -44,8 +96,36 @@ class ThresholdRouter(Router):
                 "target_experts_per_token must be 0 (none) or from 1 to the experts that a token may take, "
                 f"{self.limit}, got {target_experts_per_token}"
             )
-        if target_experts_per_token:
-            self.budget = Budget(target_experts_per_token, num_experts)
+        target = target_experts_per_token
+        self.budget = Budget(target, num_experts) if target else None
+
+    @classmethod
+    def check(cls, config: Any, num_layers: int) -> None:
+        given, name = config.moe_layer_thresholds, "--moe-layer-thresholds"
+        if not given:
+            return
+        if config.moe_target_experts_per_token:
+            raise ValueError(f"{name} cannot be combined with --moe-target-experts-per-token, got {given}")
+        try:
+            thresholds = layer_thresholds(config)
+            fits = len(thresholds) == num_layers and all(0 <= t <= 1 for t in thresholds)
+        except ValueError:
+            fits = False
+        if not fits:
+            raise ValueError(
+                f"{name} must give each of the {num_layers} MoE layers a number in [0, 1], got {given}"
+            )
+
+    @classmethod
+    def from_config(cls, place: Place) -> "ThresholdRouter":
+        config, each = place.config, layer_thresholds(place.config)
+        threshold = each[place.layer] if each else config.moe_threshold
+        limit, target = max_experts_per_token(config), config.moe_target_experts_per_token
+        return cls(place.model_dim, place.num_experts, threshold, limit, target)
+
+    @classmethod
+    def after_update(cls, model: nn.Module) -> None:
+        step_budgets(model)
 
     @property
     def limit(self) -> int:
@@ -55,6 +135,9 @@ class ThresholdRouter(Router):
     @property
     def threshold_in_use(self) -> Tensor | float:
         return self.threshold if self.budget is None else self.budget.threshold
+
+    def to_log(self) -> dict[str, Tensor | float]:
+        return {"threshold": self.threshold_in_use}
 
     def candidates(self, probs_TE: Tensor) -> tuple[Tensor, Tensor]:
         """The probability of the better choices together, and the expert, of each that a token may take."""

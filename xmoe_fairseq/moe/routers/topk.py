@@ -1,19 +1,51 @@
 """Top-k routing: every token takes equally many experts."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from xmoe_fairseq.moe.routers.base import Router, by_preference
+from xmoe_fairseq.moe.routers.registry import Flag, Place, register_router
+
+TOPK = Flag(
+    "moe_topk", 0, "experts per token, with expert_choice on average (its paper's capacity factor); "
+    "0 = --moe-ffn-split, the FLOPs of the dense FFN",
+    rule="must be 0 (= --moe-ffn-split) or more", holds=lambda config: config.moe_topk >= 0,
+    refused_elsewhere=True,
+)  # fmt: skip
 
 
+def experts_per_token(config: Any) -> int:
+    """k, of the flags."""
+    return int(config.moe_topk or config.moe_ffn_split)
+
+
+def check_topk(config: Any, num_layers: int) -> None:
+    """Raises ValueError."""
+    if num_layers and experts_per_token(config) > config.moe_num_experts:
+        rule = f"must be at most --moe-num-experts {config.moe_num_experts}"
+        raise ValueError(f"--moe-topk (default: --moe-ffn-split) {rule}, got {experts_per_token(config)}")
+
+
+@register_router("topk")
 class TopKRouter(Router):
     """Every token takes its k most probable experts; k = 1 is Switch. Noise-free (Fedus et al. 2021)."""
+
+    description = "the k most probable; k = 1 is Switch"
+    takes_ones = True
+    flags = (TOPK,)
+    check = staticmethod(check_topk)
 
     def __init__(self, model_dim: int, num_experts: int, k: int = 1) -> None:
         super().__init__(model_dim, num_experts)
         if not 1 <= k <= num_experts or k != int(k):
             raise ValueError(f"k must be a whole number in [1, num_experts = {num_experts}], got {k}")
         self.k = k
+
+    @classmethod
+    def from_config(cls, place: Place) -> "TopKRouter":
+        return cls(place.model_dim, place.num_experts, experts_per_token(place.config))
 
     def choose(self, logits_TE: Tensor, probs_TE: Tensor) -> tuple[Tensor, Tensor]:
         expert_TK = by_preference(probs_TE, self.k)[1]

@@ -1,0 +1,101 @@
+"""What every layer whose tokens go to experts does: it takes padding out, and puts 0 in its place."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from xmoe_fairseq.moe.routing import Routing
+from xmoe_fairseq.moe.stats import RoutingStats
+
+
+class RoutedLayer(nn.Module):
+    """Padding takes no part: not in routing, capacity, losses or statistics, and its output is 0.
+
+    Args:
+        model_dim: width D of a token.
+        expert_dim: hidden width F of one expert.
+        num_experts: number of experts E.
+        router_flops: of the router, for a token.
+        dense_ffn_dim: width of the FFN that this layer replaces, for counting FLOPs; None = expert_dim.
+        name: what error messages call this layer.
+        side: "encoder" or "decoder", for statistics; "" = neither.
+    """
+
+    def __init__(
+        self,
+        model_dim: int,
+        expert_dim: int,
+        num_experts: int,
+        router_flops: int,
+        dense_ffn_dim: int | None,
+        name: str,
+        side: str,
+    ) -> None:
+        super().__init__()
+        if dense_ffn_dim is not None and dense_ffn_dim < 1:
+            raise ValueError(f"dense_ffn_dim must be at least 1, or None, got {dense_ffn_dim}")
+        self.model_dim, self.expert_dim, self.num_experts = model_dim, expert_dim, num_experts
+        self.router_flops = router_flops
+        self.dense_ffn_dim = dense_ffn_dim or expert_dim
+        self.name, self.side = name, side
+
+    def forward(
+        self, x: Tensor, padding_mask: Tensor | None = None, token_ids: Tensor | None = None
+    ) -> tuple[Tensor, Routing]:
+        """
+        Args:
+            x: (..., D) tokens.
+            padding_mask: (...) bool, True = padding; None = no padding.
+            token_ids: (...) for a router that goes by them; others pass them over.
+
+        Returns:
+            y of x's shape and dtype, and the Routing of the non-padding tokens in row-major order.
+
+        Raises:
+            ValueError: shapes or mask type do not fit.
+            FloatingPointError: a non-padding token holds NaN or inf.
+        """
+        if x.shape[-1:] != (self.model_dim,):
+            raise ValueError(f"x must be of shape (..., {self.model_dim}), got {tuple(x.shape)}")
+        if token_ids is not None and token_ids.shape != x.shape[:-1]:
+            raise ValueError(
+                f"token_ids must be of shape {tuple(x.shape[:-1])}, got {tuple(token_ids.shape)}"
+            )
+        if padding_mask is None:
+            ids_T = None if token_ids is None else token_ids.reshape(-1)
+            y_TD, routing = self.forward_tokens(x.reshape(-1, x.size(-1)), ids_T)
+            return y_TD.to(x.dtype).view(x.shape), routing
+        if padding_mask.shape != x.shape[:-1] or padding_mask.dtype.is_floating_point:
+            raise ValueError(
+                f"padding_mask must be bool of shape {tuple(x.shape[:-1])}, "
+                f"got {padding_mask.dtype} of shape {tuple(padding_mask.shape)}"
+            )
+        flat = x.reshape(-1, x.size(-1))
+        (real_T,) = (~padding_mask.bool()).reshape(-1).nonzero(as_tuple=True)
+        ids_T = None if token_ids is None else token_ids.reshape(-1).index_select(0, real_T)
+        y_TD, routing = self.forward_tokens(flat.index_select(0, real_T), ids_T)
+        y = torch.zeros_like(flat).index_copy(0, real_T, y_TD.to(x.dtype))
+        return y.view(x.shape), routing
+
+    def forward_tokens(self, x_TD: Tensor, ids_T: Tensor | None) -> tuple[Tensor, Routing]:
+        """Of tokens that are no padding."""
+        raise NotImplementedError
+
+    def retain_dropout(self) -> None:
+        """Keep the experts' dropout in evaluation, for estimates of a model's uncertainty."""
+        for module in self.modules():
+            if "dropout_in_evaluation" in vars(module):
+                vars(module)["dropout_in_evaluation"] = True
+
+    def expert_parameters(self) -> Iterator[nn.Parameter]:
+        """Of the experts held here."""
+        raise NotImplementedError
+
+    def rows_computed(self, stats: RoutingStats) -> Tensor:
+        """Rows that the experts computed in a call with these statistics."""
+        return stats.rows_kept
+
+    def to_log(self) -> dict[str, Tensor | float]:
+        """What is worth a record beside the statistics of the routing, such as the router's threshold."""
+        return {}
