@@ -4,9 +4,9 @@ from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
-from xmoe_fairseq.flags import MoEConfig, flag, read_field
+from xmoe_fairseq.flags import MoEConfig, flag, read_field, takers_of_ones
 from xmoe_fairseq.moe.layer import COMBINE
-from xmoe_fairseq.moe.routers.registry import RouterKind, flags_of_routers, registered_routers, router_named
+from xmoe_fairseq.moe.routers.registry import RouterKind, flags_of_routers, router_named
 from xmoe_fairseq.router_args import read_router_args
 from xmoe_fairseq_compat.errors import FlagError
 
@@ -117,8 +117,7 @@ def _check_router(config: MoEConfig, kind: type[RouterKind]) -> None:
         if f.refused_elsewhere and f not in kind.flags and getattr(config, f.name) != f.default:
             raise FlagError(f"{flag(f.name)} needs --moe-router {' or '.join(takers)}, got {router}")
     if config.moe_combine not in COMBINE or config.moe_combine == "ones" and not kind.takes_ones:
-        takers = [name for name, each in registered_routers().items() if each.takes_ones]
-        only = f"only --moe-router {' and '.join(takers)} take ones"
+        only = f"only --moe-router {takers_of_ones()} take ones"
         refuse("moe_combine", f"must be one of {', '.join(COMBINE)}, and {only}")
     for name in ("moe_capacity_factor", "moe_eval_capacity_factor"):
         if kind.has_own_capacity and getattr(config, name):

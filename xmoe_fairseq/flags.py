@@ -17,6 +17,10 @@ def _flag(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
 
 
+def takers_of_ones() -> str:
+    return " and ".join(name for name, kind in registered_routers().items() if kind.takes_ones)
+
+
 @dataclass
 class CommonFlags(FairseqDataclass):
     """What every router goes with."""
@@ -37,8 +41,8 @@ class CommonFlags(FairseqDataclass):
     )
     moe_router_init_scale: float = _flag(1.0, "multiplies a router's initial weight; 1e-6 to 1e6")
     moe_combine: str = _flag(
-        "probs", "threshold and topk router: a chosen expert's output counts as often as it is probable "
-        "(probs), or once (ones; what xmoe-convert makes of a dense model)"
+        "probs", "a chosen expert's output counts as often as it is probable (probs), or once (ones; what "
+        f"xmoe-convert makes of a dense model; only --moe-router {takers_of_ones()})"
     )  # fmt: skip
     moe_capacity_factor: float = _flag(
         0.0, "in training an expert keeps at most ceil(tokens / experts x this) tokens; 0 = dropless"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import shlex
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -110,15 +111,18 @@ def check_left_out(path: Any, changed: Mapping[str, tuple[Any, Any]]) -> None:
 
 def hydras(name: str, value: Any) -> str:
     """A setting of the model as it is typed for fairseq-hydra-train."""
-    return f"++model.{name}={value}"
+    if not isinstance(value, str) or re.fullmatch(r"[\w.,:/+-]+", value):
+        return f"++model.{name}={value}"
+    escaped = value.replace('"', '\\"')
+    return f"\"++model.{name}='{escaped}'\""
 
 
-def as_flag(name: str, value: Any = "") -> str:
+def as_flag(name: str, value: Any = True) -> str:
     """A setting as it is typed; one that is off cannot be, where an architecture has it on."""
     text = flag(name)
     if isinstance(value, bool):
         return text if value else f"an --arch without {text}"
-    return f"{text} {value}".rstrip()
+    return f"{text} {shlex.quote(str(value))}"
 
 
 def other_sizes(saved: Mapping[str, Any], here: Mapping[str, Any]) -> str:

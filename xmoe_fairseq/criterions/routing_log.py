@@ -44,7 +44,7 @@ def layer_sums(layer: RoutedLayer, routings: list[Routing], device: torch.device
     calls = []
     for stats in (RoutingStats.zeros(layer.num_experts, device), *map(RoutingStats.of, routings)):
         own = {name: value * stats.tokens for name, value in layer.to_log().items()}
-        calls.append({**vars(stats), **layer_flops(layer, stats), **own})
+        calls.append({**own, **vars(stats), **layer_flops(layer, stats)})
     return {name: torch.stack([call[name] for call in calls]).sum(0) for name in calls[0]}
 
 
@@ -118,6 +118,7 @@ def ratios(sums: dict[str, Tensor]) -> dict[str, float]:
         "load_cv": stats.load_cv.mean(),
         "router_entropy": stats.entropy.sum() / stats.tokens.sum(),
     }
-    for name in sums.keys() - vars(stats).keys() - FLOPS:  # of the routers' own
-        values[name] = (sums[name] / stats.tokens).mean()
+    for name in sums:
+        if name not in vars(stats).keys() | FLOPS:  # of the routers' own
+            values[name] = (sums[name] / stats.tokens).mean()
     return {name: round(value.item(), 4) for name, value in values.items()}

@@ -2,14 +2,14 @@
 
 Nothing in here knows fairseq. Start reading at `layer.py`.
 
-A capital suffix is a tensor's shape, `probs_TE` is (T, E); without one it is a scalar or the shape varies:
+A capital suffix is a tensor's shape: `probs_TE` is (T, E). Without one the shape varies, or it is no tensor.
 
-    T  tokens on this rank that are no padding        D  width of a token
-    E  experts                                        F  hidden width of an expert
-    K  choices of a token, the best first             R  routed (token, expert) pairs
-    S  rows that the experts here read                W  ranks; N: of these share out the experts
-    L  layers                                         V  token ids
-    B  bins of a histogram; C: counts, those and two more
+    T  tokens on this rank, without padding       D  width of a token
+    E  experts                                    F  hidden width of an expert
+    R  routed (token, expert) pairs               K  choices of a token, the best first
+    S  rows that the experts here read            W  ranks in all
+    L  layers                                     N  ranks that share out the experts, or any number
+    V  token ids                                  B, C  bins of a histogram, and all of its counts
 """
 
 from xmoe_fairseq.moe.budget import Budget, step_budgets

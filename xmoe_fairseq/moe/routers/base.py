@@ -54,6 +54,7 @@ class Router(TokenRouter):
     `temperature` divides the scores: below 1 a router is more decisive.
     """
 
+    has_scores = True
     temperature = 1.0
 
     def __init__(self, model_dim: int, num_experts: int) -> None:

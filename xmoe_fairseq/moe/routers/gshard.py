@@ -39,7 +39,6 @@ class GShardLayer(RouterKind, RoutedLayer):
         "per expert"
     )
     depends_on_batch = "yes"
-    has_scores = False  # the plugin's
     has_own_capacity = True
 
     def __init__(

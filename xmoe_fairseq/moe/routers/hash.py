@@ -28,7 +28,6 @@ class HashRouter(TokenRouter):
 
     description = "one, fixed by the input token's id; weight 1, nothing to learn (Hash layers)"
     needs_balance_loss = False
-    has_scores = False
     goes_by_ids = True
     flags = (
         Flag(

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
+from torch import nn
+
 DEFAULT = "threshold"  # the paper's, listed first
 
 
@@ -42,13 +44,13 @@ class Place:
 
 
 class RouterKind:
-    """What a registered class declares; by default a router that scores each token by itself."""
+    """What a registered class declares; by default that each token is routed by itself."""
 
     description: ClassVar[str] = ""  # a token's experts, for --help and the README
     depends_on_batch: ClassVar[str] = "no"  # or "in training", "yes"
     is_causal: ClassVar[bool] = True  # else it is refused in decoders: a token would depend on later ones
     needs_balance_loss: ClassVar[bool] = True  # else training without it gives no warning
-    has_scores: ClassVar[bool] = True  # of the plugin: it takes a temperature, and an initial scale
+    has_scores: ClassVar[bool] = False  # as a `Router`: it takes a temperature, and an initial scale
     has_own_capacity: ClassVar[bool] = False  # else it takes capacity factors
     takes_ones: ClassVar[bool] = False  # --moe-combine ones
     goes_by_ids: ClassVar[bool] = False  # needs `ids_T`
@@ -69,7 +71,7 @@ class RouterKind:
         return cls(model_dim=place.model_dim, num_experts=place.num_experts, **arguments)  # type: ignore
 
     @classmethod
-    def after_update(cls, model: Any) -> None:
+    def after_update(cls, model: nn.Module) -> None:
         """State of the model's routers moves here: called on every rank after each update of a training."""
 
 
@@ -81,10 +83,12 @@ def register_router(name: str) -> Callable[[Registered], Registered]:
     """Class decorator: `--moe-router NAME` builds it.
 
     Raises:
-        ValueError: the name is another class's.
+        ValueError: the name is another class's; or flags from outside this package, for which it is too late.
     """
 
     def register(kind: Registered) -> Registered:
+        if not kind.__module__.startswith(__package__) and not set(kind.flags) <= flags_of_routers().keys():
+            raise ValueError(f"router {name} must take its arguments by --moe-router-args, not by own flags")
         other = _ROUTERS.get(name, kind)
         if (other.__module__, other.__qualname__) != (kind.__module__, kind.__qualname__):
             raise ValueError(

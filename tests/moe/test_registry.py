@@ -1,0 +1,63 @@
+"""Routers by name: what is registered, and that all who speak of routers draw it from there."""
+
+from pathlib import Path
+
+import pytest
+
+from xmoe_fairseq.moe import Router, TopKRouter, register_router
+from xmoe_fairseq.moe.routers import registry
+from xmoe_fairseq.moe.routers.registry import Flag, registered_routers, router_named
+
+README = Path(__file__).parents[2] / "README.md"
+
+
+@pytest.fixture(autouse=True)
+def _as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_ROUTERS", dict(registry._ROUTERS))
+
+
+def test_every_file_registers_its_router() -> None:
+    assert list(registered_routers()) == ["threshold", "base", "expert_choice", "gshard", "hash", "topk"]
+
+
+def test_the_readme_has_the_registered_routers() -> None:
+    table = README.read_text().partition(
+        "| `--moe-router` | a token's experts | depends on the batch |\n|---|---|---|\n"
+    )[2]
+    rows = [
+        f"| `{name}` | {kind.description} | {kind.depends_on_batch} |"
+        for name, kind in registered_routers().items()
+    ]
+    assert table.split("\n\n")[0].splitlines() == rows
+
+
+def test_one_name_is_one_class() -> None:
+    def define() -> type[Router]:
+        @register_router("mine")
+        class Mine(TopKRouter):  # takes flags that there are
+            pass
+
+        return Mine
+
+    define()
+    again = define()  # a notebook's cell that runs again
+    assert router_named("mine") is again
+    with pytest.raises(ValueError, match="router topk is registered already, as .*routers.topk.TopKRouter"):
+        register_router("topk")(router_named("mine"))
+
+
+def test_flags_from_outside_come_too_late() -> None:
+    class Flagged(Router):
+        flags = (Flag("moe_mine", 0, "mine"),)
+
+    with pytest.raises(
+        ValueError, match="router mine must take its arguments by --moe-router-args, not by own"
+    ):
+        register_router("mine")(Flagged)
+
+
+def test_an_unknown_name_lists_the_known_ones() -> None:
+    with pytest.raises(
+        ValueError, match="must be one of threshold, base, .*, got mine; .* needs the --user-dir"
+    ):
+        router_named("mine")
