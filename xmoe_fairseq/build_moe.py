@@ -8,7 +8,8 @@ from xmoe_fairseq.config import MoEConfig, router_kind
 from xmoe_fairseq.moe import MoELayer, RoutedLayer, TokenRouter
 from xmoe_fairseq.moe.routers.registry import Place
 from xmoe_fairseq.parallel import ExpertParallel
-from xmoe_fairseq.router_args import build_with_args, read_router_args
+from xmoe_fairseq.router_args import NAME, read_router_args
+from xmoe_fairseq_compat.errors import FlagError
 
 
 def build_moe(
@@ -46,8 +47,13 @@ def build_moe(
 
 def build_router(place: Place) -> TokenRouter:
     """Raises FlagError if its name is unknown, or it refuses what --moe-router-args give."""
-    kind = router_kind(place.config.moe_router)
-    router: TokenRouter = build_with_args(place.config.moe_router, kind, place)
+    config, kind = place.config, router_kind(place.config.moe_router)
+    arguments = read_router_args(config.moe_router, kind, config.moe_router_args)
+    try:
+        router: TokenRouter = kind.from_config(place, **arguments)
+    except ValueError as error:
+        where = NAME if arguments else f"--moe-router {config.moe_router}"
+        raise FlagError(f"{where}: {error}") from error
     if kind.has_scores:
-        router.temperature = place.config.moe_router_temperature
+        router.temperature = config.moe_router_temperature
     return router

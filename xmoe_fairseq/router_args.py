@@ -6,7 +6,7 @@ from types import UnionType
 from typing import Any, Union, get_args, get_origin
 
 from xmoe_fairseq.moe.routed_layer import RoutedLayer
-from xmoe_fairseq.moe.routers.registry import Place, RouterKind
+from xmoe_fairseq.moe.routers.registry import RouterKind
 from xmoe_fairseq_compat.errors import FlagError, flag
 from xmoe_fairseq_compat.override_rules import did_you_mean
 
@@ -42,15 +42,6 @@ def read_router_args(router: str, kind: type[RouterKind], text: Any) -> dict[str
                 f"{NAME} must give {name}, which --moe-router {router} needs, got {text or 'none'}"
             )
     return given
-
-
-def build_with_args(router: str, kind: type[RouterKind], place: Place) -> Any:
-    """Raises FlagError: as `read_router_args`, or what the router says of the values."""
-    arguments = read_router_args(router, kind, place.config.moe_router_args)
-    try:
-        return kind.from_config(place, **arguments)
-    except ValueError as error:
-        raise FlagError(f"{NAME if arguments else f'--moe-router {router}'}: {error}") from error
 
 
 def parameters_of(kind: type[RouterKind]) -> dict[str, inspect.Parameter]:

@@ -117,7 +117,7 @@ def test_dropout_is_retained_where_a_dense_model_retains_it(kind: str, names: st
 
 def test_experts_of_gshard_retain_their_dropout_too() -> None:
     model, x = language_model(moe_router="gshard", activation_dropout=0.5).eval(), torch.randn(6, 32)
-    expert = model.decoder.layers[1].moe.routers.gshard.experts[0]
+    expert = model.decoder.layers[1].moe.gshard.experts[0]
     assert torch.equal(expert(x), expert(x))
     model.make_generation_fast_(retain_dropout=True)
     assert not torch.equal(expert(x), expert(x))
