@@ -18,6 +18,7 @@ from torch._dynamo.utils import counters
 from xmoe_fairseq.moe import MoELayer, ThresholdRouter
 from xmoe_fairseq.moe.experts.grouped import can_group, expert_sums_grouped
 from xmoe_fairseq.moe.experts.plain import expert_sums_plain
+from xmoe_fairseq.moe.stats import ffn_flops
 
 FLOOR, OURS = "two dense products", "XMoE layer"
 AIM = 0.75  # of the dense products' rate
@@ -163,7 +164,7 @@ def measure(case: Case) -> dict[str, Any]:
         f"{case.dtype}, T {case.tokens}, D {case.model_dim}, E {case.experts}, width {case.expert_dim}, "
         f"{case.per_token} experts per token; grouped products: {grouped}"
     )
-    flops = 4 * case.tokens * case.per_token * case.model_dim * case.expert_dim
+    flops = ffn_flops(case.tokens * case.per_token, case.model_dim, case.expert_dim)
     results = {"machine": machine(), "shape": shape, "forward FLOPs": flops, **against_floor(case)}
     return results | (routing_compiled(case) if case.compile_backend != "none" else {})
 

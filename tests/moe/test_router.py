@@ -66,6 +66,17 @@ def test_threshold_one_takes_experts_whose_probability_underflows() -> None:
     assert router(torch.tensor([[500.0, 0.0, 0.0, 0.0]])).experts_per_token == 4
 
 
+def test_a_fixed_threshold_takes_the_place_of_a_budget() -> None:
+    router = ThresholdRouter(4, 8, target_experts_per_token=2)
+    saved = router.state_dict()
+    router.fix(0.25)
+    assert router.threshold_in_use == 0.25 and list(router.state_dict()) == ["weight"]
+    router.load_state_dict(saved)  # with the budget's t
+    assert router.threshold_in_use == 0.25
+    with pytest.raises(ValueError, match=r"threshold must be in \[0, 1\], got 1.5"):
+        router.fix(1.5)
+
+
 def test_topk() -> None:
     assert chosen(with_probs(TopKRouter(4, 4, k=2), PROBS)) == [[1, 3], [0, 1], [0, 1]]
     assert chosen(with_probs(TopKRouter(4, 4), PROBS)) == [[1], [0], [0]]

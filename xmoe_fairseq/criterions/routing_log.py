@@ -16,6 +16,7 @@ from fairseq.logging.meters import AverageMeter, MetersDict
 from torch import Tensor
 
 from xmoe_fairseq.moe import RoutedLayer, Routing, RoutingStats
+from xmoe_fairseq.moe.stats import layer_flops
 
 SIDES = ("encoder", "decoder")
 FLOPS = {"flops", "flops_all_experts", "flops_dense_ffn"}
@@ -46,20 +47,6 @@ def layer_sums(layer: RoutedLayer, routings: list[Routing], device: torch.device
         own = {name: value * stats.tokens for name, value in layer.to_log().items()}
         calls.append({**own, **vars(stats), **layer_flops(layer, stats)})
     return {name: torch.stack([call[name] for call in calls]).sum(0) for name in calls[0]}
-
-
-def layer_flops(layer: RoutedLayer, stats: RoutingStats) -> dict[str, Tensor]:
-    """Multiply-adds x 2 of the matrix products in a forward pass, router included.
-
-    The authors count the experts only; the router is what the saving costs.
-    """
-    per_row = 4 * layer.model_dim * layer.expert_dim
-    router = stats.tokens * layer.router_flops
-    return {
-        "flops": router + layer.rows_computed(stats) * per_row,
-        "flops_all_experts": router + stats.tokens * (layer.num_experts * per_row),
-        "flops_dense_ffn": stats.tokens * (4 * layer.model_dim * layer.dense_ffn_dim),
-    }
 
 
 def log_routing(logging_outputs: list[dict[str, Any]]) -> None:

@@ -1,11 +1,14 @@
 """What to log about a routing: sums over tokens first, ratios once everything is added up."""
 
 from dataclasses import dataclass, fields
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from xmoe_fairseq.moe.routing import Routing, count
+
+Number = TypeVar("Number", int, Tensor)
 
 
 def load_cv(rows_E: Tensor) -> Tensor:
@@ -85,3 +88,35 @@ class RoutingStats:
     def z_loss(self) -> Tensor:
         """Mean over tokens; NaN without."""
         return self.z / self.tokens
+
+
+class Counted(Protocol):
+    """What of an MoELayer its FLOPs depend on."""
+
+    model_dim: int
+    expert_dim: int
+    num_experts: int
+    dense_ffn_dim: int
+    router_flops: int  # per token
+
+    def rows_computed(self, stats: RoutingStats) -> Tensor: ...
+
+
+def layer_flops(layer: Counted, stats: RoutingStats) -> dict[str, Tensor]:
+    """FLOPs of what was routed, with all experts, and of the dense FFN.
+
+    Multiply-adds x 2 of the matrix products in a forward pass, router included. The authors count the experts
+    only; the router is what the saving costs.
+    """
+    router = stats.tokens * layer.router_flops
+    all_rows = stats.tokens * layer.num_experts
+    return {
+        "flops": router + ffn_flops(layer.rows_computed(stats), layer.model_dim, layer.expert_dim),
+        "flops_all_experts": router + ffn_flops(all_rows, layer.model_dim, layer.expert_dim),
+        "flops_dense_ffn": ffn_flops(stats.tokens, layer.model_dim, layer.dense_ffn_dim),
+    }
+
+
+def ffn_flops(rows: Number, model_dim: int, inner_dim: int) -> Number:
+    """Of both linear maps on so many rows: an expert's, or a dense FFN's."""
+    return rows * (4 * model_dim * inner_dim)

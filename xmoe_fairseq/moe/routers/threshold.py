@@ -83,13 +83,11 @@ class ThresholdRouter(Router):
         target_experts_per_token: float = 0.0,
     ) -> None:
         super().__init__(model_dim, num_experts)
-        if not 0.0 <= threshold <= 1.0:
-            raise ValueError(f"threshold must be in [0, 1], got {threshold}")
+        self.fix(threshold)
         if max_experts_per_token < 0 or max_experts_per_token != int(max_experts_per_token):
             raise ValueError(
                 f"max_experts_per_token must be 0 (no limit) or a whole number, got {max_experts_per_token}"
             )
-        self.threshold = threshold
         self.max_experts_per_token = max_experts_per_token
         if target_experts_per_token and not 1 <= target_experts_per_token <= self.limit:
             raise ValueError(
@@ -126,6 +124,12 @@ class ThresholdRouter(Router):
     @classmethod
     def after_update(cls, model: nn.Module) -> None:
         step_budgets(model)
+
+    def fix(self, threshold: float) -> None:
+        """Take this t from now on, and no budget. Raises ValueError: it is not in [0, 1]."""
+        if not 0.0 <= threshold <= 1.0:
+            raise ValueError(f"threshold must be in [0, 1], got {threshold}")
+        self.threshold, self.budget = threshold, None
 
     @property
     def limit(self) -> int:
