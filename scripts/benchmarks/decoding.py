@@ -15,11 +15,13 @@ from tables import about, write_table
 from timing import add_rounds, forward, in_turn, machine
 from torch import Tensor, nn
 
-from xmoe_fairseq.convert.data import Batches, binarised_folders
+from xmoe_fairseq.batches import Batches, binarised_folders
 from xmoe_fairseq.convert.dense import read_dense
 from xmoe_fairseq.convert.sparse import read_sparse
 from xmoe_fairseq.models import XMoETransformerLanguageModel
 from xmoe_fairseq.moe import MoELayer, ThresholdRouter, moe_layers, record_routing
+from xmoe_fairseq.thresholds.measure import fix_thresholds
+from xmoe_fairseq.thresholds.search import bisect
 
 BATCHES = (1, 8, 64)
 STEPS, LENGTH = 16, 32  # tokens decoded, and tokens of a sentence that is scored
@@ -67,21 +69,20 @@ def random_models(shape: Shape) -> Models:
 
 def steer(model: nn.Module, run: Callable[[], Any], share: float) -> float:
     """Set one t for all layers so that this run takes about so many of the experts; returns what it takes."""
-    low, high = 0.0, 1.0
-    for _ in range(12):
-        taken = share_taken(model, run, (low + high) / 2)
-        low, high = (low, (low + high) / 2) if taken >= share else ((low + high) / 2, high)
-    return share_taken(model, run, high)
+
+    def enough(threshold: float) -> bool:
+        set_threshold(model, threshold)
+        return share_taken(model, run) >= share
+
+    set_threshold(model, bisect(enough, 1.0, 0.0, precision=2**-12))
+    return share_taken(model, run)
 
 
 def set_threshold(model: nn.Module, threshold: float) -> None:
-    for layer in moe_layers(model):
-        layer.router.threshold = threshold
+    fix_thresholds(model, [threshold] * len(moe_layers(model)))
 
 
-def share_taken(model: nn.Module, run: Callable[[], Any], threshold: float | None = None) -> float:
-    if threshold is not None:
-        set_threshold(model, threshold)
+def share_taken(model: nn.Module, run: Callable[[], Any]) -> float:
     with torch.no_grad(), record_routing(model) as records:
         run()
     return sum(r.experts_per_token / r.num_experts for _, r in records) / len(records)
@@ -206,7 +207,7 @@ def main() -> None:
         models, make = random_models(args.shape), inputs_of_shape
         steer(models[1], score(models[1], make(8)), SHARE)
     else:
-        dense = read_dense(args.dense, binarised_folders(args.data))
+        dense = read_dense(args.dense, binarised_folders(args.data, "--data"))
         models = (dense.model, read_sparse(args.sparse, dense.task))
         if args.threshold is not None:
             set_threshold(models[1], args.threshold)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from xmoe_fairseq.moe import Experts, MoELayer, ThresholdRouter
 from xmoe_fairseq.moe.dispatch.local import ExpertRows
+from xmoe_fairseq.thresholds.search import bisect
 
 MAX_PER_TOKEN = 32  # cap of the layer's router, so that sorting costs what it costs in practice
 
@@ -94,13 +95,14 @@ def moe_layer(x_TD: Tensor, num_experts: int, expert_dim: int, per_token: float)
 
 def set_experts_per_token(router: ThresholdRouter, x_TD: Tensor, per_token: float) -> None:
     """Choose t such that these tokens take `per_token` experts on average."""
-    low, high = 0.0, 1.0
+
+    def enough(threshold: float) -> bool:
+        router.fix(threshold)
+        return router(x_TD).experts_per_token >= per_token
+
     with torch.no_grad():
         router.weight.mul_(3.0)  # more decisive than at the start of training
-        for _ in range(16):
-            router.threshold = (low + high) / 2
-            enough = router(x_TD).experts_per_token >= per_token
-            low, high = (low, router.threshold) if enough else (router.threshold, high)
+        router.fix(bisect(enough, 1.0, 0.0, precision=2**-16))
 
 
 def output_of(layer: MoELayer, x: Tensor) -> Callable[[], Tensor]:

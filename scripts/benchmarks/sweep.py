@@ -2,21 +2,24 @@
 
 import argparse
 import json
-import math
 import statistics
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import torch
-from results import ResultError, markdown, read, records, write, write_json
-from threshold_meter import Meter
-from timing import add_rounds, in_turn
+from results import ResultError, markdown, read, write
+from timing import add_rounds
 from torch import nn
-from trained_layers import work_of
+from trained_layers import places
 
-from xmoe_fairseq.moe import ThresholdRouter
+from xmoe_fairseq.batches import Batches
+from xmoe_fairseq.thresholds.checkpoint import open_meter, open_model, whole_valid
+from xmoe_fairseq.thresholds.measure import Place, Quality, ffn_seconds, measure_dense
+from xmoe_fairseq.thresholds.report import Report, write_json
+from xmoe_fairseq_compat.errors import UserError
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (after the backend)
@@ -25,40 +28,31 @@ TITLES = ("t", "perplexity", "experts/token", "MoE FLOPs / dense FFN", "FFN seco
 Row = dict[str, list[float]]  # by title, of each run
 
 
-def measure(run: Path, thresholds: list[float]) -> list[dict[str, float]]:
-    """Quality and FLOPs of one run, a row for each threshold."""
-    meter = Meter(run / "checkpoint_best.pt", Path(json.loads(read(run / "run.json"))["data"]))
-    rows = []
-    for t in thresholds:
-        point = meter.measure((t,) * len(meter.routers))
-        rows.append({TITLES[1]: point.perplexity, TITLES[2]: point.experts, TITLES[3]: point.flops})
-    return rows
+def measure(
+    run: Path, dense: Quality | None, run_dense: Callable[[Batches], float] | None, args: argparse.Namespace
+) -> tuple[Quality, list[Quality]]:
+    """A run at each threshold, and what its seconds are given by: the dense model, or the last threshold."""
+    data = Path(json.loads(read(run / "run.json"))["data"])
+    meter = open_meter(run / "checkpoint_best.pt", data, lambda _: None)
+    found = [meter.measure([t] * len(meter.routers)) for t in args.thresholds]
+    run_base = run_dense or partial(meter.seconds, found[-1].thresholds)
+    return dense or found[-1], meter.timed(found, dense or found[-1], run_base, args.rounds, args.tokens)
 
 
-def at(model: nn.Module, threshold: float, work: Callable[[], None]) -> Callable[[], None]:
-    routers = [module for module in model.modules() if isinstance(module, ThresholdRouter)]
-
-    def run() -> None:
-        for router in routers:
-            router.threshold, router.budget = threshold, None
-        work()
-
-    return run
+def open_dense(run: Path) -> tuple[nn.Module, list[Place], Batches]:
+    """Its FFNs are those that have experts in the others."""
+    about = json.loads(read(run / "run.json"))
+    model, task, cfg = open_model(run / "checkpoint_best.pt", Path(about["data"]))
+    layers: list[Any] = places(model, about["task"])
+    ffns = [(layer.moe,) * 2 if hasattr(layer, "moe") else (layer.fc1, layer.fc2) for layer in layers]
+    return model, ffns, whole_valid(task, cfg)
 
 
-@torch.no_grad()
-def seconds(run: Path, dense: Path | None, thresholds: list[float], rounds: int, tokens: int) -> list[float]:
-    """Of the FFNs over the dense model's; without one, over those of the last threshold."""
-    model, work = work_of(run, tokens)
-    functions = {str(t): at(model, t, work) for t in thresholds}
-    first = {"dense": work_of(dense, tokens)[1]} if dense else {"last": functions[str(thresholds[-1])]}
-    timings = in_turn({**first, **functions}, rounds)
-    return [timings[str(t)].ratio for t in thresholds]
-
-
-def best_perplexity(run: Path) -> float:
-    """Of what training logged."""
-    return min(one["ppl"] for one in records(run / "train.log", "valid"))
+def values(quality: Quality, base: Quality, last: Quality) -> list[float]:
+    """In the order of TITLES; compared with the same run: seeds differ by more than thresholds."""
+    time = quality.ffn_seconds / base.ffn_seconds
+    numbers = (quality.perplexity, quality.experts_per_token, quality.flops, time)
+    return [quality.thresholds[0], *numbers, quality.perplexity / last.perplexity]
 
 
 def cell(values: list[float], digits: int) -> str:
@@ -82,9 +76,9 @@ def plot(rows: list[Row], titles: list[str], dense: list[float], path: Path) -> 
         panel.spines[["top", "right"]].set_visible(False)
         panel.grid(alpha=0.25)
     axes[0].set_ylabel("validation perplexity (lower is better)")
-    partial = path.with_suffix(".partial.png")
-    figure.savefig(partial, dpi=120)
-    partial.rename(path)
+    unfinished = path.with_suffix(".partial.png")
+    figure.savefig(unfinished, dpi=120)
+    unfinished.rename(path)
 
 
 def parse() -> argparse.Namespace:
@@ -95,7 +89,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--dense", type=Path, nargs="+", default=[], metavar="RUN")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     add_rounds(parser, default=15)
-    parser.add_argument("--tokens", type=int, default=4000, help="at most in the timed batch")
+    parser.add_argument("--tokens", type=int, default=4000, help="in each round that is timed")
     args = parser.parse_args()
     if bad := [t for t in args.thresholds if not 0 <= t <= 1]:
         parser.error(f"--thresholds must be in [0, 1], got {bad[0]:g}")
@@ -106,22 +100,25 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     args = parse()
     torch.set_num_threads(1)
-    dense = args.dense[0] if args.dense else None
     last = f"that at t = {args.thresholds[-1]:g}"
-    titles = [title.format("dense" if dense else last) for title in TITLES[:-1]] + [TITLES[-1].format(last)]
-    rows: list[Row] = [{"t": [t]} for t in args.thresholds]
+    titles = [title.format("dense" if args.dense else last) for title in TITLES[:-1]] + [
+        TITLES[-1].format(last)
+    ]
+    rows: list[Row] = [{title: [] for title in titles} for _ in args.thresholds]
+    of_runs: dict[str, Quality] = {}
     try:
+        dense = [open_dense(run) for run in args.dense]
+        of_dense = [measure_dense(*each) for each in dense]
+        run_dense = partial(ffn_seconds, *dense[0][:2]) if dense else None
         for run in args.runs:
-            took = seconds(run, dense, args.thresholds, args.rounds, args.tokens)
-            for row, found, ratio in zip(rows, measure(run, args.thresholds), took, strict=True):
-                for title, value in (found | {titles[4]: ratio}).items():
-                    row.setdefault(title, []).append(value)
-        dense_perplexities = [best_perplexity(run) for run in args.dense]
-    except ResultError as error:
+            base, found = measure(run, (of_dense or [None])[0], run_dense, args)
+            for row, quality in zip(rows, found, strict=True):
+                of_runs[f"{run}, t = {quality.thresholds[0]:g}"] = quality
+                for title, value in zip(titles, values(quality, base, found[-1]), strict=True):
+                    row[title].append(value)
+    except (ResultError, UserError) as error:
         raise SystemExit(f"sweep_threshold: {error}") from None
-    for row in rows:  # of the same run: seeds differ by more than thresholds
-        pairs = zip(row[titles[1]], rows[-1][titles[1]], strict=True)
-        row[titles[5]] = [perplexity / of_last for perplexity, of_last in pairs]
+    dense_perplexities = [quality.perplexity for quality in of_dense]
     body = [
         [f"{row['t'][0]:g}", *(cell(row[title], 2) for title in titles[1:5]), cell(row[titles[5]], 3)]
         for row in rows
@@ -132,9 +129,9 @@ def main() -> None:
     print(table, end="")
     args.out.mkdir(parents=True, exist_ok=True)
     write(args.out / "sweep.md", table)
-    about: dict[str, Any] = {"runs": list(map(str, args.runs)), "dense": list(map(str, args.dense))}
-    about["dense perplexity"] = dense_perplexities or [math.nan]
-    write_json(args.out / "sweep.json", about | {"rows": rows})
+    about = {"runs": list(map(str, args.runs)), "dense": list(map(str, args.dense))}
+    report = Report(about, "dense" if dense else last, base, of_runs, [*of_runs.values()])
+    write_json(args.out / "sweep.json", report)
     plot(rows, titles, dense_perplexities, args.out / "sweep.png")
     print(f"sweep_threshold: {args.out}/sweep.md, sweep.json, sweep.png")
 

@@ -31,8 +31,8 @@ def feed_forward(layer: nn.Module) -> tuple[nn.Module, Callable[..., object]]:
 
 
 @torch.no_grad()
-def work_of(run: Path, max_tokens: int) -> tuple[nn.Module, Callable[[], None]]:
-    """The model of a run, and what runs its FFNs on the inputs that they meet in validation text."""
+def work_of(run: Path, max_tokens: int) -> Callable[[], None]:
+    """What runs the FFNs of a run's model on the inputs that they meet in validation text."""
     about = json.loads(read(run / "run.json"))
     path = run / "checkpoint_best.pt"
     if not path.exists():
@@ -57,7 +57,7 @@ def work_of(run: Path, max_tokens: int) -> tuple[nn.Module, Callable[[], None]]:
         for ffn, given in calls:
             ffn(*given)
 
-    return model, work
+    return work
 
 
 def main() -> None:
@@ -70,7 +70,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     try:
-        functions = {str(run): forward(work_of(run, args.tokens)[1]) for run in args.runs}
+        functions = {str(run): forward(work_of(run, args.tokens)) for run in args.runs}
     except ResultError as error:
         raise SystemExit(f"benchmark_checkpoints: {error}") from None
     for run, timing in in_turn(functions, args.rounds).items():

@@ -13,7 +13,7 @@ from typing import Any
 def lines(reports: list[dict[str, Any]]) -> Iterator[str]:
     """Rows in the order of grouping and fine-tuning; columns are the budgets that any report has."""
     names = dict.fromkeys(name for report in reports for name in report["rows"] if name != "chosen")
-    yield f"dense: perplexity {reports[0]['dense']['perplexity']:.2f}"
+    yield f"dense: perplexity {reports[0]['reference']['perplexity']:.2f}"
     yield ""
     yield "| grouping | experts | thresholds | fine-tuning | " + " | ".join(names) + " |"
     yield "|---" * (4 + len(names)) + "|"

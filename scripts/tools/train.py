@@ -22,7 +22,7 @@ from plan import Plan
 from presets import PRESETS
 from results import write_json
 
-from xmoe_fairseq.convert.data import with_further_shards
+from xmoe_fairseq.batches import with_further_shards
 
 ROOT = Path(__file__).resolve().parents[2]
 

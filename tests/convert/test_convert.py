@@ -1,6 +1,7 @@
 """xmoe-convert from end to end: the same outputs at t = 1, what it writes, and what it says of bad input."""
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,14 @@ from parallel_runs import fairseq_train
 from stock import SMALL, Stock
 from tolerances import about, assert_same
 
-from xmoe_fairseq.convert import thresholds, tool
-from xmoe_fairseq.convert.data import Batches
+from xmoe_fairseq.batches import Batches
+from xmoe_fairseq.convert import tool
 from xmoe_fairseq.convert.dense import read_dense
 from xmoe_fairseq.convert.sparse import read_sparse
-from xmoe_fairseq.convert.thresholds import set_thresholds
 from xmoe_fairseq.moe import moe_layers
+from xmoe_fairseq.thresholds import command
+from xmoe_fairseq.thresholds.checkpoint import open_meter
+from xmoe_fairseq.thresholds.measure import fix_thresholds
 from xmoe_fairseq_compat.errors import CheckpointError
 
 # The model of stock("lm"), as it is typed.
@@ -30,7 +33,7 @@ LM = ("--task", "language_modeling", "--tokens-per-sample", "16", "--decoder-lay
 
 @pytest.fixture(autouse=True)
 def few_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(thresholds, "STEPS", 4)
+    monkeypatch.setattr(tool, "PRECISION", 1 / 16)
     monkeypatch.setattr(tool, "BUDGETS", (1.0,))
 
 
@@ -79,7 +82,7 @@ def test_with_all_experts_it_is_the_dense_model(
     assert any(
         not torch.allclose(outputs(sparse, s, pad), outputs(dense.model, s, pad), atol=1e-2) for s in samples
     )
-    set_thresholds(sparse, [1.0] * len(layers))
+    fix_thresholds(sparse, [1.0] * len(layers))
     for sample in samples:
         expected = outputs(dense.model, sample, pad)
         assert_same(outputs(sparse, sample, pad), expected)
@@ -94,8 +97,23 @@ def test_one_side_alone_with_a_t_for_each_layer(stock: Stock, tmp_path: Path) ->
     layers = moe_layers(sparse)
     assert [layer.name.split(".")[0] for layer in layers] == ["decoder", "decoder"]
     assert [layer.router.threshold for layer in layers] == report["rows"]["chosen"]["thresholds"]
-    assert report["rows"]["chosen"]["loss"] <= report["dense"]["loss"] + 0.005
-    assert report["rows"]["budget 1"]["loss"] == about(report["dense"]["loss"])
+    bits = report["reference"]["bits_per_token"]
+    assert report["reference"]["name"] == "dense"
+    assert report["rows"]["chosen"]["bits_per_token"] <= bits + 0.005 / math.log(2)  # the flag's are nats
+    assert report["rows"]["budget 1"]["bits_per_token"] == about(bits)
+
+
+def test_xmoe_threshold_goes_on_from_the_result(
+    stock: Stock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, data = stock("mt")
+    convert(path, tmp_path / "sparse.pt", data)
+    words = ["xmoe-threshold", tmp_path / "sparse.pt", "--data", data, "--budget", 2, "--per-layer"]
+    monkeypatch.setattr(sys, "argv", [*map(str, words)])
+    command.main()
+    report = json.loads((tmp_path / "sparse.picked.json").read_text())
+    t = report["rows"]["chosen"]["thresholds"]
+    assert len(set(t)) > 1 and open_meter(tmp_path / "sparse.picked.pt", data, id).in_use == t
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Grouping, router and thresholds, on FFNs and losses made so that the answer is known."""
+"""Grouping and router, on FFNs made so that the answer is known."""
 
 import pytest
 import torch
@@ -7,12 +7,9 @@ from tolerances import assert_same
 from torch import Tensor, nn
 
 from xmoe_fairseq.convert import grouping
-from xmoe_fairseq.convert.dense import ConvertError
 from xmoe_fairseq.convert.ffn import FeedForward
 from xmoe_fairseq.convert.grouping import GROUPINGS, CoActivation, group
-from xmoe_fairseq.convert.measure import Quality
 from xmoe_fairseq.convert.router_fit import Parts, RouterFit
-from xmoe_fairseq.convert.thresholds import Dial, balance
 from xmoe_fairseq.moe import MoELayer, ThresholdRouter
 
 WIDTH, NUM_GROUPS, MODEL_DIM = 32, 4, 8
@@ -102,27 +99,3 @@ def test_parts_add_up_to_the_dense_ffn_and_what_is_left_out_to_its_mean() -> Non
     dense = ffn.hidden(x_TD) @ ffn.fc2_weight.t() + ffn.fc2_bias
     assert_same(layer(x_TD)[0], dense)
     assert_same(layer.output_bias.detach(), dense.mean(dim=0))  # no expert at all
-
-
-def falling(thresholds: list[float]) -> Quality:
-    """Costs a layer t of its FLOPs; what is left out of layer 0 costs ten times the loss of layer 1."""
-    loss = 2 + sum(weight * (1 - t) ** 2 for weight, t in zip((1.0, 0.1), thresholds, strict=True))
-    return Quality(thresholds, loss, sum(thresholds) / len(thresholds) + 0.01, 1.0, 1.0)
-
-
-def test_a_dial_finds_the_budget_and_the_loss() -> None:
-    dial = Dial([0.5, 0.5], falling)
-    assert 0.3 - 0.02 < dial.for_budget(0.3).flops <= 0.3
-    assert 2.4 - 0.03 < dial.for_loss(2.4).loss <= 2.4
-    assert dial.for_budget(1.0).thresholds == [1.0, 1.0]
-    assert dial.for_loss(5.0).thresholds == [0.0, 0.0]
-    with pytest.raises(ConvertError, match="--budget must be at least 0.010"):
-        dial.for_budget(0.005)
-    with pytest.raises(ConvertError, match="--max-loss"):
-        dial.for_loss(1.9)
-
-
-def test_layers_that_the_loss_minds_keep_more() -> None:
-    middle = balance(2, falling)
-    assert middle[0] > middle[1]
-    assert Dial(middle, falling).for_budget(0.5).loss < Dial([0.5, 0.5], falling).for_budget(0.5).loss

@@ -27,6 +27,7 @@ from xmoe_fairseq.convert import convert_command
         ((), {"dense": "nothing.pt"}, "nothing.pt: no such file"),
         ((), {"dense": "."}, ": is a folder, no checkpoint"),
         ((), {"sparse": "there.pt"}, "there.pt exists already"),
+        ((), {"sparse": "new.md"}, "SPARSE must not end in .md, as its report does, got "),
     ],
 )
 def test_one_line_for_bad_input(

@@ -69,13 +69,16 @@ def test_translation(mt_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     words = [run, "--dense", run, "--thresholds", 1, 0.2, "--rounds", 3, "--out", tmp_path / "sweep"]
     monkeypatch.setattr(sys, "argv", ["sweep", *map(str, words)])
     sweep.main()
-    low, high = json.loads((tmp_path / "sweep/sweep.json").read_text())["rows"]
-    assert (low["t"], high["t"]) == ([0.2], [1.0])
-    assert low["experts/token"] < high["experts/token"] == [4]  # the limit, 2s
-    assert low["MoE FLOPs / dense FFN"] < high["MoE FLOPs / dense FFN"]
-    assert (tmp_path / "sweep/sweep.md").read_text().splitlines()[-1].startswith("| dense | ")
-    assert high["perplexity / that at t = 1"] == [1]
-    assert low["perplexity / that at t = 1"][0] == low["perplexity"][0] / high["perplexity"][0]
+    report = json.loads((tmp_path / "sweep/sweep.json").read_text())
+    assert list(report["rows"]) == [f"{run}, t = 0.2", f"{run}, t = 1"]
+    low, high = report["rows"].values()
+    assert (low["thresholds"], high["thresholds"]) == ([0.2], [1.0])
+    assert low["experts_per_token"] < high["experts_per_token"] == 4  # the limit, 2s
+    assert low["flops"] < high["flops"]
+    head, _, *rows = (tmp_path / "sweep/sweep.md").read_text().splitlines()
+    assert head.endswith("| perplexity / that at t = 1 |") and rows[1].endswith("| 1.000 |")
+    assert rows[0].endswith(f"| {low['perplexity'] / high['perplexity']:.3f} |")
+    assert rows[2].startswith(f"| dense | {report['reference']['perplexity']:.2f} | ")
 
 
 def test_language_model(lm_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

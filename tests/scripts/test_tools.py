@@ -155,7 +155,7 @@ def test_conversions_side_by_side(tmp_path: Path) -> None:
             "fine-tuning updates": updates,
         }  # fmt: skip
         measured = {name: {"perplexity": value, "flops": 0.25} for name, value in rows.items()}
-        return {"about": about, "dense": {"perplexity": 20}, "rows": measured}
+        return {"about": about, "reference": {"perplexity": 20}, "rows": measured}
 
     reports = {
         "a": report("random", 9, {"chosen": 1.0, "budget 1": 20.5}),

@@ -10,6 +10,7 @@ from pathlib import Path
 from xmoe_fairseq.convert.dense import ConvertError
 from xmoe_fairseq.convert.finetune import TUNED
 from xmoe_fairseq.convert.grouping import GROUPINGS
+from xmoe_fairseq.thresholds.report import check_name
 from xmoe_fairseq_compat.errors import flag
 from xmoe_fairseq_compat.usage import Parser
 
@@ -53,9 +54,10 @@ def argument_parser() -> argparse.ArgumentParser:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Raises ConvertError."""
+    """Raises ConvertError or FlagError."""
     if args.sparse.exists():
         raise ConvertError(f"{args.sparse} exists already")
+    check_name("SPARSE", args.sparse)
     for name in ("calibration_tokens", "valid_tokens", "max_tokens"):
         if getattr(args, name) < 1:
             raise ConvertError(f"{flag(name)} must be at least 1, got {getattr(args, name)}")

@@ -1,9 +1,9 @@
 """xmoe-convert from end to end: read, calibrate, build, compare, fine-tune, choose t, write."""
 
 import argparse
+import math
 from argparse import Namespace
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -11,14 +11,12 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from xmoe_fairseq.batches import Batches, binarised_folders
 from xmoe_fairseq.convert.arguments import argument_parser, check
-from xmoe_fairseq.convert.data import Batches, binarised_folders
 from xmoe_fairseq.convert.dense import ConvertError, Dense, read_dense
-from xmoe_fairseq.convert.ffn import FeedForward, feed, feed_forwards
+from xmoe_fairseq.convert.ffn import FeedForward, dense_places, feed, feed_forwards
 from xmoe_fairseq.convert.finetune import finetune
 from xmoe_fairseq.convert.grouping import CoActivation, group
-from xmoe_fairseq.convert.measure import Quality, dense_places, in_turn, measure_dense
-from xmoe_fairseq.convert.report import table, write_report
 from xmoe_fairseq.convert.router_fit import ROWS, Parts, RouterFit
 from xmoe_fairseq.convert.sparse import (
     build_sparse,
@@ -27,13 +25,17 @@ from xmoe_fairseq.convert.sparse import (
     sparse_config,
     write_sparse,
 )
-from xmoe_fairseq.convert.thresholds import Dial, make_dial, set_thresholds
-from xmoe_fairseq_compat.errors import UserError
+from xmoe_fairseq.thresholds.checkpoint import settings_for
+from xmoe_fairseq.thresholds.families import equal_loss, same_everywhere
+from xmoe_fairseq.thresholds.measure import Meter, Quality, ffn_seconds, fix_thresholds, measure_dense
+from xmoe_fairseq.thresholds.report import Report, table, write_report
+from xmoe_fairseq.thresholds.search import Search
+from xmoe_fairseq_compat.errors import FlagError, UserError
 
 # Choices:
 ROUTER_PASSES = 2  # over the calibration data
 BUDGETS = (0.15, 0.25, 0.5, 1.0)  # in the table, as far as they can be met
-TIMED_TOKENS = 4096  # for the seconds in the table
+PRECISION = 1 / 128  # of the search for t
 EXACT = 1e-4  # largest difference of log-probabilities from the dense model's at t = 1
 
 
@@ -51,7 +53,7 @@ def main() -> None:
 def convert(args: argparse.Namespace) -> None:
     check(args)
     torch.manual_seed(args.seed)
-    dense = read_dense(args.dense, binarised_folders(args.calibration))
+    dense = read_dense(args.dense, binarised_folders(args.calibration, "--calibration"))
     sides = converted_sides(dense, args.no_moe_encoder, args.no_moe_decoder)
     config = sparse_config(dense, args.split, sides)
     ffns = feed_forwards(dense.model, sides)
@@ -59,19 +61,16 @@ def convert(args: argparse.Namespace) -> None:
     model = build_sparse(dense, config, calibrate(args, dense, ffns))
     compare(dense, model, next(iter(valid)))
     with tqdm(desc="choose t", unit="measurement") as progress:
-        before = measure_dense(dense.model, ffns, valid)
+        places = dense_places(ffns)
+        before = measure_dense(dense.model, places, valid)
         choose = partial(choose_thresholds, args, model, valid, before, progress.update)
         if args.finetune_updates:
             tune(args, dense, model, lambda: choose())
-        chosen, dial = choose()
-        rows = {"chosen": chosen, **rows_of_budgets(dial)}
-        few = Batches(dense.task, "valid", TIMED_TOKENS, args.max_tokens, args.seed)
-        for name, quality in rows.items():
-            set_thresholds(model, quality.thresholds)
-            ratio = in_turn(dense.model, dense_places(ffns), model, few)
-            rows[name] = replace(quality, ffn_seconds=ratio * before.ffn_seconds)
-            progress.update()
-    set_thresholds(model, chosen.thresholds)
+        chosen, search = choose()
+        rows = {"chosen": chosen, **rows_of_budgets(search)}
+        run_dense = partial(ffn_seconds, dense.model, places)
+        times = search.meter.timed([*rows.values()], before, run_dense)
+    fix_thresholds(model, chosen.thresholds)
     save(args, dense, model, config, chosen)
     about = {
         "dense": args.dense.name, "experts": args.split, "grouping": args.grouping,
@@ -80,8 +79,9 @@ def convert(args: argparse.Namespace) -> None:
         "thresholds": "per layer" if args.per_layer else "one for all layers", "seed": args.seed,
         "threads": torch.get_num_threads(),
     }  # fmt: skip
-    written = write_report(args.sparse, about, before, rows, list(dial.points.values()))
-    print(table(before, rows), end="")
+    report = Report(about, "dense", before, dict(zip(rows, times, strict=True)), [*search.points.values()])
+    written = write_report(args.sparse, report)
+    print(table(report))
     print("written: " + ", ".join(str(path) for path in [args.sparse, *written]))
 
 
@@ -135,20 +135,41 @@ def compare(dense: Dense, sparse: nn.Module, sample: dict[str, Any]) -> None:
 
 def choose_thresholds(
     args: argparse.Namespace, model: nn.Module, valid: Batches, dense: Quality, tick: Callable[[], Any]
-) -> tuple[Quality, Dial]:
-    dial = make_dial(model, valid, args.per_layer, tick)
-    limit = dense.loss + args.max_loss if args.max_loss is not None else None
-    chosen = dial.for_budget(args.budget) if limit is None else dial.for_loss(limit)
-    set_thresholds(model, chosen.thresholds)
-    return chosen, dial
+) -> tuple[Quality, Search]:
+    meter = Meter(model, valid, lambda _: tick())
+    family = equal_loss(meter) if args.per_layer else same_everywhere(meter)
+    search = Search(meter, family, PRECISION)
+    chosen = within_budget(search, args.budget) if args.max_loss is None else within_loss(search, dense, args)
+    fix_thresholds(model, chosen.thresholds)
+    return chosen, search
 
 
-def rows_of_budgets(dial: Dial) -> dict[str, Quality]:
-    rows = {}
-    for budget in BUDGETS:
-        if budget >= dial.at(0.0).flops:
-            rows[f"budget {budget:g}"] = dial.for_budget(budget)
-    return rows
+def within_budget(search: Search, flops: float) -> Quality:
+    """The most that costs no more than this share of the dense FFNs. Raises FlagError if none does."""
+    if flops >= 1.0:  # with its router a whole layer costs a little over 1
+        return search.at(1.0)
+    if chosen := search.largest(lambda quality: quality.flops, flops):
+        return chosen
+    raise FlagError(
+        f"--budget must be at least {search.at(0.0).flops:.3f}, what one expert per token costs "
+        f"(a larger --split costs less), got {flops}"
+    )
+
+
+def within_loss(search: Search, dense: Quality, args: argparse.Namespace) -> Quality:
+    """The cheapest that loses no more. Raises FlagError if even all experts lose more."""
+    allowed = dense.bits_per_token + args.max_loss / math.log(2)
+    if chosen := search.smallest(allowed):
+        return chosen
+    raise FlagError(
+        f"--max-loss {args.max_loss:g}: no t has a loss of {allowed:.4f} bits per token or less "
+        f"(all experts: {search.at(1.0).bits_per_token:.4f})"
+    )
+
+
+def rows_of_budgets(search: Search) -> dict[str, Quality]:
+    least = search.at(0.0).flops
+    return {f"budget {budget:g}": within_budget(search, budget) for budget in BUDGETS if budget >= least}
 
 
 def tune(args: argparse.Namespace, dense: Dense, model: nn.Module, choose: Callable[[], Any]) -> None:
@@ -173,9 +194,7 @@ def tune(args: argparse.Namespace, dense: Dense, model: nn.Module, choose: Calla
 def save(
     args: argparse.Namespace, dense: Dense, model: nn.Module, config: Namespace, chosen: Quality
 ) -> None:
-    config.moe_threshold = max(chosen.thresholds)
-    if len(set(chosen.thresholds)) > 1:
-        config.moe_layer_thresholds = ",".join(map(repr, chosen.thresholds))
+    vars(config).update(settings_for(chosen.thresholds))
     write_sparse(dense, model, config, args.sparse)
     try:
         read_sparse(args.sparse, dense.task)

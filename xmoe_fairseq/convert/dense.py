@@ -1,7 +1,5 @@
 """A stock fairseq checkpoint: read, checked, and built with the data that it is to be calibrated on."""
 
-import copy
-from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,10 +8,11 @@ import torch
 from fairseq import checkpoint_utils, tasks
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq.models import ARCH_MODEL_NAME_REGISTRY
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import nn
 
 from xmoe_fairseq.config import read_field
+from xmoe_fairseq.thresholds.checkpoint import check_is_file
 from xmoe_fairseq_compat.components import check_components
 
 SPARSE_NAME = {"transformer": "xmoe_transformer", "transformer_lm": "xmoe_transformer_lm"}
@@ -41,10 +40,10 @@ def read_dense(path: Path, binarised: str) -> Dense:
         binarised: folder (or several, joined by colons) of the calibration data and its dictionaries.
 
     Raises:
-        ConvertError: no such file, no such model, or one that cannot be converted.
+        UserError: no such file.
+        ConvertError: no such model, or one that cannot be converted.
     """
-    if not path.is_file():
-        raise ConvertError(f"{path}: {'is a folder, no checkpoint' if path.is_dir() else 'no such file'}")
+    check_is_file(path)
     state = checkpoint_utils.load_checkpoint_to_cpu(str(path), {"data": binarised})
     cfg = state.get("cfg")
     if state.get("args") is not None:
@@ -75,12 +74,3 @@ def check_model(path: Path, model_cfg: Any) -> str:
             f"{path}: --activation-fn must be one of {', '.join(ACTIVATIONS)}, got {activation}"
         )
     return str(kind)
-
-
-def plain_config(cfg: DictConfig) -> dict[str, Any]:
-    """As fairseq writes it into a checkpoint; a model of the older kind stays a Namespace."""
-    model = cfg.model
-    plain: dict[str, Any] = OmegaConf.to_container(cfg, resolve=False, enum_to_str=True)  # type: ignore[assignment]
-    if isinstance(model, Namespace):
-        plain["model"] = copy.deepcopy(model)
-    return plain

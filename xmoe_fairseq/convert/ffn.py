@@ -10,8 +10,9 @@ import torch
 from fairseq import utils
 from torch import Tensor, nn
 
-from xmoe_fairseq.convert.data import Batches, real_tokens
+from xmoe_fairseq.batches import Batches
 from xmoe_fairseq.moe.experts.plain import Activation
+from xmoe_fairseq.thresholds.measure import Place
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +47,11 @@ def feed_forwards(model: nn.Module, sides: tuple[str, ...]) -> list[FeedForward]
     return found
 
 
+def dense_places(ffns: list[FeedForward]) -> list[Place]:
+    layers: list[Any] = [ffn.layer for ffn in ffns]
+    return [(layer.fc1, layer.fc2) for layer in layers]
+
+
 Consumer = Callable[[FeedForward, Tensor], None]
 
 
@@ -76,3 +82,11 @@ def inputs_to(ffns: list[FeedForward], real: Callable[..., Tensor], consume: Con
     finally:
         for handle in handles:
             handle.remove()
+
+
+def real_tokens(sample: dict[str, Any], side: str, pad: int) -> Tensor:
+    """(length, batch) bool: what is not padding, as the layers of a side get it."""
+    inputs = sample["net_input"]
+    ids = inputs["prev_output_tokens"] if side == "decoder" and "prev_output_tokens" in inputs else None
+    ids = inputs["src_tokens"] if ids is None else ids
+    return ids.ne(pad).transpose(0, 1)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from xmoe_fairseq.convert.data import Batches
+from xmoe_fairseq.batches import Batches
 from xmoe_fairseq.moe import Router, moe_layers
 
 TUNED = ("router", "all")

@@ -9,11 +9,12 @@ from fairseq import checkpoint_utils
 from torch import Tensor, nn
 
 from xmoe_fairseq.config import flag, read_field
-from xmoe_fairseq.convert.dense import SIDES, SPARSE_NAME, ConvertError, Dense, plain_config
+from xmoe_fairseq.convert.dense import SIDES, SPARSE_NAME, ConvertError, Dense
 from xmoe_fairseq.model_config import complete_namespace
 from xmoe_fairseq.models import XMoETransformerLanguageModel, XMoETransformerModel
 from xmoe_fairseq.models.language_model import XMoETransformerLanguageModelConfig
 from xmoe_fairseq.models.translation import XMoETransformerConfig
+from xmoe_fairseq.thresholds.checkpoint import plain_config
 from xmoe_fairseq_compat.files import write_atomically
 
 MODELS: dict[str, tuple[Any, Any]] = {

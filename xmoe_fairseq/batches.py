@@ -5,21 +5,22 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
-from xmoe_fairseq.convert.dense import ConvertError
+from xmoe_fairseq_compat.errors import FlagError
 
 
-def binarised_folders(data: Path) -> str:
+def binarised_folders(data: Path, flag: str) -> str:
     """A folder of data-prep (bin/, bin1/, ...) or of fairseq-preprocess, as fairseq wants it.
 
+    Args:
+        flag: that named it.
+
     Raises:
-        ConvertError: there is no dictionary in it.
+        FlagError: there is no dictionary in it.
     """
     first = data / "bin" if (data / "bin").is_dir() else data
     if not any(first.glob("dict*.txt")):
-        raise ConvertError(
-            f"--calibration must be a folder of data-prep or fairseq-preprocess, with dict*.txt, got {data}"
+        raise FlagError(
+            f"{flag} must be a folder of data-prep or fairseq-preprocess, with dict*.txt, got {data}"
         )
     return with_further_shards(first, data)
 
@@ -40,15 +41,17 @@ class Batches:
 
     def __init__(self, task: Any, split: str, limit: int, max_tokens: int, seed: int) -> None:
         if split not in task.datasets:
-            try:
-                task.load_dataset(split, combine=False)
-            except FileNotFoundError as error:
-                raise ConvertError(f"--calibration has no {split} data: {error}") from None
+            task.load_dataset(split, combine=False)
         self.task, self.split, self.limit = task, split, limit
         self.max_tokens, self.seed = max_tokens, seed
+        self.number: int | None = None  # of batches; known after the first pass
+
+    def first(self, tokens: int) -> "Batches":
+        """Up to so many target tokens."""
+        return Batches(self.task, self.split, tokens, self.max_tokens, self.seed)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        """Raises ConvertError if a batch cannot hold the longest sentence."""
+        """Raises FlagError if a batch cannot hold the longest sentence."""
         dataset = self.task.dataset(self.split)
         try:
             iterator = self.task.get_batch_iterator(
@@ -57,15 +60,16 @@ class Batches:
                 disable_iterator_cache=True,
             ).next_epoch_itr(shuffle=True)  # fmt: skip
         except AssertionError as error:
-            raise ConvertError(f"--max-tokens {self.max_tokens} is too small: {error}") from None
-        tokens = 0
+            raise FlagError(f"--max-tokens {self.max_tokens} is too small: {error}") from None
+        tokens = number = 0
         for sample in iterator:
             if not sample:
                 continue
             yield sample
-            tokens += sample["ntokens"]
+            number, tokens = number + 1, tokens + sample["ntokens"]
             if tokens >= self.limit:
-                return
+                break
+        self.number = number
 
 
 def longest(task: Any) -> int:
@@ -75,11 +79,3 @@ def longest(task: Any) -> int:
 
 def limits(task: Any) -> Any:
     return task.max_positions() if longest(task) == 0 else None
-
-
-def real_tokens(sample: dict[str, Any], side: str, pad: int) -> Tensor:
-    """(length, batch) bool: what is not padding, as the layers of a side get it."""
-    inputs = sample["net_input"]
-    ids = inputs["prev_output_tokens"] if side == "decoder" and "prev_output_tokens" in inputs else None
-    ids = inputs["src_tokens"] if ids is None else ids
-    return ids.ne(pad).transpose(0, 1)

@@ -1,0 +1,189 @@
+"""xmoe-threshold on models of two MoE layers that were trained with a budget."""
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fairseq import checkpoint_utils
+from parallel_runs import EXACT, LM, MT, train
+from tolerances import assert_same
+
+from xmoe_fairseq.moe import record_routing
+from xmoe_fairseq.parallel.tool import convert as shard
+from xmoe_fairseq.thresholds import command
+from xmoe_fairseq.thresholds.checkpoint import open_meter
+from xmoe_fairseq.thresholds.measure import Meter, Quality
+
+BUDGET = (*EXACT, "--moe-target-experts-per-token", 2, "--moe-router-init-scale", 3, "--lr", 0.02)
+
+
+@pytest.fixture(scope="module")
+def data(corpus: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "bin").symlink_to(corpus[1])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def checkpoint(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    flags = (*LM, *BUDGET, "--decoder-layers", 4, "--max-update", 8, "--save-dir", folder)
+    train(1, data / "bin", *flags)
+    return folder / "checkpoint_last.pt"
+
+
+@pytest.fixture
+def pick(monkeypatch: pytest.MonkeyPatch) -> Any:
+    def call(*arguments: object) -> None:
+        monkeypatch.setattr(sys, "argv", ["xmoe-threshold", *map(str, arguments)])
+        command.main()
+
+    return call
+
+
+def meter_of(checkpoint: Path, data: Path) -> tuple[Meter, list[float]]:
+    """And the thresholds that the checkpoint has, as fairseq's commands open it."""
+    meter = open_meter(checkpoint, data, lambda _: None)
+    return meter, meter.in_use
+
+
+def as_it_is(checkpoint: Path, data: Path) -> Quality:
+    meter, thresholds = meter_of(checkpoint, data)
+    return meter.measure(thresholds)
+
+
+def test_budget(checkpoint: Path, data: Path, pick: Any, capsys: pytest.CaptureFixture) -> None:
+    before = checkpoint.read_bytes()
+    pick(checkpoint, "--data", data, "--budget", 1.5)
+    assert checkpoint.read_bytes() == before
+    printed = capsys.readouterr().out
+    output = checkpoint.with_name("checkpoint_last.picked.pt")
+    assert "| as it is |" in printed and "| chosen |" in printed and f"written: {output}, " in printed
+    state = torch.load(output, weights_only=True)
+    assert state["cfg"]["model"]["moe_target_experts_per_token"] == 0
+    assert not any("budget" in name for name in state["model"]) and not state["last_optimizer_state"]
+    meter, (t, other) = meter_of(output, data)
+    assert t == other == state["cfg"]["model"]["moe_threshold"]
+    chosen, above = meter.measure([t, t]), meter.measure([t + 1 / 512] * 2)
+    assert chosen.experts_per_token <= 1.5 < above.experts_per_token
+    was = as_it_is(checkpoint, data)
+    assert was.experts_per_token == pytest.approx(2, abs=0.3)  # not that from the start
+    report = json.loads(output.with_suffix(".json").read_text())
+    assert report["reference"]["name"] == "as it is"
+    for entry, quality in ((report["reference"], was), (report["rows"]["chosen"], chosen)):
+        for name in ("thresholds", "bits_per_token", "experts_per_token", "flops", "perplexity"):
+            assert_same(entry[name], getattr(quality, name))
+        assert entry["ffn_seconds"] > 0
+    assert len(report["curve"]) == len(report["rows"]) > 5
+
+
+def test_budget_of_each_layer(checkpoint: Path, data: Path, pick: Any, tmp_path: Path) -> None:
+    output = tmp_path / "new.pt"
+    pick(checkpoint, "--data", data / "bin", "--budget", 1.5, "--per-layer", "--output", output)
+    meter, (first, second) = meter_of(output, data)
+    assert first != second
+    taken = {}
+    for sample in meter.batches:
+        with torch.no_grad(), record_routing(meter.model) as records:
+            meter.model(**sample["net_input"])
+        for layer, routing in records:
+            tokens, rows = taken.get(layer.name, (0, 0))
+            taken[layer.name] = (tokens + routing.num_tokens, rows + routing.rows_wanted)
+    assert len(taken) == 2
+    for tokens, rows in taken.values():
+        assert rows / tokens == pytest.approx(1.5, abs=0.02)
+
+
+@pytest.mark.parametrize("flags", [(), ("--per-layer",)])
+def test_largest_loss(
+    flags: tuple[str, ...], checkpoint: Path, data: Path, pick: Any, tmp_path: Path
+) -> None:
+    meter, thresholds = meter_of(checkpoint, data)
+    start, least = meter.measure(thresholds), meter.measure([0.0, 0.0])
+    assert least.bits_per_token > start.bits_per_token  # fewer experts cost something here
+    more = (least.bits_per_token - start.bits_per_token) / 2
+    common = (checkpoint, "--data", data, *flags, "--output", tmp_path / "new.pt", "--max-loss")
+    pick(*common, more)
+    report = json.loads((tmp_path / "new.json").read_text())
+    chosen, allowed = report["rows"]["chosen"], start.bits_per_token + more
+    assert start.bits_per_token < chosen["bits_per_token"] <= allowed
+    cheaper = [point for point in report["curve"] if point["experts_per_token"] < chosen["experts_per_token"]]
+    assert cheaper and all(point["bits_per_token"] > allowed for point in cheaper)
+    pick(*common, 2 * more + 1e-6)
+    report = json.loads((tmp_path / "new.json").read_text())
+    assert report["rows"]["chosen"]["experts_per_token"] == pytest.approx(1, abs=1e-3)
+
+
+def test_it_measures_what_training_logs(checkpoint: Path, data: Path) -> None:
+    meter, thresholds = meter_of(checkpoint, data)
+    quality = meter.measure(thresholds)
+    cfg = checkpoint_utils.load_checkpoint_to_cpu(str(checkpoint))["cfg"]
+    criterion, sums = meter.batches.task.build_criterion(cfg.criterion), {}
+    for sample in meter.batches:
+        with torch.no_grad():
+            for name, value in criterion(meter.model, sample)[2].items():
+                sums[name] = sums.get(name, 0) + torch.as_tensor(value).double().sum().item()
+    of = {name: sums[f"moe_decoder_{name}"] for name in ("tokens", "rows_kept_E", "flops", "flops_dense_ffn")}
+    nats = sums["loss"] / sums["ntokens"]
+    assert_same(quality.bits_per_token * math.log(2), nats, dtype=torch.float32)
+    assert quality.flops == of["flops"] / of["flops_dense_ffn"]
+    assert quality.experts_per_token == of["rows_kept_E"] / of["tokens"]
+
+
+def test_translation_chosen_by_bleu_with_experts_in_shards(
+    corpus: tuple[Path, Path], pick: Any, tmp_path: Path
+) -> None:
+    train(1, corpus[0], *MT, *BUDGET, "--max-update", 3, "--save-dir", tmp_path / "run")
+    last, whole = tmp_path / "run/checkpoint_last.pt", tmp_path / "run/whole.pt"
+    state = torch.load(last, weights_only=True)
+    state["cfg"]["task"] |= {"eval_bleu": True, "eval_bleu_detok": "moses"}  # which is not installed
+    torch.save(state, whole)
+    shard(whole, tmp_path / "shards/sharded.pt", 2)
+    picked = []
+    for path in (whole, tmp_path / "shards/sharded.pt"):
+        pick(path, "--data", corpus[0], "--budget", 1.5, "--max-tokens", 100)
+        output = path.with_suffix(".picked.pt")
+        assert as_it_is(output, corpus[0]).experts_per_token <= 1.5
+        picked.append(torch.load(output, weights_only=True))
+    assert picked[1]["cfg"]["task"]["eval_bleu"] and "expert_shards" not in picked[1]
+    assert picked[0]["cfg"]["model"] == picked[1]["cfg"]["model"]
+    assert picked[0]["model"].keys() == picked[1]["model"].keys()
+
+
+def test_errors(
+    checkpoint: Path, data: Path, pick: Any, capsys: pytest.CaptureFixture, tmp_path: Path
+) -> None:
+    topk, here = tmp_path / "topk.pt", ("--data", data, "--budget", 2)
+    state = torch.load(checkpoint, weights_only=True)
+    state["cfg"]["model"] |= {"moe_router": "topk", "moe_target_experts_per_token": 0}
+    state["model"] = {name: value for name, value in state["model"].items() if "budget" not in name}
+    torch.save(state, topk)
+    (tmp_path / "empty").mkdir()
+    for file in data.glob("bin/dict*"):
+        (tmp_path / "empty" / file.name).symlink_to(file)
+    bad = [
+        ((tmp_path / "none.pt", *here), "none.pt: no such file"),
+        ((tmp_path, *here), f"{tmp_path}: is a folder, no checkpoint"),
+        ((checkpoint, "--data", tmp_path, "--budget", 2), "--data must be a folder of data-prep or fairseq-"),
+        ((checkpoint, "--data", tmp_path / "empty", "--budget", 2), "no set 'valid' in "),
+        ((topk, *here), "CHECKPOINT must be of a model with --moe-router threshold"),
+        ((checkpoint, *here, "--output", checkpoint), "which would be overwritten; name another"),
+        ((checkpoint, *here, "--output", tmp_path / "new.json"), "--output must not end in .json, as its"),
+        ((checkpoint, *here, "--output", tmp_path / "no/new.pt"), "--output: there is no folder"),
+        ((checkpoint, "--data", data, "--budget", 9), "--budget must be from 1 to 4, what a token may take, "
+         "got 9"),
+        ((checkpoint, "--data", data, "--budget", 0.5), "--budget must be from 1 to"),
+        ((checkpoint, "--data", data, "--max-loss", -1), "--max-loss must be 0 or more bits per token, got"),
+        ((checkpoint, *here, "--max-tokens", 0), "--max-tokens must be at least 1, got 0"),
+    ]  # fmt: skip
+    for arguments, message in bad:
+        with pytest.raises(SystemExit) as ended:
+            pick(*arguments)
+        said = capsys.readouterr().err
+        assert ended.value.code == 1 and said.count("\n") == 1, said
+        assert said.startswith("xmoe-threshold: ") and message in said
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "topk.pt"]

@@ -1,0 +1,191 @@
+"""The one meter: what a model loses, computes and takes on validation data, with any thresholds."""
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from fairseq.utils import apply_to_sample
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from xmoe_fairseq.batches import Batches
+from xmoe_fairseq.moe import MoELayer, Routing, RoutingStats, ThresholdRouter, moe_layers, record_routing
+from xmoe_fairseq.moe.stats import layer_flops
+
+Place = tuple[nn.Module, nn.Module]  # of an FFN: its first module and its last
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Of one model at one setting of its thresholds."""
+
+    thresholds: list[float]  # of each MoE layer; none of a dense model
+    bits_per_token: float  # loss, per target token
+    experts_per_token: float  # on average over layers; 0 of a dense model
+    flops: float  # of the MoE layers, routers included, over those of the dense FFNs
+    ffn_seconds: float  # of all FFNs, per target token
+
+    @property
+    def perplexity(self) -> float:
+        return float(2.0 ** min(self.bits_per_token, 1000.0))
+
+
+class Meter:
+    """Runs a model over the same batches with any thresholds, and remembers what it has measured.
+
+    Args:
+        after: called with each measurement.
+    """
+
+    def __init__(self, model: nn.Module, batches: Batches, after: Callable[[Quality], Any]) -> None:
+        self.model, self.batches, self.after = model, batches, after
+        self.known: dict[tuple[float, ...], Quality] = {}
+
+    @property
+    def routers(self) -> list[ThresholdRouter]:
+        return [layer.router for layer in moe_layers(self.model)]  # type: ignore[misc]
+
+    @property
+    def in_use(self) -> list[float]:
+        """Thresholds."""
+        return [float(router.threshold_in_use) for router in self.routers]
+
+    def measure(
+        self, thresholds: Sequence[float], look: Callable[[MoELayer, Routing], Any] | None = None
+    ) -> Quality:
+        """
+        Args:
+            look: called with each MoE layer and its routing, batch after batch.
+        """
+        if look is None and tuple(thresholds) in self.known:
+            return self.known[tuple(thresholds)]
+        fix_thresholds(self.model, thresholds)
+        totals: dict[str, Any] = {"flops": 0.0, "flops_dense_ffn": 0.0, "rows": 0.0, "tokens": 0.0}
+        with record_routing(self.model) as records:
+
+            def count() -> None:
+                """Add up and forget: the records of all batches would fill the memory."""
+                for layer, routing in records:
+                    stats = RoutingStats.of(routing)
+                    sums = {**layer_flops(layer, stats), "rows": stats.rows_kept, "tokens": stats.tokens}
+                    for name in totals:
+                        totals[name] = totals[name] + sums[name]
+                    if look:
+                        look(layer, routing)
+                records.clear()
+
+            text = "t " + " ".join(f"{t:.4g}" for t in sorted(set(thresholds)))
+            loss, seconds = run(self.model, places_of(self.model), self.batches, count, text)
+        experts = float(totals["rows"]) / max(float(totals["tokens"]), 1.0)
+        flops = float(totals["flops"]) / max(float(totals["flops_dense_ffn"]), 1.0)
+        quality = self.known[tuple(thresholds)] = Quality(list(thresholds), loss, experts, flops, seconds)
+        self.after(quality)
+        return quality
+
+    def timed(
+        self, found: Sequence[Quality], base: Quality, run_base: Callable[[Batches], float],
+        rounds: int = 3, tokens: int = 4096,
+    ) -> list[Quality]:  # fmt: skip
+        """The same with `ffn_seconds` that can be compared: all are run in turn, so that a drift of the
+        machine's speed meets them alike, and taken as the median of the ratios to `base`.
+
+        Args:
+            run_base: seconds of its FFNs per token.
+            tokens: in each round.
+        """
+        few = self.batches.first(tokens)
+        ratios: list[list[float]] = [[] for _ in found]
+        for _ in range(rounds):
+            base_seconds = max(run_base(few), 1e-12)
+            for quality, mine in zip(found, ratios, strict=True):
+                mine.append(self.seconds(quality.thresholds, few) / base_seconds)
+        return [
+            replace(quality, ffn_seconds=statistics.median(mine) * base.ffn_seconds)
+            for quality, mine in zip(found, ratios, strict=True)
+        ]
+
+    def seconds(self, thresholds: Sequence[float], batches: Batches) -> float:
+        """Of all FFNs, per target token."""
+        fix_thresholds(self.model, thresholds)
+        return ffn_seconds(self.model, places_of(self.model), batches)
+
+
+def fix_thresholds(model: nn.Module, thresholds: Sequence[float]) -> None:
+    """One for each MoE layer, in the order of `moe_layers`."""
+    for layer, threshold in zip(moe_layers(model), thresholds, strict=True):
+        layer.router.fix(threshold)  # type: ignore[operator]
+
+
+def places_of(model: nn.Module) -> list[Place]:
+    return [(layer, layer) for layer in moe_layers(model)]
+
+
+def measure_dense(model: nn.Module, places: list[Place], batches: Batches) -> Quality:
+    loss, seconds = run(model, places, batches)
+    return Quality([], loss, 0.0, 1.0, seconds)
+
+
+def ffn_seconds(model: nn.Module, places: list[Place], batches: Batches) -> float:
+    """Of all FFNs, per target token."""
+    return run(model, places, batches)[1]
+
+
+def run(
+    model: nn.Module, places: list[Place], batches: Batches, after_batch: Any = None, text: str = ""
+) -> tuple[float, float]:
+    """Loss in bits, and seconds that passed between the modules of each place; both per target token.
+
+    Args:
+        text: before a progress bar, which is shown on a terminal; "" = none.
+    """
+    loss, tokens = 0.0, 0
+    pad = batches.task.target_dictionary.pad()
+    device = next(model.parameters()).device
+    hidden = None if text else True  # None: unless on a terminal
+    model.eval()
+    with torch.no_grad(), stopwatch(places, device) as watch:
+        for batch in tqdm(batches, text, batches.number, leave=False, unit="batch", disable=hidden):
+            sample = apply_to_sample(lambda tensor: tensor.to(device), batch)
+            output = model(**sample["net_input"])
+            loss += float(nll(model, output, sample["target"], pad))
+            tokens += int(sample["target"].ne(pad).sum())
+            if after_batch:
+                after_batch()
+    return loss / math.log(2) / max(tokens, 1), watch["seconds"] / max(tokens, 1)
+
+
+def nll(model: Any, output: Any, target: Tensor, pad: int) -> Tensor:
+    log_probs = model.get_normalized_probs(output, log_probs=True).flatten(0, 1)
+    return torch.nn.functional.nll_loss(
+        log_probs.float(), target.flatten(), ignore_index=pad, reduction="sum"
+    )
+
+
+@contextmanager
+def stopwatch(places: list[Place], device: torch.device) -> Iterator[dict[str, float]]:
+    """Adds up the time from the start of the first module of a place to the end of its second."""
+    watch = {"seconds": 0.0, "since": 0.0}
+
+    def now() -> float:
+        if device.type == "cuda":  # which is behind the host
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    def start(*_: Any) -> None:
+        watch["since"] = now()
+
+    def stop(*_: Any) -> None:
+        watch["seconds"] += now() - watch["since"]
+
+    handles = [first.register_forward_pre_hook(start) for first, _ in places]
+    handles += [last.register_forward_hook(stop) for _, last in places]
+    try:
+        yield watch
+    finally:
+        for handle in handles:
+            handle.remove()

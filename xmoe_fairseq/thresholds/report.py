@@ -1,0 +1,109 @@
+"""What was measured, as a table (Markdown), in full (JSON) and as a plot.
+
+The JSON is the same for `xmoe-threshold`, `xmoe-convert` and the sweep: `about`, what was asked for;
+`reference`, which the others are compared with, by its `name`; `rows`, settings by name, timed in turn with
+it; `curve`, all settings that were tried, timed only in passing. Each is a `Quality` and its perplexity.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+from xmoe_fairseq.thresholds.measure import Quality
+from xmoe_fairseq_compat.errors import FlagError
+from xmoe_fairseq_compat.files import write_atomically
+
+HEAD = ("setting", "t", "bits per token", "perplexity", "experts per token", "FLOPs / dense FFN",
+        "FFN us per token")  # fmt: skip
+SUFFIXES = (".md", ".json", ".png")  # of what is written beside a checkpoint
+
+
+def check_name(flag: str, path: Path) -> None:
+    """Raises FlagError: the report would take the checkpoint's name."""
+    if path.suffix in SUFFIXES:
+        raise FlagError(f"{flag} must not end in {path.suffix}, as its report does, got {path}")
+
+
+class Report(NamedTuple):
+    about: dict[str, Any]
+    name: str  # of the reference
+    reference: Quality
+    rows: dict[str, Quality]
+    curve: Sequence[Quality]
+
+
+def table(report: Report) -> str:
+    """Markdown."""
+    titles = [*HEAD, f"time / {report.name}"]
+    lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
+    for name, quality in {report.name: report.reference, **report.rows}.items():
+        is_sparse = bool(quality.thresholds)
+        cells = [
+            name, shorten(quality.thresholds), f"{quality.bits_per_token:.4f}", f"{quality.perplexity:.2f}",
+            f"{quality.experts_per_token:.2f}" if is_sparse else "", f"{quality.flops:.3f}",
+            f"{quality.ffn_seconds * 1e6:.1f}", f"{time_ratio(quality, report):.2f}",
+        ]  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def shorten(thresholds: list[float]) -> str:
+    texts = [f"{t:.3f}" for t in thresholds]
+    return " ".join(texts[:1] if len(set(texts)) == 1 else texts)
+
+
+def time_ratio(quality: Quality, report: Report) -> float:
+    return quality.ffn_seconds / max(report.reference.ffn_seconds, 1e-12)
+
+
+def write_report(path: Path, report: Report) -> list[Path]:
+    """Beside the checkpoint `path`: its name with .md, .json and .png. Raises WriteError."""
+    settings = "\n".join(f"- {key}: {value}" for key, value in report.about.items())
+    text = f"# {path.name}\n\n{settings}\n\n{table(report)}\n"
+    written = [path.with_suffix(suffix) for suffix in SUFFIXES]
+    write_atomically(written[0], lambda file: file.write(text.encode()))
+    write_json(written[1], report)
+    write_atomically(written[2], lambda file: plot(file, report))
+    return written
+
+
+def write_json(path: Path, report: Report) -> None:
+    record = {
+        "about": report.about,
+        "reference": {"name": report.name, **entry(report.reference)},
+        "rows": {name: entry(quality) for name, quality in report.rows.items()},
+        "curve": [entry(quality) for quality in report.curve],
+    }
+    write_atomically(path, lambda file: file.write(json.dumps(record, indent=1).encode()))
+
+
+def entry(quality: Quality) -> dict[str, Any]:
+    return {**asdict(quality), "perplexity": quality.perplexity}
+
+
+def plot(file: IO[bytes], report: Report) -> None:
+    """Quality against FLOPs of all that was measured, and against time of the rows, which were timed well."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # takes a second to import
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, 2, sharey=True)
+    labels = ("FLOPs of the FFNs / dense", f"seconds in the FFNs / {report.name}")
+    for axis, label, x in zip(axes, labels, (report.reference.flops, 1.0), strict=True):
+        axis.axhline(report.reference.perplexity, color="0.6", linewidth=1, linestyle="--")
+        axis.plot([x], [report.reference.perplexity], "s", color="C3", label=report.name)
+        axis.set_xlabel(label)
+        axis.grid(alpha=0.3)
+    curves = (
+        [(quality.flops, quality.perplexity) for quality in report.curve],
+        [(time_ratio(quality, report), quality.perplexity) for quality in report.rows.values()],
+    )
+    for axis, points in zip(axes, curves, strict=True):
+        axis.plot(*zip(*sorted(points), strict=True), "o-", markersize=4, label="other t")
+        axis.set_xlim(left=0)  # after plotting: a limit ends the automatic scaling
+    axes[0].set_ylabel("validation perplexity")
+    axes[0].legend(frameon=False)
+    figure.savefig(file, dpi=120, format="png")
