@@ -20,7 +20,7 @@ from xmoe_fairseq.convert.dense import read_dense
 from xmoe_fairseq.convert.sparse import read_sparse
 from xmoe_fairseq.models import XMoETransformerLanguageModel
 from xmoe_fairseq.moe import MoELayer, ThresholdRouter, moe_layers, record_routing
-from xmoe_fairseq.thresholds.measure import fix_thresholds
+from xmoe_fairseq.moe.records import fix_thresholds
 from xmoe_fairseq.thresholds.search import bisect
 
 BATCHES = (1, 8, 64)

@@ -19,9 +19,9 @@ from xmoe_fairseq.convert import tool
 from xmoe_fairseq.convert.dense import read_dense
 from xmoe_fairseq.convert.sparse import read_sparse
 from xmoe_fairseq.moe import moe_layers
+from xmoe_fairseq.moe.records import fix_thresholds
 from xmoe_fairseq.thresholds import command
 from xmoe_fairseq.thresholds.checkpoint import open_meter
-from xmoe_fairseq.thresholds.measure import fix_thresholds
 from xmoe_fairseq_compat.errors import CheckpointError
 
 # The model of stock("lm"), as it is typed.

@@ -9,6 +9,7 @@ from xmoe_fairseq.thresholds.checkpoint import settings_for
 from xmoe_fairseq.thresholds.families import equal_loss, same_everywhere
 from xmoe_fairseq.thresholds.measure import Meter, Quality
 from xmoe_fairseq.thresholds.search import Search, bisect
+from xmoe_fairseq_compat.errors import FlagError
 
 
 def falling(thresholds: list[float]) -> Quality:
@@ -37,7 +38,9 @@ def test_the_search_finds_a_budget_and_a_loss() -> None:
     assert 2.4 - 1 / 512 < search.smallest(2.4).bits_per_token <= 2.4
     assert search.largest(flops, 1.01).thresholds == [1.0, 1.0]
     assert search.smallest(5.0).thresholds == [0.0, 0.0]
-    assert search.largest(flops, 0.005) is None and search.smallest(1.9) is None
+    assert search.largest(flops, 0.005) is None
+    with pytest.raises(FlagError, match="--max-loss: no t has a loss of 1.9.* or less; the least is 2.0000"):
+        search.smallest(1.9)
 
 
 def test_a_loss_that_rises_again_is_followed_from_below() -> None:

@@ -25,9 +25,10 @@ from xmoe_fairseq.convert.sparse import (
     sparse_config,
     write_sparse,
 )
+from xmoe_fairseq.moe.records import fix_thresholds
 from xmoe_fairseq.thresholds.checkpoint import settings_for
 from xmoe_fairseq.thresholds.families import equal_loss, same_everywhere
-from xmoe_fairseq.thresholds.measure import Meter, Quality, ffn_seconds, fix_thresholds, measure_dense
+from xmoe_fairseq.thresholds.measure import Meter, Quality, ffn_seconds, measure_dense
 from xmoe_fairseq.thresholds.report import Report, table, write_report
 from xmoe_fairseq.thresholds.search import Search
 from xmoe_fairseq_compat.errors import FlagError, UserError
@@ -139,7 +140,10 @@ def choose_thresholds(
     meter = Meter(model, valid, lambda _: tick())
     family = equal_loss(meter) if args.per_layer else same_everywhere(meter)
     search = Search(meter, family, PRECISION)
-    chosen = within_budget(search, args.budget) if args.max_loss is None else within_loss(search, dense, args)
+    if args.max_loss is None:
+        chosen = within_budget(search, args.budget)
+    else:
+        chosen = search.smallest(dense.bits_per_token + args.max_loss / math.log(2))
     fix_thresholds(model, chosen.thresholds)
     return chosen, search
 
@@ -153,17 +157,6 @@ def within_budget(search: Search, flops: float) -> Quality:
     raise FlagError(
         f"--budget must be at least {search.at(0.0).flops:.3f}, what one expert per token costs "
         f"(a larger --split costs less), got {flops}"
-    )
-
-
-def within_loss(search: Search, dense: Quality, args: argparse.Namespace) -> Quality:
-    """The cheapest that loses no more. Raises FlagError if even all experts lose more."""
-    allowed = dense.bits_per_token + args.max_loss / math.log(2)
-    if chosen := search.smallest(allowed):
-        return chosen
-    raise FlagError(
-        f"--max-loss {args.max_loss:g}: no t has a loss of {allowed:.4f} bits per token or less "
-        f"(all experts: {search.at(1.0).bits_per_token:.4f})"
     )
 
 

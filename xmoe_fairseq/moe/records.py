@@ -1,6 +1,6 @@
 """A model's MoE layers, and what they routed."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,6 +13,12 @@ from xmoe_fairseq.moe.routing import Routing
 def moe_layers(model: nn.Module) -> list[RoutedLayer]:
     """In the order of the model's modules: an encoder's before a decoder's, from the lowest up."""
     return [module for module in model.modules() if isinstance(module, RoutedLayer)]
+
+
+def fix_thresholds(model: nn.Module, thresholds: Sequence[float]) -> None:
+    """One for each MoE layer, in the order of `moe_layers`."""
+    for layer, threshold in zip(moe_layers(model), thresholds, strict=True):
+        layer.router.fix(threshold)  # type: ignore[operator]
 
 
 @contextmanager

@@ -22,7 +22,10 @@ def choose(args: Namespace) -> None:
         raise FlagError(f"--budget must be from 1 to {limit}, what a token may take, got {args.budget:g}")
     start = meter.measure(as_it_is)
     search = Search(meter, EqualExperts(meter, as_it_is) if args.per_layer else same_everywhere(meter))
-    chosen = within_loss(search, start, args.max_loss) if args.budget is None else within(search, args.budget)
+    if args.budget is None:
+        chosen = search.smallest(start.bits_per_token + args.max_loss)
+    else:
+        chosen = within(search, args.budget)
     tried = sorted((q for q in search.points.values() if q != chosen), key=lambda q: q.flops)
     rows = {"chosen": chosen, **{f"tried {number}": quality for number, quality in enumerate(tried, 1)}}
     times = meter.timed([*rows.values()], start, partial(meter.seconds, as_it_is))
@@ -45,17 +48,6 @@ def within(search: Search, experts: float) -> Quality:
     chosen = search.largest(lambda quality: quality.experts_per_token, experts)
     assert chosen  # one expert per token is within any budget
     return chosen
-
-
-def within_loss(search: Search, start: Quality, more: float) -> Quality:
-    """Raises FlagError."""
-    allowed = start.bits_per_token + more
-    if chosen := search.smallest(allowed):
-        return chosen
-    raise FlagError(
-        f"--max-loss {more:g}: no t has a loss of {allowed:.4f} bits per token or less "
-        f"(as it is: {start.bits_per_token:.4f})"
-    )
 
 
 def say(quality: Quality) -> None:

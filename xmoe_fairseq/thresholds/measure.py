@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from xmoe_fairseq.batches import Batches
 from xmoe_fairseq.moe import MoELayer, Routing, RoutingStats, ThresholdRouter, moe_layers, record_routing
+from xmoe_fairseq.moe.records import fix_thresholds
 from xmoe_fairseq.moe.stats import layer_flops
 
 Place = tuple[nn.Module, nn.Module]  # of an FFN: its first module and its last
@@ -113,12 +114,6 @@ class Meter:
         """Of all FFNs, per target token."""
         fix_thresholds(self.model, thresholds)
         return ffn_seconds(self.model, places_of(self.model), batches)
-
-
-def fix_thresholds(model: nn.Module, thresholds: Sequence[float]) -> None:
-    """One for each MoE layer, in the order of `moe_layers`."""
-    for layer, threshold in zip(moe_layers(model), thresholds, strict=True):
-        layer.router.fix(threshold)  # type: ignore[operator]
 
 
 def places_of(model: nn.Module) -> list[Place]:

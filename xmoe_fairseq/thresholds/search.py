@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from xmoe_fairseq.thresholds.measure import Meter, Quality
+from xmoe_fairseq_compat.errors import FlagError
 
 PRECISION = 1 / 1024  # of s
 COARSE = 8  # steps in which the loss is followed from below
@@ -42,7 +43,7 @@ class Search:
         return self.points[s]
 
     def largest(self, cost: Callable[[Quality], float], limit: float) -> Quality | None:
-        """The largest setting that costs no more; None if the least does."""
+        """The largest setting that costs no more than the limit; None if even the least costs more."""
 
         def fits(s: float) -> bool:
             return cost(self.at(s)) <= limit
@@ -51,18 +52,22 @@ class Search:
             return self.at(1.0)
         return self.at(bisect(fits, 0.0, 1.0, self.precision)) if fits(0.0) else None
 
-    def smallest(self, bits: float) -> Quality | None:
-        """The smallest setting that loses no more bits per token; None if all do.
+    def smallest(self, bits: float) -> Quality:
+        """The smallest setting that loses no more bits per token.
 
         From below in coarse steps to the first that is good enough, then between it and the one before.
+
+        Raises:
+            FlagError: all lose more.
         """
 
         def fits(s: float) -> bool:
             return self.at(s).bits_per_token <= bits
 
-        for step in range(COARSE + 1):
-            if fits(s := step / COARSE):
-                break
-        else:
-            return None
-        return self.at(bisect(fits, s, s - 1 / COARSE, self.precision) if step else s)
+        first = next((step / COARSE for step in range(COARSE + 1) if fits(step / COARSE)), None)
+        if first is None:
+            least = min(quality.bits_per_token for quality in self.points.values())
+            raise FlagError(
+                f"--max-loss: no t has a loss of {bits:.4f} bits per token or less; the least is {least:.4f}"
+            )
+        return self.at(bisect(fits, first, first - 1 / COARSE, self.precision) if first else first)
