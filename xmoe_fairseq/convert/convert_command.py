@@ -82,7 +82,7 @@ def convert(args: argparse.Namespace) -> None:
     }  # fmt: skip
     report = Report(about, "dense", before, dict(zip(rows, times, strict=True)), [*search.points.values()])
     written = write_report(args.sparse, report)
-    print(table(report))
+    print(table(report), end="")
     print("written: " + ", ".join(str(path) for path in [args.sparse, *written]))
 
 

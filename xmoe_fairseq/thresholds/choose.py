@@ -37,7 +37,7 @@ def choose(args: Namespace) -> None:
     report = Report(about, "as it is", start, dict(zip(rows, times, strict=True)), [*search.points.values()])
     write_checkpoint(args.checkpoint, args.output, chosen.thresholds)
     written = write_report(args.output, report)
-    print(table(report))
+    print(table(report), end="")
     print("written: " + ", ".join(str(path) for path in [args.output, *written]))
 
 

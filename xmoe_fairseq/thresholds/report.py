@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+from xmoe_fairseq.tables import markdown
 from xmoe_fairseq.thresholds.measure import Quality
 from xmoe_fairseq_compat.errors import FlagError
 from xmoe_fairseq_compat.files import write_atomically
@@ -37,7 +38,7 @@ class Report(NamedTuple):
 def table(report: Report) -> str:
     """Markdown."""
     titles = [*HEAD, f"time / {report.name}"]
-    lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
+    rows = []
     for name, quality in {report.name: report.reference, **report.rows}.items():
         is_sparse = bool(quality.thresholds)
         cells = [
@@ -45,8 +46,8 @@ def table(report: Report) -> str:
             f"{quality.experts_per_token:.2f}" if is_sparse else "", f"{quality.flops:.3f}",
             f"{quality.ffn_seconds * 1e6:.1f}", f"{time_ratio(quality, report):.2f}",
         ]  # fmt: skip
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        rows.append(cells)
+    return markdown(titles, rows)
 
 
 def shorten(thresholds: list[float]) -> str:
@@ -61,9 +62,9 @@ def time_ratio(quality: Quality, report: Report) -> float:
 def write_report(path: Path, report: Report) -> list[Path]:
     """Beside the checkpoint `path`: its name with .md, .json and .png. Raises WriteError."""
     settings = "\n".join(f"- {key}: {value}" for key, value in report.about.items())
-    text = f"# {path.name}\n\n{settings}\n\n{table(report)}\n"
+    text = f"# {path.name}\n\n{settings}\n\n{table(report)}"
     written = [path.with_suffix(suffix) for suffix in SUFFIXES]
-    write_atomically(written[0], lambda file: file.write(text.encode()))
+    write_atomically(written[0], text)
     write_json(written[1], report)
     write_atomically(written[2], lambda file: plot(file, report))
     return written
@@ -76,7 +77,7 @@ def write_json(path: Path, report: Report) -> None:
         "rows": {name: entry(quality) for name, quality in report.rows.items()},
         "curve": [entry(quality) for quality in report.curve],
     }
-    write_atomically(path, lambda file: file.write(json.dumps(record, indent=1).encode()))
+    write_atomically(path, json.dumps(record, indent=1))
 
 
 def entry(quality: Quality) -> dict[str, Any]:

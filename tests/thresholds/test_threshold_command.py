@@ -14,7 +14,7 @@ from tolerances import assert_same
 
 from xmoe_fairseq.moe import record_routing
 from xmoe_fairseq.parallel.tool import convert as shard
-from xmoe_fairseq.thresholds import command
+from xmoe_fairseq.thresholds import threshold_command
 from xmoe_fairseq.thresholds.checkpoint import open_meter
 from xmoe_fairseq.thresholds.measure import Meter, Quality
 
