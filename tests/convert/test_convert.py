@@ -15,7 +15,7 @@ from stock import SMALL, Stock
 from tolerances import about, assert_same
 
 from xmoe_fairseq.batches import Batches
-from xmoe_fairseq.convert import tool
+from xmoe_fairseq.convert import convert_command
 from xmoe_fairseq.convert.dense import read_dense
 from xmoe_fairseq.convert.sparse import read_sparse
 from xmoe_fairseq.moe import moe_layers
@@ -33,13 +33,13 @@ LM = ("--task", "language_modeling", "--tokens-per-sample", "16", "--decoder-lay
 
 @pytest.fixture(autouse=True)
 def few_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tool, "PRECISION", 1 / 16)
-    monkeypatch.setattr(tool, "BUDGETS", (1.0,))
+    monkeypatch.setattr(convert_command, "PRECISION", 1 / 16)
+    monkeypatch.setattr(convert_command, "BUDGETS", (1.0,))
 
 
 def convert(dense: Path, sparse: Path, data: Path, *flags: str, split: int = 8) -> None:
     words = [str(dense), str(sparse), "--split", str(split), "--calibration", str(data), *SMALL, *flags]
-    tool.convert(tool.argument_parser().parse_args(words))
+    convert_command.convert(convert_command.argument_parser().parse_args(words))
 
 
 def outputs(model: Any, sample: dict[str, Any], pad: int) -> torch.Tensor:

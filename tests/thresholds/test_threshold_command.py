@@ -13,7 +13,7 @@ from parallel_runs import EXACT, LM, MT, train
 from tolerances import assert_same
 
 from xmoe_fairseq.moe import record_routing
-from xmoe_fairseq.parallel.tool import convert as shard
+from xmoe_fairseq.parallel.checkpoint_command import convert as shard
 from xmoe_fairseq.thresholds import threshold_command
 from xmoe_fairseq.thresholds.checkpoint import open_meter
 from xmoe_fairseq.thresholds.measure import Meter, Quality
@@ -40,7 +40,7 @@ def checkpoint(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def pick(monkeypatch: pytest.MonkeyPatch) -> Any:
     def call(*arguments: object) -> None:
         monkeypatch.setattr(sys, "argv", ["xmoe-threshold", *map(str, arguments)])
-        command.main()
+        threshold_command.main()
 
     return call
 

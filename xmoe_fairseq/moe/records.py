@@ -18,7 +18,7 @@ def moe_layers(model: nn.Module) -> list[RoutedLayer]:
 def fix_thresholds(model: nn.Module, thresholds: Sequence[float]) -> None:
     """One for each MoE layer, in the order of `moe_layers`."""
     for layer, threshold in zip(moe_layers(model), thresholds, strict=True):
-        layer.router.fix(threshold)  # type: ignore[operator]
+        layer.router.fix(threshold)  # type: ignore[call-arg, operator]
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 import torch
 
-from xmoe_fairseq.moe import Budget, MoELayer, Routing, moe_layers
+from xmoe_fairseq.moe import Budget, RoutedLayer, Routing, moe_layers
 from xmoe_fairseq.moe.budget import threshold_for
 from xmoe_fairseq.thresholds.measure import Meter
 from xmoe_fairseq.thresholds.search import bisect
@@ -53,7 +53,7 @@ class EqualExperts:
         layers = moe_layers(self.meter.model)
         counters = {layer: Budget(experts, layer.num_experts) for layer in layers}
 
-        def count(layer: MoELayer, routing: Routing) -> None:
+        def count(layer: RoutedLayer, routing: Routing) -> None:
             counters[layer].count(layer.router.candidates(routing.probs_TE)[0])  # type: ignore[operator]
 
         self.meter.measure(thresholds, count)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from xmoe_fairseq.batches import Batches
-from xmoe_fairseq.moe import MoELayer, Routing, RoutingStats, ThresholdRouter, moe_layers, record_routing
+from xmoe_fairseq.moe import RoutedLayer, Routing, RoutingStats, ThresholdRouter, moe_layers, record_routing
 from xmoe_fairseq.moe.records import fix_thresholds
 from xmoe_fairseq.moe.stats import layer_flops
 
@@ -57,7 +57,7 @@ class Meter:
         return [float(router.threshold_in_use) for router in self.routers]
 
     def measure(
-        self, thresholds: Sequence[float], look: Callable[[MoELayer, Routing], Any] | None = None
+        self, thresholds: Sequence[float], look: Callable[[RoutedLayer, Routing], Any] | None = None
     ) -> Quality:
         """
         Args:
