@@ -3,9 +3,4 @@
 `xmoe_fairseq.moe` is plain torch and works without fairseq.
 """
 
-from xmoe_fairseq._requirements import check_requirements, fairseq_installed
-
-if fairseq_installed():
-    check_requirements()
-    # fairseq auto-imports models/ but never criterions/, and neither when this package was imported first.
-    from xmoe_fairseq import criterions, models  # noqa: F401
+from xmoe_fairseq import _register  # noqa: F401

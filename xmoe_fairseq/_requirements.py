@@ -1,10 +1,9 @@
 """Is what the plugin needs there, in a version that will do? If not: one line that says how to fix it."""
 
-import sys
 from importlib import metadata
-from importlib.util import find_spec
 from pathlib import Path
 
+import xmoe_fairseq_compat  # patches fairseq, where no start-up line did it and it is not too late
 from xmoe_fairseq_compat.errors import UserError
 
 FAIRSEQ_VERSION = "0.12.2"
@@ -16,18 +15,13 @@ class RequirementError(UserError, ImportError):
     """A package that xmoe_fairseq needs is missing, or there in a version that will not do."""
 
 
-def fairseq_installed() -> bool:
-    """Whether there is a fairseq to plug into, without importing it."""
-    return "fairseq" in sys.modules or find_spec("fairseq") is not None
-
-
 def check_requirements() -> None:
     """Raise RequirementError where torch, fairseq, sentencepiece or the patches of fairseq will not do."""
     problem = (
         torch_problem(installed_version("torch"))
         or fairseq_problem(installed_version("fairseq"))
         or sentencepiece_problem(installed_version("sentencepiece"))
-        or compat_problem(patches_are_active(), Path(__file__).resolve().parents[1])
+        or compat_problem(xmoe_fairseq_compat.is_active(), Path(__file__).resolve().parents[1])
     )
     if problem:
         raise RequirementError(problem)
@@ -38,15 +32,6 @@ def installed_version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
-
-
-def patches_are_active() -> bool:
-    """Whether fairseq is patched. Where no start-up line did it, that is done now if it is not too late."""
-    try:
-        import xmoe_fairseq_compat
-    except ImportError:
-        return False
-    return xmoe_fairseq_compat.is_active()
 
 
 def torch_problem(version: str | None) -> str | None:

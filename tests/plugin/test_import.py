@@ -1,5 +1,6 @@
 """The plugin registers itself in whatever order it and fairseq are imported; the core needs no fairseq."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -53,30 +54,73 @@ def test_the_name_of_the_installed_package_will_do_in_any_folder(tmp_path: Path)
         python(by_name.replace("xmoe_fairseq", "no_such_package"))
 
 
-# As if fairseq were not installed: neither its files nor its metadata are found.
+USE_THE_CORE = (
+    "import torch\n"
+    "from xmoe_fairseq.moe import MoELayer, ThresholdRouter\n"
+    "y, routing = MoELayer(8, 4, 6, ThresholdRouter(8, 6))(torch.randn(2, 3, 8))\n"
+    "assert y.shape == (2, 3, 8) and routing.experts_per_token >= 1\n"
+)
+
+
+def test_the_core_imports_torch_and_nothing_else_that_is_installed() -> None:
+    output = python(
+        "import sys, torch\n"
+        "before = {*sys.modules}\n"
+        f"{USE_THE_CORE}"
+        "print({name.partition('.')[0] for name in {*sys.modules} - before} - {*sys.stdlib_module_names})\n"
+    )
+    assert set(re.findall(r"\w+", output)) <= {"torch", "numpy", "xmoe_fairseq", "xmoe_fairseq_compat"}
+
+
+@pytest.mark.parametrize(
+    "module", ["config", "models.translation", "criterions", "build_moe", "parallel.tool"]
+)
+def test_whichever_module_is_imported_first_all_is_registered_and_each_module_runs_once(module: str) -> None:
+    """Also one that models/ imports, and that imports fairseq."""
+    output = python(
+        f"import xmoe_fairseq.{module} as module\n"
+        "from xmoe_fairseq import build_moe, transformer_layers\n"
+        "assert build_moe.build_moe is transformer_layers.build_moe\n"
+        "assert module.__spec__.origin == module.__file__\n"
+        f"{PRINT_REGISTERED}"
+    )
+    assert output.splitlines()[-1] == str(REGISTERED)
+
+
+# As if fairseq were not installed.
 WITHOUT_FAIRSEQ = (
-    "import sys, importlib.util as util, importlib.metadata as metadata\n"
-    "find, version = util.find_spec, metadata.version\n"
-    "util.find_spec = lambda name, *rest: None if name == 'fairseq' else find(name, *rest)\n"
+    "import importlib.metadata as metadata\n"
+    "version = metadata.version\n"
     "metadata.version = lambda name: version('no-such-package' if name == 'fairseq' else name)\n"
 )
 
 
 def test_the_core_works_without_fairseq_and_what_needs_it_says_so_in_one_line() -> None:
     output = python(
-        f"{WITHOUT_FAIRSEQ}"
-        "import torch\n"
-        "from xmoe_fairseq.moe import MoELayer, ThresholdRouter\n"
-        "y, routing = MoELayer(8, 4, 6, ThresholdRouter(8, 6))(torch.randn(2, 3, 8))\n"
-        "assert y.shape == (2, 3, 8) and routing.experts_per_token >= 1\n"
-        "assert 'fairseq' not in sys.modules\n"
-        "for module in ('models', 'criterions'):\n"
+        f"{WITHOUT_FAIRSEQ}{USE_THE_CORE}"
+        "for module in ('models', 'criterions', 'config'):\n"
         "    try:\n"
         "        __import__(f'xmoe_fairseq.{module}')\n"
         "    except ImportError as error:\n"
         "        print(error)\n"
     )
     lines = output.splitlines()
-    assert len(lines) == 2
+    assert len(lines) == 3
     for line in lines:
         assert "fairseq 0.12.2" in line and "pip install --no-deps fairseq==0.12.2" in line, line
+
+
+def test_the_core_works_beside_another_fairseq_and_as_its_user_dir_the_plugin_says_which_it_needs(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "fairseq-0.10.2.dist-info").mkdir()
+    (tmp_path / "fairseq-0.10.2.dist-info" / "METADATA").write_text("Name: fairseq\nVersion: 0.10.2\n")
+    (tmp_path / "fairseq.py").touch()
+    there = f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
+    assert (
+        python(f"{there}{USE_THE_CORE}import fairseq; print(fairseq.__file__)") == f"{tmp_path}/fairseq.py\n"
+    )
+    with pytest.raises(
+        AssertionError, match="xmoe_fairseq needs fairseq 0.12.2, found 0.10.2; run: python -m "
+    ):
+        python(f"{there}import fairseq, xmoe_fairseq")
