@@ -42,6 +42,7 @@ def build_moe(
         min_capacity=config.moe_min_capacity,
         expert_parallel_group=parallel.expert_group if parallel else None,
         combine=config.moe_combine,
+        kernel=config.moe_kernel,
     )
 
 

@@ -5,6 +5,7 @@ from dataclasses import fields
 from typing import Any
 
 from xmoe_fairseq.flags import MoEConfig, flag, read_field, takers_of_ones
+from xmoe_fairseq.moe.experts.kernels import kernel_names
 from xmoe_fairseq.moe.layer import COMBINE
 from xmoe_fairseq.moe.routers.registry import RouterKind, flags_of_routers, router_named
 from xmoe_fairseq.router_args import read_router_args
@@ -33,6 +34,8 @@ def read_moe_config(model_cfg: Any, sides: tuple[str, ...]) -> MoEConfig:
     for name, (rule, holds) in _RULES.items():
         if not holds(config):
             raise FlagError(f"{flag(name)} {rule}, got {getattr(config, name)}")
+    if config.moe_kernel not in kernel_names():  # not in _RULES: a --user-dir may have registered one since
+        raise FlagError(f"--moe-kernel must be one of {', '.join(kernel_names())}, got {config.moe_kernel}")
     kind = router_kind(config.moe_router)
     _check_router(config, kind)
     with_experts = [side for side in sides if config.has_experts(side)]

@@ -7,6 +7,7 @@ from typing import Any
 
 from fairseq.dataclass import FairseqDataclass
 
+from xmoe_fairseq.moe.experts.kernels import AUTO, kernel_names
 from xmoe_fairseq.moe.routers.registry import DEFAULT, flags_of_routers, registered_routers
 from xmoe_fairseq_compat.errors import flag
 
@@ -43,6 +44,10 @@ class CommonFlags(FairseqDataclass):
     moe_combine: str = _flag(
         "probs", "a chosen expert's output counts as often as it is probable (probs), or once (ones; what "
         f"xmoe-convert makes of a dense model; only --moe-router {takers_of_ones()})"
+    )  # fmt: skip
+    moe_kernel: str = _flag(
+        AUTO, f"what computes the experts: {', '.join(kernel_names())}; auto chooses by device, precision "
+        "and size; others are for tests and benchmarks, and a checkpoint opens with auto again"
     )  # fmt: skip
     moe_capacity_factor: float = _flag(
         0.0, "in training an expert keeps at most ceil(tokens / experts x this) tokens; 0 = dropless"

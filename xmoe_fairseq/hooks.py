@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from xmoe_fairseq.moe.experts.kernels import AUTO
 from xmoe_fairseq.parallel.shards import join_shards
 from xmoe_fairseq_compat import plugins
 from xmoe_fairseq_compat.override_rules import refuse
@@ -12,7 +13,7 @@ def read_whole(state: dict[str, Any], path: Any, overrides: Mapping[str, Any]) -
     """A checkpoint with all its experts, whichever files they lie in.
 
     Its configuration then says so: fairseq builds the model as the training run had it, and here every
-    process that only reads holds all experts.
+    process that only reads holds all experts, and computes them by whatever kernel suits it.
 
     Raises:
         CheckpointError: a file of experts is missing or damaged.
@@ -20,6 +21,8 @@ def read_whole(state: dict[str, Any], path: Any, overrides: Mapping[str, Any]) -
     model_cfg: Any = (state.get("cfg") or {}).get("model")
     if hasattr(model_cfg, "keys") and "moe_expert_parallel_size" in model_cfg:
         model_cfg["moe_expert_parallel_size"] = 1
+        asked = {**overrides, **(overrides.get("model") or {})}
+        model_cfg.update({"moe_kernel": asked.get("moe_kernel", AUTO)})
     return join_shards(state, path)
 
 

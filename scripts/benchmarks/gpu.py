@@ -8,25 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_subjects import ExpertsBy, expert_sums_padded, megablocks_layer
+from gpu_subjects import PADDED, megablocks_layer
 from subjects import Floor, output_of, transformers_block
 from tables import about, write_table
 from timing import Timing, add_rounds, forward, forward_backward, in_turn, leaves_of, machine
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
-from xmoe_fairseq.moe import MoELayer, ThresholdRouter
-from xmoe_fairseq.moe.experts.grouped import can_group, expert_sums_grouped
-from xmoe_fairseq.moe.experts.plain import expert_sums_plain
+from xmoe_fairseq.moe import MoELayer, ThresholdRouter, use_kernel
 from xmoe_fairseq.moe.stats import ffn_flops
 
 FLOOR, OURS = "two dense products", "XMoE layer"
 AIM = 0.75  # of the dense products' rate
-WAYS = {
-    "grouped products": expert_sums_grouped,
-    "eager loop": expert_sums_plain,
-    "torchtitan's way, padded groups": expert_sums_padded,
-}
+WAYS = {"grouped products": "grouped", "eager loop": "plain", "torchtitan's way, padded groups": PADDED}
 Case = argparse.Namespace
 Row = dict[str, Any]
 
@@ -41,12 +35,6 @@ def xmoe_layer(case: Case) -> MoELayer:
     router = ThresholdRouter(case.model_dim, case.experts, 1.0, case.per_token)
     layer = MoELayer(case.model_dim, case.expert_dim, case.experts, router)
     return layer.to(case.device, case.dtype)
-
-
-def computed_by(layer: MoELayer, way: Callable[..., Tensor]) -> MoELayer:
-    other = MoELayer(layer.model_dim, layer.expert_dim, layer.num_experts, layer.router)
-    other.experts = ExpertsBy(layer.experts, way)
-    return other
 
 
 def peers(case: Case) -> dict[str, nn.Module]:
@@ -76,9 +64,8 @@ def subjects(case: Case, x: Tensor) -> Iterator[tuple[str, Callable[[], Tensor],
     yield FLOOR, lambda: floor(rows), leaves_of(floor, rows)
     layer = xmoe_layer(case)
     yield OURS, output_of(layer, x), leaves_of(layer, x)
-    for name, way in WAYS.items():
-        other = computed_by(layer, way).to(case.device)
-        yield name, output_of(other, x), leaves_of(other, x)
+    for name, kernel in WAYS.items():
+        yield name, use_kernel(kernel)(output_of(layer, x)), leaves_of(layer, x)
     for name, block in peers(case).items():
         yield name, lambda block=block: block(x), leaves_of(block, x)
 
@@ -118,7 +105,7 @@ def routing_compiled(case: Case) -> Row:
 
     def route(x: Tensor) -> Tensor:
         routing = layer.router(x)
-        _, rows, _ = layer.dispatcher.dispatch(x, routing)
+        rows = layer.dispatcher.dispatch(x, routing)[1].rows
         return torch.cat([rows.weight_R, routing.load_balance_loss.view(1), rows.counts_E])
 
     compiled = torch.compile(route, backend=case.compile_backend)
@@ -158,11 +145,9 @@ def markdown(results: dict[str, Any]) -> Iterator[str]:
 
 
 def measure(case: Case) -> dict[str, Any]:
-    layer = xmoe_layer(case)
-    grouped = can_group(tokens(case), layer.experts.stacked())
     shape = (
         f"{case.dtype}, T {case.tokens}, D {case.model_dim}, E {case.experts}, width {case.expert_dim}, "
-        f"{case.per_token} experts per token; grouped products: {grouped}"
+        f"{case.per_token} experts per token"
     )
     flops = ffn_flops(case.tokens * case.per_token, case.model_dim, case.expert_dim)
     results = {"machine": machine(), "shape": shape, "forward FLOPs": flops, **against_floor(case)}

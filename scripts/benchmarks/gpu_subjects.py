@@ -7,25 +7,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from xmoe_fairseq.moe import Experts
-from xmoe_fairseq.moe.dispatch.local import ExpertRows
-from xmoe_fairseq.moe.experts.plain import Activation, Stacks, expert_sums_plain
+from xmoe_fairseq.moe.experts import Activation, ExpertRows, Stacks, register_kernel
+from xmoe_fairseq.moe.experts.grouped import refuse
+from xmoe_fairseq.moe.experts.plain import expert_sums_plain
 
+PADDED = "padded"
 PADDED_TO = 16  # rows; torchtitan pads an expert's rows to a multiple of 8 (bf16) to 32
 
 
-class ExpertsBy(nn.Module):
-    """In place of Experts: the same parameters, computed by one of the functions with this signature."""
-
-    def __init__(self, experts: Experts, compute: Any) -> None:
-        super().__init__()
-        self.experts, self.compute = experts, compute
-
-    def forward(self, x_SD: Tensor, rows: ExpertRows) -> Tensor:
-        return self.compute(x_SD, rows, self.experts.stacked(), self.experts.activation)
-
-
-def expert_sums_padded(x_SD: Tensor, rows: ExpertRows, stacks: Stacks, activation: Activation) -> Tensor:
+@register_kernel(PADDED, refuse)
+def expert_sums_padded(
+    x_SD: Tensor, rows: ExpertRows, stacks: Stacks, activation: Activation, dropout: float = 0.0
+) -> Tensor:
     """torchtitan's way: rows in the experts' order, each expert's padded with rows of zeros to a multiple.
 
     The buffer is as large as could be needed, so that the host need not know the counts; its end belongs to
@@ -48,9 +41,7 @@ def expert_sums_padded(x_SD: Tensor, rows: ExpertRows, stacks: Stacks, activatio
     hidden_PF = activation(inner_PF + stacks.fc1_bias.index_select(0, expert_P))
     y_PD = F.grouped_mm(hidden_PF, stacks.fc2_weight.transpose(1, 2), offs=offsets_E)
     y_RD = y_PD.index_select(0, place_R) + stacks.fc2_bias.index_select(0, expert_R)
-    if rows.weight_R is not None:
-        y_RD = y_RD * rows.weight_R.unsqueeze(1)
-    return y_RD.new_zeros(x_SD.shape).index_add(0, rows.source_R, y_RD)
+    return rows.weighted_sum(y_RD, x_SD.size(0))
 
 
 class MegaBlocks(nn.Module):

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xmoe_fairseq.moe import Experts, MoELayer, ThresholdRouter
-from xmoe_fairseq.moe.dispatch.local import ExpertRows
+from xmoe_fairseq.moe.experts import ExpertRows
 from xmoe_fairseq.thresholds.search import bisect
 
 MAX_PER_TOKEN = 32  # cap of the layer's router, so that sorting costs what it costs in practice

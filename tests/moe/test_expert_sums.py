@@ -1,6 +1,7 @@
-"""The fast ways to compute the experts equal plain autograd: values and every gradient."""
+"""Every kernel equals plain autograd: values and every gradient; and which one is chosen."""
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,14 +12,11 @@ from tolerances import TERMS, assert_same
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from xmoe_fairseq.moe import Experts
-from xmoe_fairseq.moe.dispatch.local import ExpertRows
+from xmoe_fairseq.moe import Experts, MoELayer, TopKRouter, use_kernel
+from xmoe_fairseq.moe.experts import Call, ExpertRows, Stacks, kernels
 from xmoe_fairseq.moe.experts import chunks as expert_chunks
 from xmoe_fairseq.moe.experts.chunks import compute
-from xmoe_fairseq.moe.experts.grouped import can_group, expert_sums_grouped
-from xmoe_fairseq.moe.experts.loop import expert_sums_loop
-from xmoe_fairseq.moe.experts.plain import Stacks, expert_sums_plain
-from xmoe_fairseq.moe.experts.single import expert_sums_single, is_single
+from xmoe_fairseq.moe.experts.kernels import KernelError, choose_kernel, expert_sums
 
 SOURCES, MODEL_DIM, EXPERT_DIM = 9, 8, 16
 LOADS = {
@@ -27,7 +25,7 @@ LOADS = {
     "one row": [0, 0, 0, 1],
     "no rows": [0, 0, 0, 0],
 }
-FAST = {"loop": expert_sums_loop} | ({"grouped": expert_sums_grouped} if hasattr(F, "grouped_mm") else {})
+FAST = ["loop", *(["grouped"] if hasattr(F, "grouped_mm") else [])]
 
 
 @pytest.fixture
@@ -56,13 +54,13 @@ def rows_of(counts: list[int], weighted: bool, dtype: torch.dtype = torch.float3
 
 
 def values_and_gradients(
-    compute: Callable[..., Tensor], x_SD: Tensor, rows: ExpertRows, stacks: Stacks, activation: Callable
+    kernel: str, x_SD: Tensor, rows: ExpertRows, stacks: Stacks, activation: Callable
 ) -> list[Tensor]:
     leaves = [tensor.detach().requires_grad_() for tensor in (x_SD, *stacks)]
     if rows.weight_R is not None:
         leaves.append(rows.weight_R.detach().requires_grad_())
         rows = ExpertRows(rows.source_R, leaves[-1], rows.counts_E)
-    y_SD = compute(leaves[0], rows, Stacks(*leaves[1:5]), activation)
+    y_SD = expert_sums(Call(leaves[0], rows, Stacks(*leaves[1:5]), activation), kernel)
     direction = torch.linspace(-1, 2, y_SD.numel(), dtype=y_SD.dtype).view(y_SD.shape)
     y_SD.backward(direction)
     return [y_SD.detach(), *(leaf.grad for leaf in leaves)]
@@ -78,8 +76,8 @@ def test_equals_plain_autograd(
     monkeypatch.setattr(expert_chunks, "CHUNK_ROWS", 5)  # several chunks, also of several experts
     rows, stacks, x_SD = rows_of(LOADS[load], weighted), stacks_of(4, torch.float32), torch.randn(9, 8)
     arguments = (x_SD, rows, stacks, ACTIVATIONS[activation])
-    got = values_and_gradients(FAST[fast], *arguments)
-    assert_same(got, values_and_gradients(expert_sums_plain, *arguments))
+    got = values_and_gradients(fast, *arguments)
+    assert_same(got, values_and_gradients("plain", *arguments))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -89,21 +87,12 @@ def test_equals_plain_autograd(
 def test_one_token(activation: str, counts: list[int], weighted: bool, dtype: torch.dtype) -> None:
     weight_R = torch.rand(sum(counts), dtype=dtype) if weighted else None
     rows = ExpertRows(torch.zeros(sum(counts), dtype=torch.long), weight_R, torch.tensor(counts))
-    arguments = torch.randn(1, 8, dtype=dtype), rows, stacks_of(4, dtype), ACTIVATIONS[activation]
-    before = [stack.clone() for stack in arguments[2]]
+    call = Call(torch.randn(1, 8, dtype=dtype), rows, stacks_of(4, dtype), ACTIVATIONS[activation])
+    before = [stack.clone() for stack in call.stacks]
     with torch.no_grad():
-        y_1D = expert_sums_single(*arguments)
-    assert_same(y_1D, expert_sums_plain(*arguments))
-    assert all(map(torch.equal, arguments[2], before))  # what is added to are copies
-
-
-def test_which_tokens_are_computed_alone() -> None:
-    one = torch.ones(1, 8)
-    with torch.no_grad():
-        assert is_single(one) and is_single(one.double())
-        assert not is_single(torch.ones(2, 8)) and not is_single(one[:0])
-        assert not is_single(one.bfloat16())  # sums are fp32
-    assert not is_single(one)  # gradients
+        y_1D = expert_sums(call, "single")
+    assert_same(y_1D, expert_sums(call, "plain"))
+    assert all(map(torch.equal, call.stacks, before))  # what is added to are copies
 
 
 MODULES = {"of its own weight": nn.PReLU(), "random": nn.RReLU(), "in place": nn.SiLU(inplace=True)}
@@ -121,7 +110,7 @@ def test_a_module_may_be_the_activation(activation: str) -> None:
     torch.manual_seed(1)
     got = torch.autograd.grad(experts(x_SD, rows).square().sum(), leaves)
     torch.manual_seed(1)
-    y_SD = expert_sums_plain(x_SD, rows, experts.stacked(), module)
+    y_SD = expert_sums(Call(x_SD, rows, experts.stacked(), module), "plain")
     assert_same(got, torch.autograd.grad(y_SD.square().sum(), leaves))
     with torch.no_grad():
         torch.manual_seed(1)
@@ -133,11 +122,11 @@ def test_a_module_may_be_the_activation(activation: str) -> None:
 @pytest.mark.usefixtures("three_threads")
 def test_threads_share_the_experts(load: str, weighted: bool) -> None:
     rows, stacks, x_SD = rows_of(LOADS[load], weighted), stacks_of(4, torch.float32), torch.randn(9, 8)
-    got = values_and_gradients(expert_sums_loop, x_SD, rows, stacks, F.gelu)
-    expected = values_and_gradients(expert_sums_plain, x_SD, rows, stacks, F.gelu)
+    got = values_and_gradients("loop", x_SD, rows, stacks, F.gelu)
+    expected = values_and_gradients("plain", x_SD, rows, stacks, F.gelu)
     assert_same(got, expected)
     with torch.no_grad():
-        assert_same(expert_sums_loop(x_SD, rows, stacks, F.gelu), expected[0])
+        assert_same(expert_sums(Call(x_SD, rows, stacks, F.gelu), "loop"), expected[0])
     assert torch.get_num_threads() == 3  # again
 
 
@@ -160,9 +149,9 @@ def test_other_precisions(fast: str, dtype: torch.dtype, terms: int) -> None:
         stacks_of(4, dtype),
         torch.randn(9, 8, dtype=dtype),
     )
-    got = values_and_gradients(FAST[fast], x_SD, rows, stacks, F.gelu)
+    got = values_and_gradients(fast, x_SD, rows, stacks, F.gelu)
     exact = values_and_gradients(
-        expert_sums_plain, x_SD.double(), ExpertRows(rows.source_R, rows.weight_R.double(), rows.counts_E),
+        "plain", x_SD.double(), ExpertRows(rows.source_R, rows.weight_R.double(), rows.counts_E),
         Stacks(*(stack.double() for stack in stacks)), F.gelu,
     )  # fmt: skip
     assert got[0].dtype == wide
@@ -174,7 +163,7 @@ def test_plain_autograd_has_the_right_gradients() -> None:
     inputs = [t.requires_grad_() for t in (torch.randn(9, 8).double(), *stacks_of(3, torch.float64))]
 
     def compute(x_SD: Tensor, *stacks: Tensor) -> Tensor:
-        return expert_sums_plain(x_SD, rows, Stacks(*stacks), torch.tanh)
+        return expert_sums(Call(x_SD, rows, Stacks(*stacks), torch.tanh), "plain")
 
     assert torch.autograd.gradcheck(compute, inputs)
 
@@ -182,10 +171,11 @@ def test_plain_autograd_has_the_right_gradients() -> None:
 def test_strided_and_expanded_inputs() -> None:
     rows, stacks = rows_of([4, 1, 0, 7], True), stacks_of(4, torch.float32)
     x_SD = torch.randn(8, 9).t()
-    y = expert_sums_loop(x_SD.requires_grad_(), rows, stacks, F.relu)
-    assert_same(y, expert_sums_plain(x_SD, rows, stacks, F.relu))
+    call = Call(x_SD.requires_grad_(), rows, stacks, F.relu)
+    y, plain = expert_sums(call, "loop"), expert_sums(call, "plain")
+    assert_same(y, plain)
     y.sum().backward()  # an expanded gradient
-    (expected,) = torch.autograd.grad(expert_sums_plain(x_SD, rows, stacks, F.relu).sum(), x_SD)
+    (expected,) = torch.autograd.grad(plain.sum(), x_SD)
     assert_same(x_SD.grad, expected)
 
 
@@ -194,7 +184,7 @@ def test_the_loop_gives_the_same_bits_every_time(threads: int, request: pytest.F
     if threads == 3:
         request.getfixturevalue("three_threads")
     rows, stacks, x_SD = rows_of([4, 1, 9, 7], True), stacks_of(4, torch.float32), torch.randn(9, 8)
-    first, second = (values_and_gradients(expert_sums_loop, x_SD, rows, stacks, F.relu) for _ in range(2))
+    first, second = (values_and_gradients("loop", x_SD, rows, stacks, F.relu) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
@@ -212,12 +202,9 @@ def test_autocast_computes_in_its_precision_and_leaves_fp32_gradients() -> None:
 
 def test_nothing_is_kept_where_no_gradient_is_wanted() -> None:
     with torch.no_grad():
-        y = expert_sums_loop(torch.randn(9, 8), rows_of([3, 0], True), stacks_of(2, torch.float32), F.relu)
+        stacks = stacks_of(2, torch.float32)
+        y = expert_sums(Call(torch.randn(9, 8), rows_of([3, 0], True), stacks, F.relu), "loop")
     assert y.grad_fn is None
-
-
-def test_grouped_products_are_for_gpus() -> None:
-    assert not can_group(torch.randn(9, 8, dtype=torch.bfloat16), stacks_of(2, torch.bfloat16))
 
 
 class ScatteredSums(TorchDispatchMode):
@@ -243,21 +230,129 @@ def test_grouped_bias_gradients_of_many_rows() -> None:
     x_SD, grad_SD = torch.randn(sources, MODEL_DIM).bfloat16(), torch.randn(sources, MODEL_DIM) + 0.5
     exact = Stacks(*(stack.detach().double().requires_grad_() for stack in stacks))
     with ScatteredSums() as sums:
-        expert_sums_grouped(x_SD, rows, stacks, F.relu).backward(grad_SD)
+        expert_sums(Call(x_SD, rows, stacks, F.relu), "grouped").backward(grad_SD)
     assert torch.bfloat16 not in sums.dtypes
     exact_rows = ExpertRows(source_R, rows.weight_R.double(), rows.counts_E)
-    expert_sums_plain(x_SD.double(), exact_rows, exact, F.relu).backward(grad_SD.double())
+    expert_sums(Call(x_SD.double(), exact_rows, exact, F.relu), "plain").backward(grad_SD.double())
     for got, expected in ((stacks.fc1_bias, exact.fc1_bias), (stacks.fc2_bias, exact.fc2_bias)):
         assert (got.grad.double() - expected.grad).norm() < 0.02 * expected.grad.norm()
         assert not got.grad[1].any()
 
 
-def test_a_torch_without_grouped_products_takes_the_other_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch is accepted from 2.6 on; its grouped product is public since 2.10."""
-    x_SD = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16, device="cuda", element_size=lambda: 2)
+def call_of(x_SD: Any, stacks: Stacks | None = None, **more: Any) -> Call:
+    dtype = x_SD.dtype
+    return Call(
+        x_SD, rows_of([0, 0], False), stacks or stacks_of(2, dtype), more.pop("activation", F.relu), **more
+    )
+
+
+def test_which_kernel_is_chosen() -> None:
+    """By device, precision, size, dropout and grad mode."""
+    one, two = torch.ones(1, 8), torch.ones(2, 8)
+
+    def chosen(call: Call) -> str:
+        return choose_kernel(call).name
+
+    with torch.no_grad():
+        assert chosen(call_of(one)) == chosen(call_of(one.double())) == "single"
+        assert chosen(call_of(two)) == chosen(call_of(one[:0])) == "loop"
+        assert chosen(call_of(one.bfloat16())) == "loop"  # sums are fp32
+        with torch.autocast("cpu", torch.bfloat16):
+            assert chosen(call_of(one)) == "loop"
+        assert chosen(call_of(one, dropout=0.1)) == chosen(call_of(one, activation=nn.ReLU())) == "plain"
+    assert chosen(call_of(one)) == "loop"  # gradients
+    assert chosen(call_of(two, dropout=0.1)) == chosen(call_of(two, activation=nn.ReLU())) == "plain"
+    assert chosen(call_of(two.bfloat16())) == "loop"  # grouped products could, but are for GPUs
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Looks like bf16 rows on an H100."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     monkeypatch.setattr(F, "grouped_mm", None, raising=False)
-    stacks = Stacks(*(torch.zeros(2, 16, 16) for _ in range(4)))
-    assert can_group(x_SD, stacks)
+    return SimpleNamespace(is_cuda=True, is_cpu=False, dtype=torch.bfloat16, device=torch.device("cuda"))
+
+
+def test_grouped_products_are_chosen_on_a_gpu_where_torch_has_them(
+    gpu: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch is accepted from 2.6 on; its grouped product is public since 2.10."""
+    call = call_of(gpu, Stacks(*(torch.zeros(2, 16, 16) for _ in range(4))))
+    assert choose_kernel(call).name == "grouped"
     monkeypatch.delattr(F, "grouped_mm")
-    assert not can_group(x_SD, stacks)
+    assert choose_kernel(call).name == "loop"
+    with pytest.raises(KernelError, match="needs torch 2.10 or later, got "):
+        choose_kernel(call, "grouped")
+
+
+def stacks_like(*shape: int) -> Stacks:
+    return Stacks(*(torch.zeros(shape) for _ in range(4)))
+
+
+IMPOSSIBLE = [
+    ("single", call_of(torch.ones(1, 8)), "needs torch.no_grad(), got grad mode"),
+    ("single", call_of(torch.ones(2, 8)), "needs one token, got 2"),
+    ("loop", call_of(torch.ones(2, 8), dropout=0.1), "needs experts without dropout, got 0.1"),
+    (
+        "loop",
+        call_of(torch.ones(2, 8), activation=nn.PReLU()),
+        "needs a function as activation, got the module PReLU",
+    ),
+    (
+        "grouped",
+        call_of(torch.ones(2, 8).double()),
+        "needs torch.bfloat16 or torch.float16 or torch.float32 on cpu, got torch.float64",
+    ),
+    (
+        "grouped",
+        call_of(torch.ones(2, 6), stacks_like(2, 16, 6)),
+        "needs widths of a multiple of 16 bytes, got [16, 6] x 4",
+    ),
+    ("grouped", call_of(torch.ones(2, 8), stacks_like(1024, 16, 8)), "needs at most 1023 experts, got 1024"),
+]
+
+
+@pytest.mark.parametrize("name, call, why", IMPOSSIBLE, ids=[f"{name} {why}" for name, _, why in IMPOSSIBLE])
+def test_an_impossible_choice_says_why(
+    name: str, call: Call, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(F, "grouped_mm", None, raising=False)
+    with pytest.raises(KernelError) as error:
+        expert_sums(call, name)
+    assert str(error.value) == f"kernel {name} (use_kernel, --moe-kernel) {why}"
+
+
+def test_a_kernel_is_forced_in_a_block_in_its_thread_and_blocks_nest() -> None:
+    call = call_of(torch.ones(2, 8))
+
+    def chosen(name: str = "auto") -> str:
+        return choose_kernel(call, name).name
+
+    with use_kernel("plain"):
+        assert chosen() == chosen("loop") == "plain"
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(chosen).result() == "loop"
+        with use_kernel("auto"):
+            assert chosen("plain") == "loop"
+        assert chosen() == "plain"
+    assert chosen() == "loop" and chosen("plain") == "plain"
+
+
+def test_a_layer_has_a_kernel_and_an_unknown_one_is_refused() -> None:
+    layer = MoELayer(8, 4, 6, TopKRouter(8, 6, 2), kernel="single")
+    assert "kernel=single" in repr(layer)
+    with torch.no_grad(), pytest.raises(KernelError, match="needs one token, got 3"):
+        layer(torch.ones(3, 8))
+    known = "kernel must be one of auto, single, grouped, loop, plain.*, got fast"
+    with pytest.raises(ValueError, match=known):
+        MoELayer(8, 4, 6, TopKRouter(8, 6, 2), kernel="fast")
+    with pytest.raises(ValueError, match=known), use_kernel("fast"):
+        pass
+
+
+def test_which_kernel_runs_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    kernels._say.cache_clear()
+    caplog.set_level("INFO")
+    for _ in range(2):
+        expert_sums(call_of(torch.ones(2, 8)))
+    assert caplog.messages == ["experts are computed by kernel loop (cpu, torch.float32)"]

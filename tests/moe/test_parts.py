@@ -19,7 +19,8 @@ from xmoe_fairseq.moe import (
     record_routing,
 )
 from xmoe_fairseq.moe.capacity import expert_capacity, keep_within_capacity
-from xmoe_fairseq.moe.dispatch.local import ExpertRows, LocalDispatcher
+from xmoe_fairseq.moe.dispatch.local import LocalDispatcher
+from xmoe_fairseq.moe.dispatch.rows import ExpertRows
 from xmoe_fairseq.moe.losses import load_balance_loss, z_loss
 from xmoe_fairseq.moe.stats import load_cv
 
@@ -87,18 +88,23 @@ def test_capacity_keeps_first_choices_before_second_ones_then_by_probability() -
 def test_dispatch_lays_rows_out_by_expert() -> None:
     x = torch.arange(4.0).unsqueeze(1) + 1  # tokens 1, 2, 3, 4
     rows = [(0, 2, 0, 1.0), (0, 0, 1, 0.5), (1, 2, 0, 1.0), (3, 0, 0, 2.0)]  # token 2 and expert 1 have none
-    x_SD, laid_out, way_back = LocalDispatcher().dispatch(x, routing_of(rows, 4, 3))
+    x_SD, plan = LocalDispatcher().dispatch(x, routing_of(rows, 4, 3))
     assert x_SD is x
+    laid_out = plan.rows
     assert laid_out.source_R.tolist() == [0, 3, 0, 1]
     assert laid_out.weight_R.tolist() == [0.5, 2.0, 1.0, 1.0]
     assert laid_out.counts_E.tolist() == [2, 0, 2]
-    assert LocalDispatcher().combine(x, way_back) is x
+    assert LocalDispatcher().combine(x, plan) is x
+    # rows of experts 0, 0, 2, 2 give 1, 10, 100, 1000
+    sums_TD = laid_out.weighted_sum(torch.tensor([[1.0], [10.0], [100.0], [1000.0]]), 4)
+    assert sums_TD.flatten().tolist() == [0.5 + 100, 1000, 0, 20]
 
 
 def test_dispatch_without_rows() -> None:
-    _, laid_out, _ = LocalDispatcher().dispatch(torch.ones(3, 2), routing_of([], 3, 2))
+    laid_out = ExpertRows.of(routing_of([], 3, 2))
     assert laid_out.source_R.shape == (0,)
     assert laid_out.counts_E.tolist() == [0, 0]
+    assert laid_out.weighted_sum(torch.ones(0, 2), 3).tolist() == [[0, 0]] * 3
 
 
 class Tagged(nn.Module):

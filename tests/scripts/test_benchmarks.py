@@ -7,16 +7,16 @@ import gpu
 import pytest
 import torch
 import training
-from gpu_subjects import PADDED_TO, expert_sums_padded
+from gpu_subjects import PADDED, PADDED_TO
 from profile_layer import PRODUCTS, PYTHON, REST, by_kind, share_outside_products
 from subjects import PaperStyleExperts, SlotExperts, moe_layer
 from tolerances import assert_same
 from torch import Tensor
 from translation import batch, build_setup
 
-from xmoe_fairseq.moe import Experts, MoELayer
-from xmoe_fairseq.moe.dispatch.local import ExpertRows
-from xmoe_fairseq.moe.experts.plain import Stacks, expert_sums_plain
+from xmoe_fairseq.moe import Experts, MoELayer, use_kernel
+from xmoe_fairseq.moe.experts import Call, ExpertRows, Stacks
+from xmoe_fairseq.moe.experts.kernels import expert_sums
 
 SMALL = [
     "--threads", "1", "--rounds", "2", "--per-token", "2", "--sentences", "6", "--vocabulary", "60",
@@ -90,13 +90,13 @@ def test_padded_groups_equal_plain_autograd(counts: list[int]) -> None:
     experts = Experts(4, 8, 16)
     source_R = torch.cat([torch.randperm(20)[:count] for count in counts])
     results = []
-    for compute in (expert_sums_plain, expert_sums_padded):
+    for kernel in ("plain", PADDED):
         leaves = [
             tensor.detach().clone().requires_grad_() for tensor in (torch.ones(20, 8), *experts.stacked())
         ]
         weight_R = torch.linspace(0.1, 1, source_R.numel()).requires_grad_()
         rows = ExpertRows(source_R, weight_R, torch.tensor(counts))
-        y = compute(leaves[0], rows, Stacks(*leaves[1:]), torch.relu)
+        y = expert_sums(Call(leaves[0], rows, Stacks(*leaves[1:]), torch.relu), kernel)
         y.backward(torch.linspace(-1, 1, y.numel()).view_as(y))
         results.append([y.detach(), weight_R.grad, *(leaf.grad for leaf in leaves)])
     assert_same(results[1], results[0])
@@ -132,8 +132,9 @@ def test_gpu_ways_give_equal_outputs() -> None:
     x, layer = gpu.tokens(case), gpu.xmoe_layer(case)
     expected, routing = layer(x)
     assert routing.experts_per_token == 2
-    for way in gpu.WAYS.values():
-        assert_same(gpu.computed_by(layer, way)(x)[0], expected)
+    for kernel in gpu.WAYS.values():
+        with use_kernel(kernel):
+            assert_same(layer(x)[0], expected)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

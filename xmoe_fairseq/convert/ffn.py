@@ -11,7 +11,7 @@ from fairseq import utils
 from torch import Tensor, nn
 
 from xmoe_fairseq.batches import Batches
-from xmoe_fairseq.moe.experts.plain import Activation
+from xmoe_fairseq.moe.experts.kernels import Activation
 from xmoe_fairseq.thresholds.measure import Place
 
 

@@ -14,6 +14,7 @@ A capital suffix is a tensor's shape: `probs_TE` is (T, E). Without one the shap
 
 from xmoe_fairseq.moe.budget import Budget, step_budgets
 from xmoe_fairseq.moe.experts.experts import Experts
+from xmoe_fairseq.moe.experts.kernels import register_kernel, use_kernel
 from xmoe_fairseq.moe.layer import MoELayer
 from xmoe_fairseq.moe.records import moe_layers, record_routing
 from xmoe_fairseq.moe.routed_layer import RoutedLayer
@@ -45,6 +46,8 @@ __all__ = [
     "moe_layers",
     "random_table",
     "record_routing",
+    "register_kernel",
     "register_router",
     "step_budgets",
+    "use_kernel",
 ]

@@ -12,7 +12,7 @@ from xmoe_fairseq.moe.capacity import expert_capacity, keep_within_capacity
 from xmoe_fairseq.moe.dispatch.local import Dispatcher, LocalDispatcher
 from xmoe_fairseq.moe.dispatch.parallel import ExpertParallelDispatcher
 from xmoe_fairseq.moe.experts.experts import Experts
-from xmoe_fairseq.moe.experts.plain import Activation
+from xmoe_fairseq.moe.experts.kernels import AUTO, Activation
 from xmoe_fairseq.moe.routed_layer import RoutedLayer
 from xmoe_fairseq.moe.routers.base import TokenRouter
 from xmoe_fairseq.moe.routing import Routing
@@ -43,6 +43,7 @@ class MoELayer(RoutedLayer):
         expert_parallel_group: the experts lie in equal slices on the ranks of this group; None = all here.
         combine: "probs", or "ones" for `output_bias_D + sum_e FFN_e(x_t)` over the chosen experts.
         side: "encoder" or "decoder", for statistics; "" = neither.
+        kernel: what computes the experts; see `Experts`.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class MoELayer(RoutedLayer):
         expert_parallel_group: dist.ProcessGroup | None = None,
         combine: str = "probs",
         side: str = "",
+        kernel: str = AUTO,
     ) -> None:
         given, expected = (router.num_experts, router.model_dim), (num_experts, model_dim)
         if given != expected:
@@ -74,7 +76,8 @@ class MoELayer(RoutedLayer):
         if expert_parallel_group is not None:
             self.dispatcher = ExpertParallelDispatcher(expert_parallel_group)
             part = (dist.get_rank(expert_parallel_group), dist.get_world_size(expert_parallel_group))
-        self.experts = Experts(num_experts, model_dim, expert_dim, activation, activation_dropout, part)
+        sizes = (num_experts, model_dim, expert_dim)
+        self.experts = Experts(*sizes, activation, activation_dropout, part, kernel)
         self.capacity_factor = capacity_factor
         self.eval_capacity_factor = eval_capacity_factor
         self.min_capacity = min_capacity
@@ -88,8 +91,8 @@ class MoELayer(RoutedLayer):
         routing = self.limit(self.route(x_TD, ids_T))
         if self.combine == "ones":
             routing = weigh_one(routing, x_TD)
-        x_SD, rows, way_back = self.dispatcher.dispatch(x_TD, routing)
-        y_TD = self.dispatcher.combine(self.experts(x_SD, rows), way_back)
+        x_SD, plan = self.dispatcher.dispatch(x_TD, routing)
+        y_TD = self.dispatcher.combine(self.experts(x_SD, plan.rows), plan)
         return y_TD if self.output_bias is None else y_TD + self.output_bias, routing
 
     def route(self, x_TD: Tensor, ids_T: Tensor | None) -> Routing:

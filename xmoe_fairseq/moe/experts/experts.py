@@ -7,11 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from xmoe_fairseq.moe.dispatch.local import ExpertRows
-from xmoe_fairseq.moe.experts.grouped import can_group, expert_sums_grouped
-from xmoe_fairseq.moe.experts.loop import expert_sums_loop
-from xmoe_fairseq.moe.experts.plain import Activation, Stacks, expert_sums_plain
-from xmoe_fairseq.moe.experts.single import expert_sums_single, is_single
+from xmoe_fairseq.moe.dispatch.rows import ExpertRows
+from xmoe_fairseq.moe.experts.kernels import AUTO, Activation, Call, Stacks, check_kernel, expert_sums
 
 ACTIVATIONS: dict[str, Activation] = {
     "relu": F.relu,
@@ -33,6 +30,7 @@ class Experts(nn.Module):
         activation_dropout: dropout probability after the activation.
         part: (i, N) = hold the i-th of N equal slices of the E experts; E must be divisible by N. Whole
             state dicts load into any part.
+        kernel: what computes them, a name in `kernels.kernel_names()`; "auto" chooses by the call.
     """
 
     def __init__(
@@ -43,6 +41,7 @@ class Experts(nn.Module):
         activation: str | Activation = "relu",
         activation_dropout: float = 0.0,
         part: tuple[int, int] = (0, 1),
+        kernel: str = AUTO,
     ) -> None:
         super().__init__()
         index, parts = part
@@ -56,6 +55,8 @@ class Experts(nn.Module):
             raise ValueError(
                 f"activation must be one of {sorted(ACTIVATIONS)} or a function, got {activation!r}"
             )
+        check_kernel(kernel)
+        self.kernel = kernel
         self.activation = ACTIVATIONS[activation] if isinstance(activation, str) else activation
         self.activation_dropout = activation_dropout
         self.dropout_in_evaluation = False  # see MoELayer.retain_dropout
@@ -101,16 +102,7 @@ class Experts(nn.Module):
         The result is in the precision of the weights, where there are any, in which the sums are taken.
         """
         dropout = self.activation_dropout if self.training or self.dropout_in_evaluation else 0.0
-        if dropout or isinstance(self.activation, nn.Module):
-            return expert_sums_plain(x_SD, rows, self.stacked(), self.activation, dropout)
-        stacks, device = self.stacked(), x_SD.device.type
-        if torch.is_autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)
-            x_SD, stacks = x_SD.to(dtype), Stacks(*(stack.to(dtype) for stack in stacks))
-        if is_single(x_SD):
-            return expert_sums_single(x_SD, rows, stacks, self.activation)
-        compute = expert_sums_grouped if can_group(x_SD, stacks) else expert_sums_loop
-        return compute(x_SD, rows, stacks, self.activation)
+        return expert_sums(Call(x_SD, rows, self.stacked(), self.activation, dropout), self.kernel)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """torch's extension point. A state dict may hold all experts: this part takes its own."""
@@ -124,7 +116,8 @@ class Experts(nn.Module):
     def extra_repr(self) -> str:
         held, expert_dim, model_dim = self.fc1_weight.shape
         part = "" if held == self.num_experts else f", holds {self.first} to {self.first + held - 1}"
-        return f"num_experts={self.num_experts}, model_dim={model_dim}, expert_dim={expert_dim}{part}"
+        sizes = f"num_experts={self.num_experts}, model_dim={model_dim}, expert_dim={expert_dim}"
+        return f"{sizes}, kernel={self.kernel}{part}"
 
 
 def slice_experts(whole: Any, num_experts: int, held: Tensor, first: int) -> Any:

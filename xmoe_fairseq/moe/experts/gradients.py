@@ -8,17 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from xmoe_fairseq.moe.experts.chunks import Chunk, buffer_for
-from xmoe_fairseq.moe.experts.plain import Activation, Stacks
-
-
-class Call(NamedTuple):
-    """What all threads read."""
-
-    x_SD: Tensor
-    weight_R: Tensor | None
-    stacks: Stacks
-    source_R: Tensor
-    activation: Activation
+from xmoe_fairseq.moe.experts.kernels import Activation, Call
 
 
 class Gradients(NamedTuple):
@@ -39,7 +29,7 @@ class Gradients(NamedTuple):
         """
         of = [
             torch.empty_like(tensor) if tensor is not None and is_needed else None
-            for tensor, is_needed in zip((call.weight_R, *call.stacks), needed[1:], strict=False)
+            for tensor, is_needed in zip((call.rows.weight_R, *call.stacks), needed[1:], strict=False)
         ]
         return cls(needed[0], *of)
 
@@ -60,11 +50,11 @@ def gradients_of_share(
     call: Call, inner_RF: Tensor, grad_y_SD: Tensor, grads: Gradients, share: list[Chunk]
 ) -> Tensor:
     """The share's part of the gradient of x; the others are filled where its experts are."""
-    x_SD, weight_R, (w1, _, w2, _), source_R, activation = call
+    x_SD, rows, (w1, _, w2, _), activation, _ = call
     grad_x_SD = x_SD.new_zeros(x_SD.shape if grads.x else ())
     x_buffer, y_buffer, hidden_buffer = (buffer_for(like, share) for like in (x_SD, x_SD, inner_RF))
     for chunk in share:
-        source = source_R[chunk.rows]
+        source = rows.source_R[chunk.rows]
         x_rD, grad_y_rD, grad_hidden_rF = (
             buffer[: source.numel()] for buffer in (x_buffer, y_buffer, hidden_buffer)
         )
@@ -73,7 +63,7 @@ def gradients_of_share(
             for e, grad_y, grad in zip(chunk.experts, grad_ys, chunk.of(grad_hidden_rF), strict=True):
                 torch.mm(grad_y, w2[e], out=grad)
         hidden_rF, pull_back = _activate(activation, inner_RF[chunk.rows])
-        if weight_R is None:
+        if rows.weight_R is None:
             if grads.fc2_bias is not None:
                 for e, grad_y in zip(chunk.experts, grad_ys, strict=True):
                     torch.sum(grad_y, 0, out=grads.fc2_bias[e])
@@ -102,8 +92,8 @@ def _weigh(
 
     The weight goes to the narrow side: y = W2 (weight * hidden) + weight * b2.
     """
-    assert call.weight_R is not None
-    weight_r = call.weight_R[chunk.rows].to(call.x_SD.dtype)
+    assert call.rows.weight_R is not None
+    weight_r = call.rows.weight_R[chunk.rows].to(call.x_SD.dtype)
     if grads.weight_R is not None:
         grad_weight_r = torch.sum(grad_hidden_rF * hidden_rF, 1)
         for e, grad_y, grad_weight in zip(chunk.experts, grad_ys, chunk.of(grad_weight_r), strict=True):

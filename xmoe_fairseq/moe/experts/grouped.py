@@ -6,26 +6,35 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from xmoe_fairseq.moe.dispatch.local import ExpertRows
-from xmoe_fairseq.moe.experts.plain import Activation, Stacks, expert_sums_plain
+from xmoe_fairseq.moe.dispatch.rows import ExpertRows
+from xmoe_fairseq.moe.experts.kernels import Activation, Call, Stacks, refuse_modules, register_kernel
+from xmoe_fairseq.moe.experts.plain import expert_sums_plain
 
 ALIGNMENT = 16  # bytes between rows that torch's grouped product asks for
 MOST_EXPERTS = 1023  # torch 2.11 on an H100: "Can't process more than 1024 groups", from 1024 on
 
 
-def can_group(x_SD: Tensor, stacks: Stacks) -> bool:
-    """Whether torch has a grouped product for these: torch 2.10, bf16, on an NVIDIA GPU since Ampere."""
-    return (
-        hasattr(F, "grouped_mm")
-        and x_SD.is_cuda
-        and x_SD.dtype == torch.bfloat16
-        and torch.cuda.get_device_capability(x_SD.device) >= (8, 0)
-        and stacks.fc1_weight.size(0) <= MOST_EXPERTS
-        and all(size * x_SD.element_size() % ALIGNMENT == 0 for size in stacks.fc1_weight.shape[1:])
-    )
+def refuse(call: Call) -> str:
+    """What torch asks for: its version 2.10, a precision, sizes; a GPU of NVIDIA's since Ampere, or a CPU."""
+    x_SD, (experts, *sizes) = call.x_SD, call.stacks.fc1_weight.shape
+    precisions = (torch.bfloat16,) if x_SD.is_cuda else (torch.bfloat16, torch.float16, torch.float32)
+    if not hasattr(F, "grouped_mm"):
+        return f"torch 2.10 or later, got {torch.__version__}"
+    if call.dtype not in precisions:
+        return f"{' or '.join(map(str, precisions))} on {x_SD.device.type}, got {call.dtype}"
+    if x_SD.is_cuda and torch.cuda.get_device_capability(x_SD.device) < (8, 0):
+        return f"compute capability 8.0, got {torch.cuda.get_device_capability(x_SD.device)}"
+    if experts > MOST_EXPERTS:
+        return f"at most {MOST_EXPERTS} experts, got {experts}"
+    if any(size * call.dtype.itemsize % ALIGNMENT for size in sizes):
+        return f"widths of a multiple of {ALIGNMENT} bytes, got {sizes} x {call.dtype.itemsize}"
+    return refuse_modules(call)
 
 
-def expert_sums_grouped(x_SD: Tensor, rows: ExpertRows, stacks: Stacks, activation: Activation) -> Tensor:
+@register_kernel("grouped", refuse, preference=20, device="cuda")
+def expert_sums_grouped(
+    x_SD: Tensor, rows: ExpertRows, stacks: Stacks, activation: Activation, dropout: float = 0.0
+) -> Tensor:
     """As `expert_sums_plain`, to rounding. The host learns nothing about the rows but their number."""
     if rows.source_R.numel() == 0:  # the product's backward raises without rows
         return expert_sums_plain(x_SD, rows, stacks, activation)
@@ -36,9 +45,7 @@ def expert_sums_grouped(x_SD: Tensor, rows: ExpertRows, stacks: Stacks, activati
     hidden_RF = activation(inner_RF + _bias_of_rows(stacks.fc1_bias, expert_R, ends_E))
     y_RD = F.grouped_mm(hidden_RF, stacks.fc2_weight.transpose(1, 2), offs=ends_E)
     y_RD = y_RD + _bias_of_rows(stacks.fc2_bias, expert_R, ends_E)
-    if rows.weight_R is not None:
-        y_RD = y_RD * rows.weight_R.unsqueeze(1)
-    return y_RD.new_zeros(x_SD.shape).index_add(0, rows.source_R, y_RD)
+    return rows.weighted_sum(y_RD, x_SD.size(0))
 
 
 def _bias_of_rows(bias_EN: Tensor, expert_R: Tensor, ends_E: Tensor) -> Tensor:

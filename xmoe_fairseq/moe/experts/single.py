@@ -7,17 +7,27 @@ rows, and no scattering of results.
 import torch
 from torch import Tensor
 
-from xmoe_fairseq.moe.dispatch.local import ExpertRows
-from xmoe_fairseq.moe.experts.plain import Activation, Stacks
+from xmoe_fairseq.moe.dispatch.rows import ExpertRows
+from xmoe_fairseq.moe.experts.kernels import Activation, Call, Stacks, refuse_modules, register_kernel
 
 
-def is_single(x_SD: Tensor) -> bool:
-    """One source row, on a CPU, without gradients, and in a precision in which it may be summed."""
-    is_alone = x_SD.size(0) == 1 and x_SD.is_cpu and not torch.is_grad_enabled()
-    return is_alone and x_SD.dtype in (torch.float32, torch.float64)
+def refuse(call: Call) -> str:
+    """What is not one source row, on a CPU, without gradients, in a precision in which it may be summed."""
+    if call.x_SD.size(0) != 1:
+        return f"one token, got {call.x_SD.size(0)}"
+    if not call.x_SD.is_cpu:
+        return f"a CPU, got {call.x_SD.device.type}"
+    if torch.is_grad_enabled():
+        return "torch.no_grad(), got grad mode"
+    if call.dtype not in (torch.float32, torch.float64):
+        return f"torch.float32 or torch.float64, got {call.dtype}"
+    return refuse_modules(call)
 
 
-def expert_sums_single(x_1D: Tensor, rows: ExpertRows, stacks: Stacks, activation: Activation) -> Tensor:
+@register_kernel("single", refuse, preference=30, device="cpu")
+def expert_sums_single(
+    x_1D: Tensor, rows: ExpertRows, stacks: Stacks, activation: Activation, dropout: float = 0.0
+) -> Tensor:
     """As `expert_sums_plain`, to rounding; without gradients."""
     fc1_weight, fc1_bias, fc2_weight, fc2_bias = stacks
     expert_R = rows.counts_E.nonzero().view(-1)  # none has more than one row

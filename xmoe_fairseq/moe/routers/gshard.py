@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from xmoe_fairseq.moe.experts.plain import Activation
+from xmoe_fairseq.moe.experts.kernels import AUTO, Activation
 from xmoe_fairseq.moe.losses import z_loss
 from xmoe_fairseq.moe.routed_layer import RoutedLayer
 from xmoe_fairseq.moe.routers.base import may_overflow
@@ -76,6 +76,9 @@ class GShardLayer(RouterKind, RoutedLayer):
         if config.moe_expert_parallel_size != 1:
             rule = "must be 1 with --moe-router gshard (fairscale exchanges equal numbers of tokens only)"
             raise ValueError(f"--moe-expert-parallel-size {rule}, got {config.moe_expert_parallel_size}")
+        if config.moe_kernel != AUTO:
+            rule = "must be auto with --moe-router gshard, whose experts are fairscale's"
+            raise ValueError(f"--moe-kernel {rule}, got {config.moe_kernel}")
         if config.moe_num_experts < TOP:
             rule = f"must be at least {TOP} with --moe-router gshard"
             raise ValueError(f"--moe-num-experts {rule}, got {config.moe_num_experts}")

@@ -1,0 +1,44 @@
+"""Which expert computes which rows, and the weighted sums that are made of what it gives."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from xmoe_fairseq.moe.routing import Routing
+
+
+@dataclass(frozen=True)
+class ExpertRows:
+    """R rows to compute: all rows of expert 0, then of expert 1, ...; within an expert in order of source.
+
+    Row r is computed from source row `source_R[r]`, and its result is added to the same row of the output.
+    Nothing is gathered yet: an expert gathers its own rows, which then fit into the cache.
+    """
+
+    source_R: Tensor
+    weight_R: Tensor | None  # times which a row's result is added, at least fp32; None = 1
+    counts_E: Tensor  # how many rows each of the experts has
+
+    @classmethod
+    def of(cls, routing: Routing) -> "ExpertRows":
+        """Exactly the chosen rows, from the tokens: no capacity slots, no padding to the largest expert."""
+        order_R = expert_order(routing.expert_R)
+        weight_R = None if routing.all_ones else routing.weight_R[order_R]
+        return cls(routing.token_R[order_R], weight_R, routing.rows_per_expert())
+
+    def weighted_sum(self, y_RD: Tensor, num_sources: int) -> Tensor:
+        """(S, D) `y_s = sum of weight_r * y_r` over the rows r of source s; 0 for a source without rows.
+
+        This is what combine means. A kernel ends with it, or does the same while it has the rows at hand
+        (loop.py, single.py). Where rows come from other ranks, theirs have the weight 1 here, and the rank
+        whose tokens they are takes the sums when they are back.
+        """
+        if self.weight_R is not None:
+            y_RD = y_RD * self.weight_R.unsqueeze(1)
+        return y_RD.new_zeros(num_sources, y_RD.size(1)).index_add(0, self.source_R, y_RD)
+
+
+def expert_order(expert_R: Tensor) -> Tensor:
+    """(R,) the order by expert, which keeps the order within an expert."""
+    return torch.argsort(expert_R, stable=True)
