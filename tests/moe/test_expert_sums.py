@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from documented import example
 from tolerances import TERMS, assert_same
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -78,6 +79,22 @@ def test_equals_plain_autograd(
     arguments = (x_SD, rows, stacks, ACTIVATIONS[activation])
     got = values_and_gradients(fast, *arguments)
     assert_same(got, values_and_gradients("plain", *arguments))
+
+
+@pytest.mark.parametrize("weighted", [True, False], ids=["weighted", "unweighted"])
+@pytest.mark.parametrize("load", LOADS)
+def test_the_documented_kernel(load: str, weighted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "_KERNELS", dict(kernels._KERNELS))
+    code = example("extending.md", "## A kernel for the experts", "python")
+    exec(code, {})
+    arguments = (torch.randn(9, 8), rows_of(LOADS[load], weighted), stacks_of(4, torch.float32), F.relu)
+    assert_same(values_and_gradients("every", *arguments), values_and_gradients("plain", *arguments))
+    assert choose_kernel(Call(*arguments)).name == "loop"
+    with pytest.raises(ValueError, match="kernel every is registered already"):
+        exec(code, {})
+    many = Call(torch.randn(9, 8), rows_of([0] * 9, weighted), stacks_of(9, torch.float32), F.relu)
+    with pytest.raises(KernelError, match="needs at most 8 experts, got 9"), use_kernel("every"):
+        choose_kernel(many)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
