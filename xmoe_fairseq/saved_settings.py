@@ -11,13 +11,7 @@ from xmoe_fairseq_compat.misfits import check_left_out, other_sizes, settings_of
 from xmoe_fairseq_compat.settings import as_dict
 
 # They change where the experts lie, what computes them, or how they began, not what a trained model computes.
-FREE = (
-    "_name",
-    "moe_expert_parallel_size",
-    "moe_kernel",
-    "moe_router_init_scale",
-    "moe_sharded_checkpoints",
-)
+FREE = ("_name", "moe_expert_parallel_size", "moe_kernel", "moe_router_init_scale", "moe_sharded_checkpoints")
 
 
 def check_saved_settings(path: Any, state: Mapping[str, Any], model_cfg: Any) -> None:

@@ -355,6 +355,20 @@ def test_a_kernel_is_forced_in_a_block_in_its_thread_and_blocks_nest() -> None:
     assert chosen() == "loop" and chosen("plain") == "plain"
 
 
+@pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="torch < 2.10")
+def test_the_choice_does_not_break_a_compiled_graph() -> None:
+    experts, x_SD = Experts(4, MODEL_DIM, EXPERT_DIM).bfloat16(), torch.randn(9, 8).bfloat16()
+    rows = rows_of([4, 1, 0, 7], True)
+
+    def compute(x_SD: Tensor, *of_rows: Tensor) -> Tensor:
+        return experts(x_SD, ExpertRows(*of_rows))
+
+    compiled = torch.compile(compute, backend="eager", fullgraph=True)
+    with use_kernel("grouped"):
+        y_SD = compiled(x_SD, rows.source_R, rows.weight_R, rows.counts_E)
+        assert_same(y_SD, experts(x_SD, rows))
+
+
 def test_a_layer_has_a_kernel_and_an_unknown_one_is_refused() -> None:
     layer = MoELayer(8, 4, 6, TopKRouter(8, 6, 2), kernel="single")
     assert "kernel=single" in repr(layer)

@@ -1,9 +1,9 @@
 """Ways to compute the experts, by name, and the one place where one of them is chosen."""
 
 import logging
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from functools import cache
 from typing import NamedTuple
 
@@ -49,16 +49,16 @@ class Kernel(NamedTuple):
     device: str
 
 
+class _Forced(threading.local):  # not a ContextVar, which torch.compile cannot read
+    name = ""
+
+
 _KERNELS: dict[str, Kernel] = {}  # the most preferred first
-_forced: ContextVar[str] = ContextVar("kernel", default="")
+_forced = _Forced()
 
 
 class KernelError(ValueError):
     """A kernel was asked for by name that cannot take a call; one line says why."""
-
-
-def refuse_none(call: Call) -> str:
-    return ""
 
 
 def refuse_modules(call: Call) -> str:
@@ -71,7 +71,7 @@ def refuse_modules(call: Call) -> str:
 
 
 def register_kernel(
-    name: str, refuses: Callable[[Call], str] = refuse_none, preference: int = 0, device: str = ""
+    name: str, refuses: Callable[[Call], str] = lambda call: "", preference: int = 0, device: str = ""
 ) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
     """A function that takes the fields of a `Call` and gives what `expert_sums_plain` does, gradients too.
 
@@ -112,8 +112,8 @@ def check_kernel(name: str) -> None:
 def use_kernel(name: str) -> Iterator[None]:
     """All experts compute by this kernel inside the `with` block, whatever their layers were built with.
 
-    It holds for the thread (or task) that enters the block, until the block ends. A forward pass that is
-    repeated in the backward pass (activation checkpointing) must find the same: give the layer the kernel.
+    It holds for the thread that enters the block, until the block ends. A forward pass that is repeated in
+    the backward pass (activation checkpointing) must find the same: give the layer the kernel.
 
     Args:
         name: a registered one, or "auto" for the choice by device, precision, size, dropout and grad mode.
@@ -123,11 +123,11 @@ def use_kernel(name: str) -> Iterator[None]:
             KernelError, which is one too.
     """
     check_kernel(name)
-    token = _forced.set(name)
+    before, _forced.name = _forced.name, name
     try:
         yield
     finally:
-        _forced.reset(token)
+        _forced.name = before
 
 
 def choose_kernel(call: Call, name: str = AUTO) -> Kernel:
@@ -136,7 +136,7 @@ def choose_kernel(call: Call, name: str = AUTO) -> Kernel:
     Raises:
         KernelError: it cannot take this call.
     """
-    name = _forced.get() or name
+    name = _forced.name or name
     if name == AUTO:
         here = ("", call.x_SD.device.type)
         return next(k for k in _KERNELS.values() if k.preference and k.device in here and not k.refuses(call))
@@ -149,7 +149,8 @@ def choose_kernel(call: Call, name: str = AUTO) -> Kernel:
 def expert_sums(call: Call, name: str = AUTO) -> Tensor:
     """(S, D) by the kernel that `choose_kernel` finds. Raises KernelError."""
     kernel, device = choose_kernel(call, name), call.x_SD.device.type
-    _say(kernel.name, device, call.dtype)
+    if not torch.compiler.is_compiling():
+        _say(kernel.name, device, call.dtype)
     # Plain autograd casts by itself, product by product, and adds up x's gradient in x's precision.
     if kernel.name == PLAIN or not torch.is_autocast_enabled(device):
         return kernel.compute(*call)
