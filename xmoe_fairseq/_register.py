@@ -34,7 +34,7 @@ class RegisterFirst:
         if package != "xmoe_fairseq" or rest.partition(".")[0] in PLAIN_TORCH:
             return None
         check_requirements()  # before fairseq is imported, to name what is missing
-        sys.meta_path.remove(cls)  # type: ignore[arg-type]
+        sys.meta_path.remove(cls)
         import fairseq  # noqa: F401
 
         registered = sys.modules.pop(name, None)
@@ -50,4 +50,4 @@ if "fairseq" in sys.modules:
     register()
 else:
     patch("fairseq")(register)
-    sys.meta_path.insert(0, RegisterFirst)  # type: ignore[arg-type]
+    sys.meta_path.insert(0, RegisterFirst)

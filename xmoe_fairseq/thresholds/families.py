@@ -54,7 +54,7 @@ class EqualExperts:
         counters = {layer: Budget(experts, layer.num_experts) for layer in layers}
 
         def count(layer: RoutedLayer, routing: Routing) -> None:
-            counters[layer].count(layer.router.candidates(routing.probs_TE)[0])  # type: ignore[operator]
+            counters[layer].count(layer.router.candidates(routing.probs_TE)[0])  # type: ignore[operator, union-attr]
 
         self.meter.measure(thresholds, count)
         counts_LC = torch.stack([counter.pop_counts() for counter in counters.values()])
