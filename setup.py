@@ -60,6 +60,7 @@ setup(
         "sacrebleu>=2.3",
         "scipy",
         "sentencepiece>=0.2",
+        'tomli; python_version < "3.11"',
         "torch>=2.6",
         "tqdm",
     ],

@@ -8,4 +8,4 @@
 # Forward pass in evaluation, one thread, all runs in turn. Wants a machine with nothing else to do.
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/benchmarks/environment.sh"
-exec python "$root/scripts/benchmarks/trained_layers.py" "$@"
+exec python "$root/scripts/run.py" benchmarks.trained_layers "$@"

@@ -11,4 +11,4 @@
 # to do; expected: docs/dense_to_sparse.md.
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/benchmarks/environment.sh"
-exec python "$root/scripts/benchmarks/decoding.py" --out "$root/runs/benchmark_decoding" "$@"
+exec python "$root/scripts/run.py" benchmarks.decoding --out "$root/runs/benchmark_decoding" "$@"

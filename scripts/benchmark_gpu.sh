@@ -11,4 +11,4 @@
 # Measured on an H100: docs/performance.md.
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/benchmarks/environment.sh"
-exec python "$root/scripts/benchmarks/gpu.py" --out "$root/runs/benchmark_gpu" "$@"
+exec python "$root/scripts/run.py" benchmarks.gpu --out "$root/runs/benchmark_gpu" "$@"

@@ -10,4 +10,4 @@
 # About 5 minutes on 2 cores that have nothing else to do; expected: docs/performance.md.
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/benchmarks/environment.sh"
-exec python "$root/scripts/benchmarks/layer.py" --out "$root/runs/benchmark_layer" "$@"
+exec python "$root/scripts/run.py" benchmarks.layer --out "$root/runs/benchmark_layer" "$@"

@@ -37,7 +37,7 @@ fi
 
 for ranks in $counts; do
     echo "benchmark: $ranks ranks"
-    torchrun --standalone --nproc_per_node $ranks "$root/scripts/tools/count_traffic.py" "$folder/$ranks.json" \
+    torchrun --standalone --nproc_per_node $ranks "$root/scripts/run.py" experiments.count_traffic "$folder/$ranks.json" \
         "$folder/data" --user-dir "$root/xmoe_fairseq" --task language_modeling $device \
         --arch xmoe_transformer_lm_tiny --decoder-embed-dim 128 --decoder-ffn-embed-dim 512 \
         --decoder-layers 4 --moe-freq 2 --moe-num-experts 16 --moe-ffn-split 4 --moe-router topk \

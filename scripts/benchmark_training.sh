@@ -12,4 +12,4 @@
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/benchmarks/environment.sh"
 export KINETO_LOG_LEVEL=9   # the profiler prints when it starts and stops
-exec python "$root/scripts/benchmarks/training.py" --out "$root/runs/benchmark_training" "$@"
+exec python "$root/scripts/run.py" benchmarks.training --out "$root/runs/benchmark_training" "$@"

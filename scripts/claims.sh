@@ -25,7 +25,7 @@ if [ -n "${MODELS:-}" ]; then IFS=, read -ra models <<<"$MODELS"; else
   models=(dense xmoe-s4 topk-s4 xmoe-s4-budget switch xmoe-s8-budget xmoe-s8 topk-s2 xmoe-s2 split-s8 dense-wide)
 fi
 read -ra seeds <<<"${SEEDS:-1 2 3}"
-python "$ROOT/scripts/tools/grid.py" "$task" claims "$DATA" "$OUT" --models "${models[@]}" --seeds "${seeds[@]}"
+python "$ROOT/scripts/run.py" experiments.grid "$task" claims "$DATA" "$OUT" --models "${models[@]}" --seeds "${seeds[@]}"
 runs=("$OUT"/*/scores.best.json)   # also those of other calls
 runs=("${runs[@]%/scores.best.json}")
 first=$OUT/dense-${seeds[0]}; [ -d "$first" ] || first=${runs[0]}

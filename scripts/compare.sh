@@ -7,4 +7,4 @@
 set -euo pipefail
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 . "$ROOT/scripts/find_environment.sh"
-exec python "$ROOT/scripts/tools/compare.py" "$@" --out "${OUT:-$ROOT/runs/compare}" --scores "${SCORES:-best}" --quality "${QUALITY:-}"
+exec python "$ROOT/scripts/run.py" experiments.compare "$@" --out "${OUT:-$ROOT/runs/compare}" --scores "${SCORES:-best}" --quality "${QUALITY:-}"

@@ -8,4 +8,4 @@
 # Each t is one pass over the validation set. Seconds want a machine with nothing else to do.
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/benchmarks/environment.sh"
-exec python "$root/scripts/benchmarks/sweep.py" --out "$root/runs/sweep" "$@"
+exec python "$root/scripts/run.py" benchmarks.sweep --out "$root/runs/sweep" "$@"

@@ -1,7 +1,7 @@
 """Which words there are in scored tokens.
 
 A word is what stands between white space, and the end of each line, which is a token too: the definition of
-scripts/tools/score.py, which counts the words in the text.
+scripts/experiments/score.py, which counts the words in the text.
 """
 
 from __future__ import annotations

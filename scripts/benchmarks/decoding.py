@@ -1,70 +1,32 @@
 """Times whole models, dense and sparse, decoding and scoring, and FFNs alone. See benchmark_decoding.sh."""
 
 import argparse
-from argparse import Namespace
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from fairseq.data import Dictionary
 from rich.progress import track
-from subjects import DenseFFN
-from tables import about, write_table
-from timing import add_rounds, forward, in_turn, machine
 from torch import Tensor, nn
 
+from benchmarks.language_model import HEADS, LENGTH, Models, Shape, inputs_of_shape, random_models
+from benchmarks.subjects import DenseFFN
+from benchmarks.tables import about, write_table
+from benchmarks.timing import add_rounds, forward, in_turn, machine
 from xmoe_fairseq.batches import Batches, binarised_folders
 from xmoe_fairseq.convert.dense import read_dense
 from xmoe_fairseq.convert.sparse import read_sparse
-from xmoe_fairseq.models import XMoETransformerLanguageModel
 from xmoe_fairseq.moe import MoELayer, ThresholdRouter, moe_layers, record_routing
 from xmoe_fairseq.moe.records import fix_thresholds
+from xmoe_fairseq.tables import markdown
 from xmoe_fairseq.thresholds.search import bisect
 
 BATCHES = (1, 8, 64)
-STEPS, LENGTH = 16, 32  # tokens decoded, and tokens of a sentence that is scored
+STEPS = 16  # tokens decoded
 FFN_TOKENS = (1, 8, 64, 1024, 4096)
 SHARE = 0.25  # of the experts
-VOCABULARY, HEADS = 8000, 8  # of a shape
-Models = tuple[Any, Any]
-
-
-class Shape(NamedTuple):
-    """Of a language model with random weights."""
-
-    layers: int = 6
-    dim: int = 512
-    ffn: int = 8192
-    experts: int = 32
-
-
-def random_models(shape: Shape) -> Models:
-    """(dense, sparse): alike but for the FFNs."""
-    symbols = Dictionary()
-    for i in range(VOCABULARY - len(symbols)):
-        symbols.add_symbol(f"symbol{i}")
-    task: Any = SimpleNamespace(
-        source_dictionary=symbols, target_dictionary=symbols,
-        cfg=Namespace(tokens_per_sample=512, max_target_positions=512),
-    )  # fmt: skip
-    size = {
-        "decoder_layers": shape.layers, "decoder_embed_dim": shape.dim,
-        "decoder_input_dim": shape.dim, "decoder_output_dim": shape.dim,
-        "decoder_ffn_embed_dim": shape.ffn, "decoder_attention_heads": HEADS,
-        "decoder_normalize_before": True, "dropout": 0.0,
-        "share_decoder_input_output_embed": True,
-    }  # fmt: skip
-    experts = {
-        "moe_freq": 1, "moe_num_experts": shape.experts, "moe_ffn_split": shape.experts,
-        "moe_max_experts_per_token": 0, "moe_combine": "ones",
-    }  # fmt: skip
-    build = XMoETransformerLanguageModel.build_model
-    dense, sparse = build(Namespace(**size, moe_freq=0), task), build(Namespace(**size, **experts), task)
-    for layer in moe_layers(sparse):
-        layer.router.weight.data.mul_(3.0)  # as decisive as a fitted one
-    return dense.eval(), sparse.eval()
+Row = dict[str, Any]
 
 
 def steer(model: nn.Module, run: Callable[[], Any], share: float) -> float:
@@ -108,14 +70,14 @@ def score(model: Any, inputs: dict[str, Tensor]) -> Callable[[], None]:
     return forward(lambda: model(**inputs)[0])
 
 
-def whole_models(models: Models, make: Callable[[int], dict[str, Tensor]], rounds: int) -> Iterator[dict]:
+def whole_models(models: Models, make: Callable[[int], dict[str, Tensor]], rounds: int) -> Iterator[Row]:
     dense, sparse = models
     for batch in track(BATCHES, "whole models", transient=True):
         inputs = make(batch)
         tokens = inputs.get("prev_output_tokens", inputs["src_tokens"]).numel()
         for what, count, run in (
-            ("decoding", batch * STEPS, lambda model, i=inputs: decode(model, i, STEPS)),
-            ("scoring", tokens, lambda model, i=inputs: score(model, i)),
+            ("decoding", batch * STEPS, partial(decode, inputs=inputs, steps=STEPS)),
+            ("scoring", tokens, partial(score, inputs=inputs)),
         ):
             functions = {"dense": run(dense), "sparse": run(sparse)}
             share = share_taken(sparse, functions["sparse"])
@@ -123,7 +85,7 @@ def whole_models(models: Models, make: Callable[[int], dict[str, Tensor]], round
             yield {"what": what, "batch": batch, "tokens": count, "share": share, **timings}
 
 
-def ffns(shape: Shape, rounds: int) -> Iterator[dict]:
+def ffns(shape: Shape, rounds: int) -> Iterator[Row]:
     """One FFN alone; tokens that take about a quarter of the experts each."""
     _, dim, ffn, experts = shape
     layer = MoELayer(dim, ffn // experts, experts, ThresholdRouter(dim, experts), combine="ones").eval()
@@ -141,26 +103,18 @@ def ffns(shape: Shape, rounds: int) -> Iterator[dict]:
         yield {"what": "FFN alone", "batch": count, "tokens": count, "share": share, **timings}
 
 
-def markdown(threads: int, rows: list[dict]) -> Iterator[str]:
-    for row in rows:
-        dense, sparse = row["dense"], row["sparse"]
-        cells = [
-            threads, row["what"], row["batch"], f"{row['share']:.2f}",
-            *(f"{1000 * timing.milliseconds / row['tokens']:.1f}" for timing in (dense, sparse)),
-            f"{sparse.ratio:.2f} ({sparse.low:.2f} to {sparse.high:.2f})", f"{1 / sparse.ratio:.2f}",
-        ]  # fmt: skip
-        yield "| " + " | ".join(map(str, cells)) + " |"
+TITLES = (
+    "threads", "what", "batch", "experts taken", "dense, us per token", "sparse",
+    "sparse / dense (quartiles)", "times as fast",
+)  # fmt: skip
 
 
-HEAD = (
-    "| threads | what | batch | experts taken | dense, us per token | sparse | sparse / dense (quartiles) "
-    "| times as fast |\n|---|---|---|---|---|---|---|---|"
-)
-
-
-def inputs_of_shape(batch: int) -> dict[str, Tensor]:
-    tokens = torch.randint(4, VOCABULARY, (batch, LENGTH), generator=torch.Generator().manual_seed(2))
-    return {"src_tokens": tokens, "src_lengths": torch.full((batch,), LENGTH)}
+def cells(threads: int, row: Row) -> list[str]:
+    dense, sparse = row["dense"], row["sparse"]
+    per_token = [f"{1000 * timing.milliseconds / row['tokens']:.1f}" for timing in (dense, sparse)]
+    ratio = f"{sparse.ratio:.2f} ({sparse.low:.2f} to {sparse.high:.2f})"
+    about_row = map(str, (threads, row["what"], row["batch"], f"{row['share']:.2f}"))
+    return [*about_row, *per_token, ratio, f"{1 / sparse.ratio:.2f}"]
 
 
 def inputs_of_data(task: Any, batch: int) -> dict[str, Tensor]:
@@ -215,14 +169,14 @@ def main() -> None:
         def make(batch: int) -> dict[str, Tensor]:
             return inputs_of_data(dense.task, batch)
 
-    results: dict[int, list[dict]] = {}
+    results: dict[int, list[Row]] = {}
     for threads in args.threads:
         torch.set_num_threads(threads)
         results[threads] = [*whole_models(models, make, args.rounds)]
         if args.shape:
             results[threads] += ffns(args.shape, args.rounds)
-    table = [HEAD, *(line for threads, rows in results.items() for line in markdown(threads, rows))]
-    write_table({"machine": machine(), "threads": results}, [about(machine()), "", *table], args.out)
+    table = markdown(TITLES, [cells(threads, row) for threads, rows in results.items() for row in rows])
+    write_table({"machine": machine(), "threads": results}, [about(machine()), table], args.out)
 
 
 if __name__ == "__main__":

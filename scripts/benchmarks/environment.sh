@@ -7,4 +7,3 @@ export OMP_NUM_THREADS=1   # the threads are set per measurement
 # the numbers that are written to it (docs/performance.md).
 export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=8000000000
 export PYTHONWARNINGS=ignore
-export PYTHONPATH=$root/scripts/tools${PYTHONPATH:+:$PYTHONPATH}   # they read runs as the other scripts do

@@ -8,15 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_subjects import PADDED, megablocks_layer
-from subjects import Floor, output_of, transformers_block
-from tables import about, write_table
-from timing import Timing, add_rounds, forward, forward_backward, in_turn, leaves_of, machine
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
+from benchmarks.gpu_subjects import PADDED, megablocks_layer
+from benchmarks.subjects import Floor, output_of, transformers_block
+from benchmarks.tables import about, write_table
+from benchmarks.timing import add_rounds, forward, forward_backward, in_turn, leaves_of, machine
 from xmoe_fairseq.moe import MoELayer, ThresholdRouter, use_kernel
 from xmoe_fairseq.moe.stats import ffn_flops
+from xmoe_fairseq.tables import markdown
 
 FLOOR, OURS = "two dense products", "XMoE layer"
 AIM = 0.75  # of the dense products' rate
@@ -67,7 +68,7 @@ def subjects(case: Case, x: Tensor) -> Iterator[tuple[str, Callable[[], Tensor],
     for name, kernel in WAYS.items():
         yield name, use_kernel(kernel)(output_of(layer, x)), leaves_of(layer, x)
     for name, block in peers(case).items():
-        yield name, lambda block=block: block(x), leaves_of(block, x)
+        yield name, output_of(block, x), leaves_of(block, x)
 
 
 def against_floor(case: Case) -> Row:
@@ -106,6 +107,7 @@ def routing_compiled(case: Case) -> Row:
     def route(x: Tensor) -> Tensor:
         routing = layer.router(x)
         rows = layer.dispatcher.dispatch(x, routing)[1].rows
+        assert rows.weight_R is not None
         return torch.cat([rows.weight_R, routing.load_balance_loss.view(1), rows.counts_E])
 
     compiled = torch.compile(route, backend=case.compile_backend)
@@ -120,28 +122,25 @@ def routing_compiled(case: Case) -> Row:
     return {"router and permutation": in_turn(timings, case.rounds, case.calls)}
 
 
-def markdown(results: dict[str, Any]) -> Iterator[str]:
+def report(results: dict[str, Any]) -> list[str]:
     """The rate of a way is the dense products' time over its own: the FLOPs are equal."""
-    yield about(results["machine"])
-    yield results["shape"]
-    yield ""
-    yield "| | forward, ms | rate / dense | with backward, ms | rate / dense | TFLOP/s | host waits |"
-    yield "|---|---|---|---|---|---|---|"
+    titles = ("", "forward, ms", "rate / dense", "with backward, ms", "rate / dense", "TFLOP/s", "host waits")
+    rows = []
     for name, both in results["forward + backward"].items():
-        one: Timing = results["forward"][name]
-        rate = 3 * results["forward FLOPs"] / both.milliseconds / 1e9
-        waits = results["host waits in the forward"][name]
-        yield (
-            f"| {name} | {one.milliseconds:.2f} | {1 / one.ratio:.2f} | {both.milliseconds:.2f} "
-            f"| {1 / both.ratio:.2f} ({1 / both.high:.2f} to {1 / both.low:.2f}) | {rate:.1f} "
-            f"| {'not on a GPU' if waits is None else waits} |"
-        )
-    yield ""
+        one, waits = results["forward"][name], results["host waits in the forward"][name]
+        rows.append([
+            name, f"{one.milliseconds:.2f}", f"{1 / one.ratio:.2f}", f"{both.milliseconds:.2f}",
+            f"{1 / both.ratio:.2f} ({1 / both.high:.2f} to {1 / both.low:.2f})",
+            f"{3 * results['forward FLOPs'] / both.milliseconds / 1e9:.1f}",
+            "not on a GPU" if waits is None else str(waits),
+        ])  # fmt: skip
     reached = 1 / results["forward + backward"][OURS].ratio
-    yield f"Aim: {AIM:.0%} of the dense products' rate; the layer reaches {reached:.0%}."
-    routing = results.get("router and permutation", {})
-    if routing:
-        yield "Router and permutation: " + "; ".join(f"{name} {timing}" for name, timing in routing.items())
+    last = f"Aim: {AIM:.0%} of the dense products' rate; the layer reaches {reached:.0%}."
+    if routing := results.get("router and permutation"):
+        last += "\nRouter and permutation: " + "; ".join(
+            f"{name} {timing}" for name, timing in routing.items()
+        )
+    return [f"{about(results['machine'])}\n{results['shape']}", markdown(titles, rows), last]
 
 
 def measure(case: Case) -> dict[str, Any]:
@@ -180,7 +179,7 @@ def main(arguments: list[str] | None = None) -> None:
     case = parse(arguments)
     torch.manual_seed(1)
     results = measure(case)
-    write_table(results, markdown(results), case.out)
+    write_table(results, report(results), case.out)
 
 
 if __name__ == "__main__":

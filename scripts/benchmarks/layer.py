@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 from rich.progress import track
-from subjects import (
+from torch import Tensor, nn
+
+from benchmarks.subjects import (
     DenseFFN,
     Floor,
     PaperStyleExperts,
@@ -19,14 +21,14 @@ from subjects import (
     fairscale_layer,
     moe_layer,
     output_of,
+    training,
     transformers_block,
 )
-from tables import write_report
-from timing import add_rounds, forward, forward_backward, in_turn, leaves_of, machine
-from torch import Tensor, nn
-
+from benchmarks.tables import write_report
+from benchmarks.timing import add_rounds, forward, in_turn, machine
 from xmoe_fairseq.moe import MoELayer, TopKRouter
 
+RUN = Path(__file__).parents[1] / "run.py"
 TOKENS, MODEL_DIM, NUM_EXPERTS, EXPERT_DIM = 2048, 512, 64, 256  # reference point A
 PER_TOKEN = (2, 4, 6, 8, 16)
 GRANULARITY = (8, 32, 64, 128, 256)  # experts, E / 8 of them per token: the FLOPs of a dense FFN of 2,048
@@ -44,54 +46,35 @@ def floor_of(layer: MoELayer, x: Tensor) -> tuple[Floor, Tensor]:
     """The floor under a layer on these tokens, and its input."""
     with torch.no_grad():
         num_rows = layer(x)[1].token_R.numel()
-    return Floor(MODEL_DIM, layer.experts.fc1_weight.size(1)), torch.randn(
-        num_rows, MODEL_DIM, requires_grad=True
-    )
+    return Floor(MODEL_DIM, layer.experts.fc1_weight.size(1)), tokens(num_rows)
 
 
 def against_floor(num_experts: int, expert_dim: int, per_token: float, rounds: int) -> Row:
     x = tokens()
     layer = moe_layer(x, num_experts, expert_dim, per_token)
     floor, rows = floor_of(layer, x)
-    one_way = in_turn({"floor": forward(lambda: floor(rows)), "layer": forward(output_of(layer, x))}, rounds)
-    both_ways = in_turn(
-        {
-            "floor": forward_backward(lambda: floor(rows), leaves_of(floor, rows), torch.randn_like(rows)),
-            "layer": forward_backward(output_of(layer, x), leaves_of(layer, x), torch.randn_like(x)),
-        },
-        rounds,
-    )
+    subjects: dict[str, tuple[nn.Module, Tensor]] = {"floor": (floor, rows), "layer": (layer, x)}
+    one_way = {name: forward(output_of(*subject)) for name, subject in subjects.items()}
+    both_ways = {name: training(*subject) for name, subject in subjects.items()}
     return {
-        "experts": num_experts,
-        "width": expert_dim,
-        "per token": rows.size(0) / x.size(0),
-        "forward": one_way,
-        "forward + backward": both_ways,
-    }
+        "experts": num_experts, "width": expert_dim, "per token": rows.size(0) / x.size(0),
+        "forward": in_turn(one_way, rounds), "forward + backward": in_turn(both_ways, rounds),
+    }  # fmt: skip
 
 
 def against_others(per_token: int, rounds: int) -> Row:
     """The layer, then what else computes as many FLOPs (the paper's way: more)."""
-    x, grad_y = tokens(), torch.randn(TOKENS, MODEL_DIM)
+    x = tokens()
     layer = moe_layer(x, NUM_EXPERTS, EXPERT_DIM, per_token)
     slots = {name: every_slot(layer, way) for name, way in EVERY_SLOT.items()}
     with torch.no_grad():
         for other in slots.values():
             torch.testing.assert_close(other(x)[0], layer(x)[0], rtol=1e-4, atol=1e-4)
     dense = DenseFFN(MODEL_DIM, per_token * EXPERT_DIM)
-    functions = {
-        "XMoE layer": forward_backward(output_of(layer, x), leaves_of(layer, x), grad_y),
-        **{
-            name: forward_backward(output_of(other, x), leaves_of(other, x), grad_y)
-            for name, other in slots.items()
-        },
-        "dense FFN of equal active width": forward_backward(lambda: dense(x), leaves_of(dense, x), grad_y),
-    }
+    blocks = {"XMoE layer": layer, **slots, "dense FFN of equal active width": dense}
+    functions = {name: training(block, x) for name, block in blocks.items()}
     x3 = x.detach().view(NUM_EXPERTS, -1, MODEL_DIM).requires_grad_()  # fairscale's rule
-    for name, block in peers(per_token).items():
-        functions[name] = forward_backward(
-            lambda block=block: block(x3), leaves_of(block, x3), grad_y.view_as(x3)
-        )
+    functions |= {name: training(block, x3) for name, block in peers(per_token).items()}
     return {"per token": per_token, "forward + backward": in_turn(functions, rounds)}
 
 
@@ -128,7 +111,7 @@ def decoding(count: int, rounds: int) -> Row:
 def peak_memory(what: str) -> float:
     """MB that one forward + backward adds to a process at its peak; gradients of the parameters included."""
     output = subprocess.run(
-        [sys.executable, __file__, "--memory-of", what],
+        [sys.executable, RUN, "benchmarks.layer", "--memory-of", what],
         check=True,
         capture_output=True,
         text=True,
@@ -141,11 +124,7 @@ def print_peak_memory(what: str) -> None:
     x = tokens()
     layer = moe_layer(x, NUM_EXPERTS, EXPERT_DIM, 6)
     _, rows = floor_of(layer, x)
-    if what == "layer":
-        run = forward_backward(output_of(layer, x), leaves_of(layer, x), torch.randn_like(x))
-    else:
-        dense = DenseFFN(MODEL_DIM, EXPERT_DIM)
-        run = forward_backward(lambda: dense(rows), leaves_of(dense, rows), torch.randn_like(rows))
+    run = training(layer, x) if what == "layer" else training(DenseFFN(MODEL_DIM, EXPERT_DIM), rows)
     Path("/proc/self/clear_refs").write_text("5")  # Linux: start the high-water mark anew
     before = memory_mark("VmRSS")
     run()

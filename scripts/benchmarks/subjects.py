@@ -12,6 +12,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.timing import forward_backward, leaves_of
 from xmoe_fairseq.moe import Experts, MoELayer, ThresholdRouter
 from xmoe_fairseq.moe.experts import ExpertRows
 from xmoe_fairseq.thresholds.search import bisect
@@ -105,14 +106,22 @@ def set_experts_per_token(router: ThresholdRouter, x_TD: Tensor, per_token: floa
         router.fix(bisect(enough, 1.0, 0.0, precision=2**-16))
 
 
-def output_of(layer: MoELayer, x: Tensor) -> Callable[[], Tensor]:
-    """The output, with the load-balance loss in its graph as in training."""
+def output_of(block: nn.Module, x: Tensor) -> Callable[[], Tensor]:
+    """The output; of an MoE layer with the load-balance loss in its graph, as in training."""
 
     def run() -> Tensor:
-        y, routing = layer(x)
+        if not isinstance(block, MoELayer):
+            y: Tensor = block(x)
+            return y
+        y, routing = block(x)
         return y + 0.01 * routing.load_balance_loss if torch.is_grad_enabled() else y
 
     return run
+
+
+def training(block: nn.Module, x: Tensor) -> Callable[[], None]:
+    """Forward and backward."""
+    return forward_backward(output_of(block, x), leaves_of(block, x), torch.randn_like(x))
 
 
 def fairscale_layer(model_dim: int, num_experts: int, expert_dim: int) -> nn.Module | None:

@@ -1,28 +1,25 @@
 """Trained models at other thresholds: what they lose, compute and take. See sweep_threshold.sh."""
 
 import argparse
-import json
 import statistics
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import torch
-from results import ResultError, markdown, read, write
-from timing import add_rounds
 from torch import nn
-from trained_layers import places
 
+from benchmarks.timing import add_rounds
+from benchmarks.trained_layers import places
+from experiments import plots
+from experiments.results import mean_and_deviation, read_json
 from xmoe_fairseq.batches import Batches
+from xmoe_fairseq.tables import markdown
 from xmoe_fairseq.thresholds.checkpoint import open_meter, open_model, whole_valid
 from xmoe_fairseq.thresholds.measure import Place, Quality, ffn_seconds, measure_dense
 from xmoe_fairseq.thresholds.report import Report, write_json
-from xmoe_fairseq_compat.errors import UserError
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402  (after the backend)
+from xmoe_fairseq_compat.files import write_atomically
 
 TITLES = ("t", "perplexity", "experts/token", "MoE FLOPs / dense FFN", "FFN seconds / {}", "perplexity / {}")
 Row = dict[str, list[float]]  # by title, of each run
@@ -32,7 +29,7 @@ def measure(
     run: Path, dense: Quality | None, run_dense: Callable[[Batches], float] | None, args: argparse.Namespace
 ) -> tuple[Quality, list[Quality]]:
     """A run at each threshold, and what its seconds are given by: the dense model, or the last threshold."""
-    data = Path(json.loads(read(run / "run.json"))["data"])
+    data = Path(read_json(run / "run.json")["data"])
     meter = open_meter(run / "checkpoint_best.pt", data, lambda _: None)
     found = [meter.measure([t] * len(meter.routers)) for t in args.thresholds]
     run_base = run_dense or partial(meter.seconds, found[-1].thresholds)
@@ -41,7 +38,7 @@ def measure(
 
 def open_dense(run: Path) -> tuple[nn.Module, list[Place], Batches]:
     """Its FFNs are those that have experts in the others."""
-    about = json.loads(read(run / "run.json"))
+    about = read_json(run / "run.json")
     model, task, cfg = open_model(run / "checkpoint_best.pt", Path(about["data"]))
     layers: list[Any] = places(model, about["task"])
     ffns = [(layer.moe,) * 2 if hasattr(layer, "moe") else (layer.fc1, layer.fc2) for layer in layers]
@@ -55,13 +52,8 @@ def values(quality: Quality, base: Quality, last: Quality) -> list[float]:
     return [quality.thresholds[0], *numbers, quality.perplexity / last.perplexity]
 
 
-def cell(values: list[float], digits: int) -> str:
-    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.{digits}f}{spread}"
-
-
 def plot(rows: list[Row], titles: list[str], dense: list[float], path: Path) -> None:
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained", sharey=True)
+    figure, axes = plots.panels(1, 2, 9, 3.4, sharey=True)
     for panel, title in zip(axes, titles[3:5], strict=True):
         points = [(statistics.mean(row[title]), statistics.mean(row[titles[1]])) for row in rows]
         panel.plot(*zip(*points, strict=True), "o-", color="#2070b4")
@@ -73,12 +65,8 @@ def plot(rows: list[Row], titles: list[str], dense: list[float], path: Path) -> 
         panel.set_xlabel(title)
         panel.margins(0.1)
         panel.set_xlim(left=0)
-        panel.spines[["top", "right"]].set_visible(False)
-        panel.grid(alpha=0.25)
     axes[0].set_ylabel("validation perplexity (lower is better)")
-    unfinished = path.with_suffix(".partial.png")
-    figure.savefig(unfinished, dpi=120)
-    unfinished.rename(path)
+    plots.save(figure, path)
 
 
 def parse() -> argparse.Namespace:
@@ -97,42 +85,41 @@ def parse() -> argparse.Namespace:
     return args
 
 
+def table(rows: list[Row], titles: list[str], dense: list[float]) -> str:
+    body = [
+        [f"{row['t'][0]:g}", *(mean_and_deviation(row[title], 2) for title in titles[1:5]),
+         mean_and_deviation(row[titles[5]], 3)]
+        for row in rows
+    ]  # fmt: skip
+    if dense:
+        body.append(["dense", mean_and_deviation(dense, 2), "-", "1.00", "1.00", "-"])
+    return markdown(titles, body)
+
+
 def main() -> None:
     args = parse()
     torch.set_num_threads(1)
     last = f"that at t = {args.thresholds[-1]:g}"
-    titles = [title.format("dense" if args.dense else last) for title in TITLES[:-1]] + [
-        TITLES[-1].format(last)
-    ]
+    reference = "dense" if args.dense else last
+    titles = [*(title.format(reference) for title in TITLES[:-1]), TITLES[-1].format(last)]
     rows: list[Row] = [{title: [] for title in titles} for _ in args.thresholds]
     of_runs: dict[str, Quality] = {}
-    try:
-        dense = [open_dense(run) for run in args.dense]
-        of_dense = [measure_dense(*each) for each in dense]
-        run_dense = partial(ffn_seconds, *dense[0][:2]) if dense else None
-        for run in args.runs:
-            base, found = measure(run, (of_dense or [None])[0], run_dense, args)
-            for row, quality in zip(rows, found, strict=True):
-                of_runs[f"{run}, t = {quality.thresholds[0]:g}"] = quality
-                for title, value in zip(titles, values(quality, base, found[-1]), strict=True):
-                    row[title].append(value)
-    except (ResultError, UserError) as error:
-        raise SystemExit(f"sweep_threshold: {error}") from None
-    dense_perplexities = [quality.perplexity for quality in of_dense]
-    body = [
-        [f"{row['t'][0]:g}", *(cell(row[title], 2) for title in titles[1:5]), cell(row[titles[5]], 3)]
-        for row in rows
-    ]
-    if dense_perplexities:
-        body.append(["dense", cell(dense_perplexities, 2), "-", "1.00", "1.00", "-"])
-    table = markdown(titles, body)
-    print(table, end="")
+    dense = [open_dense(run) for run in args.dense]
+    of_dense = [measure_dense(*each) for each in dense]
+    run_dense = partial(ffn_seconds, *dense[0][:2]) if dense else None
+    for run in args.runs:
+        base, found = measure(run, of_dense[0] if of_dense else None, run_dense, args)
+        for row, quality in zip(rows, found, strict=True):
+            of_runs[f"{run}, t = {quality.thresholds[0]:g}"] = quality
+            for title, value in zip(titles, values(quality, base, found[-1]), strict=True):
+                row[title].append(value)
+    text = table(rows, titles, [quality.perplexity for quality in of_dense])
+    print(text, end="")
     args.out.mkdir(parents=True, exist_ok=True)
-    write(args.out / "sweep.md", table)
+    write_atomically(args.out / "sweep.md", text)
     about = {"runs": list(map(str, args.runs)), "dense": list(map(str, args.dense))}
-    report = Report(about, "dense" if dense else last, base, of_runs, [*of_runs.values()])
-    write_json(args.out / "sweep.json", report)
-    plot(rows, titles, dense_perplexities, args.out / "sweep.png")
+    write_json(args.out / "sweep.json", Report(about, reference, base, of_runs, [*of_runs.values()]))
+    plot(rows, titles, [quality.perplexity for quality in of_dense], args.out / "sweep.png")
     print(f"sweep_threshold: {args.out}/sweep.md, sweep.json, sweep.png")
 
 

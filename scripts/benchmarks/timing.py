@@ -5,7 +5,7 @@ import platform
 import statistics
 import time
 from argparse import ArgumentParser, ArgumentTypeError
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,7 +38,7 @@ class Timing:
 
 
 def in_turn(
-    functions: dict[str, Callable[[], object]], rounds: int, calls: int = 1, warm_up: int = WARM_UP
+    functions: Mapping[str, Callable[[], object]], rounds: int, calls: int = 1, warm_up: int = WARM_UP
 ) -> dict[str, Timing]:
     """Each function's time, and its ratio to the first one's.
 
@@ -69,7 +69,7 @@ def finish_device() -> None:
         torch.cuda.synchronize()
 
 
-def forward(function: Callable[[], Tensor]) -> Callable[[], None]:
+def forward(function: Callable[[], object]) -> Callable[[], None]:
     def run() -> None:
         with torch.no_grad():
             function()

@@ -1,17 +1,17 @@
 """Times the FFNs of trained models on the inputs that they meet. See benchmark_checkpoints.sh."""
 
 import argparse
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from fairseq import checkpoint_utils
-from results import ResultError, read, write_json
-from timing import add_rounds, forward, in_turn, machine
 from torch import Tensor, nn
 
 import xmoe_fairseq  # noqa: F401  (registers the models)
+from benchmarks.timing import add_rounds, forward, in_turn, machine
+from experiments.results import read_json, write_json
+from xmoe_fairseq_compat.errors import UserError
 
 DENSE_PLACES = slice(1, None, 2)  # of a dense model the layers that have experts in the others
 
@@ -33,10 +33,10 @@ def feed_forward(layer: nn.Module) -> tuple[nn.Module, Callable[..., object]]:
 @torch.no_grad()
 def work_of(run: Path, max_tokens: int) -> Callable[[], None]:
     """What runs the FFNs of a run's model on the inputs that they meet in validation text."""
-    about = json.loads(read(run / "run.json"))
+    about = read_json(run / "run.json")
     path = run / "checkpoint_best.pt"
     if not path.exists():
-        raise ResultError(f"{path}: No such file; has the run been validated yet?")
+        raise UserError(f"{path}: No such file; has the run been validated yet?")
     overrides = {"data": str(Path(about["data"]) / "bin")}
     models, _, task = checkpoint_utils.load_model_ensemble_and_task([str(path)], arg_overrides=overrides)
     model = models[0].eval()
@@ -69,10 +69,7 @@ def main() -> None:
     )
     args = parser.parse_args()
     torch.set_num_threads(1)
-    try:
-        functions = {str(run): forward(work_of(run, args.tokens)) for run in args.runs}
-    except ResultError as error:
-        raise SystemExit(f"benchmark_checkpoints: {error}") from None
+    functions = {str(run): forward(work_of(run, args.tokens)) for run in args.runs}
     for run, timing in in_turn(functions, args.rounds).items():
         print(f"{Path(run).name}: {timing}")
         found = {"milliseconds": timing.milliseconds, "ratio": timing.ratio, "to": args.runs[0].name}

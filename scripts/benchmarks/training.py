@@ -7,15 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from profile_layer import catch_calls, share_outside_products, time_by_kind
 from rich.progress import track
-from subjects import PaperStyleExperts, SlotExperts, set_experts_per_token
-from tables import about, write_table
-from timing import Timing, add_rounds, in_turn, machine
 from torch import nn
-from translation import SIDES, Sample, Setup, batch, build_setup, dropped_share
 
+from benchmarks.profile_layer import catch_calls, share_outside_products, time_by_kind
+from benchmarks.subjects import PaperStyleExperts, SlotExperts, set_experts_per_token
+from benchmarks.tables import about, write_table
+from benchmarks.timing import add_rounds, in_turn, machine
+from benchmarks.translation import SIDES, Sample, Setup, batch, build_setup, dropped_share
 from xmoe_fairseq.moe import MoELayer, moe_layers
+from xmoe_fairseq.tables import markdown
 
 DENSE = "dense FFN"
 OURS = "chosen rows only"
@@ -48,7 +49,7 @@ def with_every_slot(model: nn.Module, way: type[PaperStyleExperts], capacity_fac
 def calibrate(setup: Setup, model: nn.Module, sample: Sample, per_token: float) -> None:
     """Thresholds such that this batch takes `per_token` experts on average in each MoE layer."""
 
-    def set_threshold(layer: MoELayer, inputs: tuple) -> None:
+    def set_threshold(layer: MoELayer, inputs: tuple[Any, ...]) -> None:
         x, mask = inputs[:2]
         set_experts_per_token(layer.router, x[~mask] if mask is not None else x.flatten(0, -2), per_token)
 
@@ -73,7 +74,7 @@ def check_equal(setup: Setup, ours: nn.Module, sample: Sample) -> None:
         loss.backward()
         grads = {key: p.grad for key, p in model.named_parameters() if ".experts." not in key}
         for layer in moe_layers(model):
-            stacks = layer.experts.stacked() if way is None else map(tuple, layer.experts.stacks)
+            stacks: Any = layer.experts.stacked() if way is None else map(tuple, layer.experts.stacks)
             for kind, stack in enumerate(stacks):
                 grads[f"{layer.name} {kind}"] = (
                     stack.grad if way is None else torch.stack([weight.grad for weight in stack])
@@ -122,40 +123,36 @@ def measure(setups: list[Setup]) -> Iterator[tuple[int, list[Row]]]:
         yield threads, [training(*job) for job in track(jobs, description=f"{threads} thread(s)")]
 
 
-def markdown(results: dict[str, Any]) -> Iterator[str]:
+def report(results: dict[str, Any]) -> list[str]:
     """Ratios are of times, to ours, round by round: median (quartiles); at 1.3 ours is 1.3 times faster."""
-    yield about(results["machine"])
-    yield results["shape"]
-    yield ""
-    yield "| threads | MoE in | experts per token | model | tokens/s | time of an update | dropped |"
-    yield "|---|---|---|---|---|---|---|"
-    for threads, rows in results["threads"].items():
-        for row in rows:
-            timings: dict[str, Timing] = row["update"]
-            for name, timing in timings.items():
-                speed = row["tokens per second"][name]
-                dropped = f"{100 * row['dropped by capacity']:.1f} %" if name in EVERY_SLOT else ""
-                case = f"{threads} | {row['MoE in']} | {row['experts per token']:g} | {name}"
-                yield f"| {case} | {speed:.0f} | {timing} | {dropped} |"
-    yield ""
-    yield from profile_table(results["threads"])
+    titles = ("threads", "MoE in", "experts per token", "model", "tokens/s", "time of an update", "dropped")
+    rows = []
+    for threads, row in by_threads(results):
+        for name, timing in row["update"].items():
+            speed, dropped = row["tokens per second"][name], f"{100 * row['dropped by capacity']:.1f} %"
+            cells = (threads, row["MoE in"], f"{row['experts per token']:g}", name, f"{speed:.0f}", timing)
+            rows.append([*map(str, cells), dropped if name in EVERY_SLOT else ""])
+    heading = f"{about(results['machine'])}\n{results['shape']}"
+    return [heading, markdown(titles, rows), profile_table(by_threads(results))]
 
 
-def profile_table(by_threads: dict[int, list[Row]]) -> Iterator[str]:
-    columns = [(threads, row) for threads, rows in by_threads.items() for row in rows]
+def by_threads(results: dict[str, Any]) -> list[tuple[int, Row]]:
+    return [(threads, row) for threads, rows in results["threads"].items() for row in rows]
+
+
+def profile_table(columns: list[tuple[int, Row]]) -> str:
     heads = [
         f"{threads} thread(s), {row['MoE in']}, k = {row['experts per token']:g}" for threads, row in columns
     ]
-    yield f"| an MoE layer, forward + backward | {' | '.join(heads)} |"
-    yield "|---|" + "---|" * len(heads)
-    for kind in columns[0][1]["MoE layer"]:
-        times = [row["MoE layer"] for _, row in columns]
-        cells = (f"{t[kind]:.1f} ms, {100 * t[kind] / sum(t.values()):.0f} %" for t in times)
-        yield f"| {kind} | {' | '.join(cells)} |"
-    shares = (f"{100 * share_outside_products(row['MoE layer']):.0f} %" for _, row in columns)
-    yield f"| **outside matrix products** | {' | '.join(shares)} |"
+    times = [row["MoE layer"] for _, row in columns]
+    rows = [
+        [kind, *(f"{t[kind]:.1f} ms, {100 * t[kind] / sum(t.values()):.0f} %" for t in times)]
+        for kind in times[0]
+    ]
+    rows.append(["**outside matrix products**", *(f"{100 * share_outside_products(t):.0f} %" for t in times)])
     whole = (f"{row['MoE layer without the profiler, ms']:.1f} ms" for _, row in columns)
-    yield f"| all of it, without the profiler | {' | '.join(whole)} |"
+    rows.append(["all of it, without the profiler", *whole])
+    return markdown(["an MoE layer, forward + backward", *heads], rows)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -188,11 +185,8 @@ def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
     torch.manual_seed(1)
     setups = [build_setup(args, moe_in) for moe_in in args.moe_in]
-    try:
-        results = {"machine": machine(), "shape": setups[0].shape, "threads": dict(measure(setups))}
-    except ValueError as error:  # a rule of the --moe-* flags
-        raise SystemExit(f"benchmark_training: {error}") from None
-    write_table(results, markdown(results), args.out)
+    results = {"machine": machine(), "shape": setups[0].shape, "threads": dict(measure(setups))}
+    write_table(results, report(results), args.out)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ Sample = dict[str, Any]
 SIDES = ("encoder", "both")  # the paper's, and fairseq-train's without --no-moe-decoder
 LENGTHS = (20, 30)  # subwords of a sentence; fairseq puts sentences of about the same length into a batch
 
-# The presets of scripts/tools/presets.py. The learning rate is 0: an update computes all that it ever does,
+# The preset `paper` of scripts/experiments. The learning rate is 0: an update computes all that it ever does,
 # and the routing stays as it was set.
 FLAGS = (
     "no-data --task translation --arch xmoe_transformer_wmt_en_de --share-all-embeddings --dropout 0.1 "

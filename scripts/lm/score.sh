@@ -9,4 +9,4 @@
 set -euo pipefail
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 . "$ROOT/scripts/find_environment.sh"
-PYTHONWARNINGS=ignore exec python "$ROOT/scripts/tools/score.py" lm "$@"
+PYTHONWARNINGS=ignore exec python "$ROOT/scripts/run.py" experiments.score lm "$@"

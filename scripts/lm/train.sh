@@ -2,15 +2,14 @@
 # Train one language model of the paper's tables. Again the same: go on from the last checkpoint.
 #
 #   bash scripts/lm/train.sh PRESET MODEL DATA RUN [further flags of fairseq-train]
+#   bash scripts/lm/train.sh --help     all presets and models (scripts/experiments: presets, models.toml)
 #   GPUS=n SEED=1        processes (default: the GPUs there are); fewer GPUs take more batches per update
 #
-#   PRESET  tiny   CPU                      8 x   128 tokens x update-freq  1 =   1,024 per update,  1,000 updates
+#   PRESET  tiny   CPU                      8 x   128 tokens x update-freq  1 =   1,024 per update,  1,900 updates
 #           small  one GPU, about an hour  16 x 1,024 tokens x update-freq  4 =  65,536 per update,  4,000 updates
 #           paper  any GPUs                16 x 1,024 tokens x update-freq 16 = 262,144 per update, 60,000 updates
-#   MODEL   dense switch topk-s2 topk-s4 topk-s8 hash base gshard xmoe-s1 xmoe-s2 xmoe-s4 xmoe-s8
-#           xmoe-s4-budget xmoe-s8-budget (half the dense FFN's FLOPs from the first update on)
-#           (scripts/tools/presets.py has each in one line). paper: switch is 8 experts x 3072, topk-s2 and
-#           xmoe-s2 16 x 1536, xmoe-s4 32 x 768, xmoe-s8 64 x 384.
+#   MODEL   dense, switch, topk-s4, xmoe-s4, ...; paper: switch is 8 experts x 3072, topk-s2 and xmoe-s2 16 x 1536,
+#           xmoe-s4 32 x 768, xmoe-s8 64 x 384
 #   DATA    a folder of data-prep, e.g. data/lm-sample
 #   RUN     folder for checkpoints, run.json, train.log
 #
@@ -19,4 +18,4 @@
 set -euo pipefail
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 . "$ROOT/scripts/find_environment.sh"
-PYTHONWARNINGS=ignore exec python "$ROOT/scripts/tools/train.py" lm "$@"
+PYTHONWARNINGS=ignore exec python "$ROOT/scripts/run.py" experiments.train lm "$@"

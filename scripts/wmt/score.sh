@@ -6,4 +6,4 @@
 set -euo pipefail
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 . "$ROOT/scripts/find_environment.sh"
-PYTHONWARNINGS=ignore exec python "$ROOT/scripts/tools/score.py" wmt "$@"
+PYTHONWARNINGS=ignore exec python "$ROOT/scripts/run.py" experiments.score wmt "$@"

@@ -20,8 +20,8 @@ from xmoe_fairseq_compat import folder_lock
 from xmoe_fairseq_compat.errors import CheckpointError, FlagError
 from xmoe_fairseq_compat.files import WriteError
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "scripts/tools"))
-import average_checkpoints  # noqa: E402
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
+from experiments import average_checkpoints  # noqa: E402
 
 State = dict[str, Any]
 

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-for folder in ("tools", "benchmarks"):  # they import each other by name
-    sys.path.insert(0, str(Path(__file__).parents[2] / "scripts" / folder))
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))  # experiments and benchmarks
 
 
 @pytest.fixture(scope="module")

@@ -3,17 +3,16 @@
 import json
 from pathlib import Path
 
-import gpu
 import pytest
 import torch
-import training
-from gpu_subjects import PADDED, PADDED_TO
-from profile_layer import PRODUCTS, PYTHON, REST, by_kind, share_outside_products
-from subjects import PaperStyleExperts, SlotExperts, moe_layer
 from tolerances import assert_same
 from torch import Tensor
-from translation import batch, build_setup
 
+from benchmarks import gpu, training
+from benchmarks.gpu_subjects import PADDED, PADDED_TO
+from benchmarks.profile_layer import PRODUCTS, PYTHON, REST, by_kind, share_outside_products
+from benchmarks.subjects import PaperStyleExperts, SlotExperts, moe_layer
+from benchmarks.translation import batch, build_setup
 from xmoe_fairseq.moe import Experts, MoELayer, use_kernel
 from xmoe_fairseq.moe.experts import Call, ExpertRows, Stacks
 from xmoe_fairseq.moe.experts.kernels import expert_sums

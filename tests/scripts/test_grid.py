@@ -4,8 +4,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import grid
 import pytest
+
+from experiments import grid
+from xmoe_fairseq_compat.errors import UserError
 
 
 @pytest.fixture
@@ -33,6 +35,7 @@ def test_first_seeds_first_and_nothing_twice(
     tmp_path: Path, called: list[tuple[str, int, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/dict.txt").touch()
     models = ("--models", "dense", "xmoe-s4 --moe-threshold 0.8", "--seeds", 1, 2)
     for _ in range(2):
         start(monkeypatch, "lm", "claims", tmp_path, tmp_path / "out", *models)
@@ -47,15 +50,16 @@ def test_a_failure_is_named_at_the_end(
     tmp_path: Path, called: list[tuple[str, int, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/dict.txt").touch()
     models = ("--models", "switch", "dense", "--seeds", 1)
-    with pytest.raises(SystemExit, match="1 runs failed: switch-1; the same command tries again"):
+    with pytest.raises(UserError, match="1 runs failed: switch-1; the same command tries again"):
         start(monkeypatch, "lm", "claims", tmp_path, tmp_path / "out", *models)
     assert len(called) == 2
 
 
 def test_bad_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(SystemExit, match="grid: MODEL must be one of dense"):
+    with pytest.raises(UserError, match="MODEL must be one of dense"):
         start(monkeypatch, "lm", "claims", tmp_path, tmp_path / "out", "--models", "best")
-    with pytest.raises(SystemExit, match="grid: DATA must be a folder of data-prep with bin/ in it"):
+    with pytest.raises(UserError, match="DATA must be a folder of data-prep with bin/ in it"):
         start(monkeypatch, "lm", "claims", tmp_path, tmp_path / "out", "--models", "dense")
     assert not (tmp_path / "out").exists()

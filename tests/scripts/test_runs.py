@@ -8,21 +8,17 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TextIO
 
-import average_checkpoints
-import compare
 import pytest
-import score
-import sweep
 import torch
-import train
-import trained_layers
 from commands import logged, script
 from commands import run as command
-from plot_runs import styles_of
 from sacrebleu.metrics import BLEU, CHRF
 from tolerances import assert_same
 
-from xmoe_fairseq_compat.errors import CheckpointError
+from benchmarks import sweep, trained_layers
+from experiments import average_checkpoints, compare, evaluation, score, train
+from experiments.plot_runs import Run, styles_of
+from xmoe_fairseq_compat.errors import CheckpointError, UserError
 
 
 def score_with_forks(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
@@ -32,7 +28,7 @@ def score_with_forks(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> Non
         stdout.write(command(Path(words[0]).name, *words[1:]))
         return SimpleNamespace(returncode=0)
 
-    monkeypatch.setattr(score, "subprocess", SimpleNamespace(run=call, STDOUT=subprocess.STDOUT))
+    monkeypatch.setattr(evaluation, "subprocess", SimpleNamespace(run=call, STDOUT=subprocess.STDOUT))
     monkeypatch.setattr(sys, "argv", ["score", *map(str, arguments)])
     score.main()
 
@@ -120,10 +116,10 @@ def test_language_model(lm_data: Path, tmp_path: Path, monkeypatch: pytest.Monke
 def call(main: Any, monkeypatch: pytest.MonkeyPatch, *arguments: object) -> str:
     """The one line with which a tool ends."""
     monkeypatch.setattr(sys, "argv", ["tool", *map(str, arguments)])
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(UserError) as ended:
         main()
-    assert isinstance(ended.value.code, str) and "\n" not in ended.value.code
-    return ended.value.code
+    assert "\n" not in str(ended.value)
+    return str(ended.value)
 
 
 def test_bad_arguments_of_train(lm_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,12 +197,14 @@ def test_compare_takes_seeds_together(tmp_path: Path, monkeypatch: pytest.Monkey
     assert compare.FFN_SECONDS in (tmp_path / "out/compare.md").read_text() and " | - | " in row
     assert (tmp_path / "out/compare.png").read_bytes().startswith(b"\x89PNG")
     said = call(compare.main, monkeypatch, *runs, "--out", tmp_path / "out", "--quality", "BLEU")
-    assert said.startswith("compare: --quality must be one of valid ppl, valid ppl/word, test ppl")
+    assert said.startswith("--quality must be one of valid ppl, valid ppl/word, test ppl")
 
 
 def test_rows_with_further_flags_look_different() -> None:
-    names = ["dense", "xmoe-s4", "xmoe-s4 --moe-threshold 0.8", "claims xmoe-s4 --moe-threshold 0.7"]
-    dense, plain, *with_flags = styles_of(names).values()
+    flags = [[], ["--moe-threshold", "0.8"], ["--moe-threshold", "0.7"]]
+    rows = {str(given): [Run(Path(), {"model": "xmoe-s4", "flags": given}, {}, [])] for given in flags}
+    rows["dense"] = [Run(Path(), {"model": "dense", "flags": []}, {}, [])]
+    plain, *with_flags, dense = styles_of(rows).values()
     assert dense["color"] != plain["color"] and "markerfacecolor" not in plain
     assert all(style["color"] == plain["color"] for style in with_flags)
     assert len({style["marker"] for style in (plain, *with_flags)}) == 3

@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 from commands import DEADLINE
 
-TOOLS = Path(__file__).parents[2] / "scripts" / "tools"
+from experiments.bigram import END, Bigram
+
+RUN = Path(__file__).parents[2] / "scripts/run.py"
 
 
 def tool(name: str, *arguments: object) -> str:
-    command = [sys.executable, str(TOOLS / name), *map(str, arguments)]
+    command = [sys.executable, str(RUN), f"experiments.{name}", *map(str, arguments)]
     return subprocess.run(command, check=True, capture_output=True, text=True, timeout=DEADLINE).stdout
 
 
@@ -22,17 +24,12 @@ def test_bigram_perplexity_by_hand(tmp_path: Path) -> None:
     (tmp_path / "train").write_text("a\n")
     (tmp_path / "test").write_text("a b\n")
     (tmp_path / "dict").write_text("a 1\nb 1\n")
-    tool("bigram.py", "--train", tmp_path / "train", "--test", tmp_path / "test", "--dict", tmp_path / "dict",
+    tool("bigram", "--train", tmp_path / "train", "--test", tmp_path / "test", "--dict", tmp_path / "dict",
          "--out", tmp_path / "out.json")  # fmt: skip
     assert json.loads((tmp_path / "out.json").read_text()) == {"perplexity": pytest.approx(6.0), "tokens": 3}
 
 
 def test_bigram_probabilities_sum_to_one(tmp_path: Path) -> None:
-    sys.path.insert(0, str(TOOLS))
-    try:
-        from bigram import END, Bigram
-    finally:
-        sys.path.remove(str(TOOLS))
     words = [*"abacabda", END, *"bbcadaba"]
     vocabulary = ["a", "b", "c", "d", END, "never", "seen", "x", "y", "z"]
     model = Bigram(iter(words), len(vocabulary))
@@ -75,7 +72,7 @@ def test_report_puts_models_beside_baselines(tmp_path: Path) -> None:
     write_run(tmp_path, "xmoe", dense=False)
     write_run(tmp_path, "dense", dense=True)
     (tmp_path / "bigram.json").write_text('{"perplexity": 70.25, "tokens": 10}')
-    output = tool("report.py", "--runs", tmp_path, "--models", "xmoe", "dense", "--mt-text", text)
+    output = tool("report", "--runs", tmp_path, "--models", "xmoe", "dense", "--mt-text", text)
     rows = {row["model"]: row for row in json.loads((tmp_path / "report.json").read_text())["rows"]}
     assert rows["xmoe"]["test1_bleu"] == pytest.approx(100)
     assert rows["xmoe"]["experts"] == "2.50, 2.50, 2.50"
@@ -96,7 +93,7 @@ def test_report_says_when_translations_are_missing(tmp_path: Path) -> None:
             (text / f"{split}.{language}").write_text("one\ntwo\nthree\n")
     write_run(tmp_path, "xmoe", dense=False)
     with pytest.raises(subprocess.CalledProcessError) as error:
-        tool("report.py", "--runs", tmp_path, "--models", "xmoe", "--mt-text", text)
+        tool("report", "--runs", tmp_path, "--models", "xmoe", "--mt-text", text)
     assert "2 translations of 3: the evaluation was cut short" in error.value.stderr
 
 
@@ -104,20 +101,20 @@ def test_plot_draws_a_panel_per_layer(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(
         json.dumps({"encoder.layers.1": [0, 5, 3, 0], "decoder.layers.1": [0, 0, 1, 7]})
     )
-    tool("plot_experts.py", f"translation={tmp_path / 'a.json'}", "--out", tmp_path / "out.png")
+    tool("plot_experts", f"translation={tmp_path / 'a.json'}", "--out", tmp_path / "out.png")
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(
     "words",
     [
-        "bigram.py --train IN --test b --dict b --out OUT",
-        "bigram.py --train b --test IN --dict b --out OUT",
-        "count_experts.py . --path IN --out OUT",
-        "plot_experts.py T=IN --out OUT",
-        "bigram.py --train /dev/null --test b --dict b --out c",
-        "bigram.py --train c --test b --dict b --out c",
-        "plot_experts.py T=b --out c",
+        "bigram --train IN --test b --dict b --out OUT",
+        "bigram --train b --test IN --dict b --out OUT",
+        "count_experts . --path IN --out OUT",
+        "plot_experts T=IN --out OUT",
+        "bigram --train /dev/null --test b --dict b --out c",
+        "bigram --train c --test b --dict b --out c",
+        "plot_experts T=b --out c",
     ],
 )
 def test_an_input_that_is_the_output_or_wrong_ends_in_one_line(
@@ -130,7 +127,7 @@ def test_an_input_that_is_the_output_or_wrong_ends_in_one_line(
     name, *flags = words.replace("IN", "a").replace("OUT", "soft").split()
     with pytest.raises(subprocess.CalledProcessError) as error:
         tool(name, *flags)
-    assert error.value.stderr.startswith(f"{name.removesuffix('.py')}: ")
+    assert error.value.stderr.startswith(f"{name}: ")
     assert error.value.stderr.count("\n") == 1
     assert ("is the input a, which would be overwritten" in error.value.stderr) == ("IN" in words)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "soft"]
@@ -138,11 +135,11 @@ def test_an_input_that_is_the_output_or_wrong_ends_in_one_line(
 
 
 def test_watch_ends_with_its_processes_and_prints_progress(tmp_path: Path) -> None:
-    log = tmp_path / "log"
-    log.write_text('x | INFO | train_inner | {"num_updates": "25", "ppl": "9.5"}\n')
+    (tmp_path / "run.json").write_text('{"command": ["--max-update", "50"]}')
+    (tmp_path / "train.log").write_text('x | INFO | train_inner | {"num_updates": "25", "ppl": "9.5"}\n')
     process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1)"])
     try:
-        output = tool("watch.py", f"job:{log}:50:{process.pid}")
+        output = tool("watch", f"job:{tmp_path}:{process.pid}")
     finally:
         process.wait()
     assert "job: 25 of 50 updates perplexity 9.5" in output
@@ -163,7 +160,7 @@ def test_conversions_side_by_side(tmp_path: Path) -> None:
     }
     for name, content in reports.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
-    said = tool("compare_conversions.py", *sorted(tmp_path.glob("*.json"))).splitlines()
+    said = tool("compare_conversions", *sorted(tmp_path.glob("*.json"))).splitlines()
     assert said[0] == "dense: perplexity 20.00"
     assert said[2].endswith("| fine-tuning | budget 0.5 | budget 1 |")
     assert said[4:] == [

@@ -7,7 +7,8 @@ import torch
 from commands import script
 from tolerances import assert_same
 from toy import language_model, translation_model
-from trained_layers import feed_forward, places
+
+from benchmarks.trained_layers import feed_forward, places
 
 
 @pytest.mark.parametrize("task", ["wmt", "lm"])

@@ -1,6 +1,6 @@
 """The mean of several checkpoints' parameters, as a checkpoint for fairseq-generate and the like.
 
-    python scripts/tools/average_checkpoints.py --inputs a.pt b.pt --output mean.pt
+    python scripts/run.py experiments.average_checkpoints --inputs a.pt b.pt --output mean.pt
 
 What fairseq's scripts/average_checkpoints.py does, which pip does not install: floats are averaged in fp32
 and kept in the parameter's type; whole numbers, such as hash tables, must agree. The optimizer's state is

@@ -1,29 +1,28 @@
 """One Markdown table of several reports of xmoe-convert: perplexity (FFN FLOPs) at each budget.
 
-python scripts/tools/compare_conversions.py RUN/*.json
+python scripts/run.py experiments.compare_conversions RUN/*.json
 """
 
 import argparse
-import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from experiments.results import read_json
+from xmoe_fairseq.tables import markdown
 
-def lines(reports: list[dict[str, Any]]) -> Iterator[str]:
-    """Rows in the order of grouping and fine-tuning; columns are the budgets that any report has."""
+
+def table(reports: list[dict[str, Any]]) -> str:
+    """Rows in the order of fine-tuning and grouping; columns are the budgets that any report has."""
+    reports.sort(key=lambda r: (r["about"]["fine-tuning updates"], r["about"]["grouping"]))
     names = dict.fromkeys(name for report in reports for name in report["rows"] if name != "chosen")
-    yield f"dense: perplexity {reports[0]['reference']['perplexity']:.2f}"
-    yield ""
-    yield "| grouping | experts | thresholds | fine-tuning | " + " | ".join(names) + " |"
-    yield "|---" * (4 + len(names)) + "|"
+    rows = []
     for report in reports:
         about = report["about"]
         updates = about["fine-tuning updates"]
         tuned = f"{updates} updates of {about['fine-tuned']}" if updates else "none"
         cells = [about["grouping"], about["experts"], about["thresholds"], tuned]
-        cells += [cell(report["rows"].get(name)) for name in names]
-        yield "| " + " | ".join(map(str, cells)) + " |"
+        rows.append([*map(str, cells), *(cell(report["rows"].get(name)) for name in names)])
+    return markdown(["grouping", "experts", "thresholds", "fine-tuning", *names], rows)
 
 
 def cell(row: dict[str, Any] | None) -> str:
@@ -33,9 +32,8 @@ def cell(row: dict[str, Any] | None) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("reports", type=Path, nargs="+", help="the .json files beside the checkpoints")
-    reports = [json.loads(path.read_text()) for path in parser.parse_args().reports]
-    reports.sort(key=lambda r: (r["about"]["fine-tuning updates"], r["about"]["grouping"]))
-    print("\n".join(lines(reports)))
+    reports = list(map(read_json, parser.parse_args().reports))
+    print(f"dense: perplexity {reports[0]['reference']['perplexity']:.2f}\n\n{table(reports)}", end="")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,12 @@
-"""Trains a model of presets.py with fairseq-train: says what, notes it in RUN/run.json, logs to train.log.
+"""Trains a model of models.toml with fairseq-train: says what, notes it in RUN/run.json, logs to train.log.
 
-    python scripts/tools/train.py wmt|lm PRESET MODEL DATA RUN [FLAGS OF fairseq-train ...]
+    bash scripts/wmt|lm/train.sh PRESET MODEL DATA RUN [FLAGS OF fairseq-train ...]
 
-DATA is a folder of data-prep (bin/, further shards bin1/ ..., text/). FLAGS come last, so they overrule the
-preset's. The same command again resumes. GPUS=n: processes (default: those there are); SEED=1.
+DATA is a folder of data-prep (bin/, further shards bin1/ ..., text/). FLAGS take the place of the preset's.
+The same command again resumes. GPUS=n: processes (default: those there are); SEED=1.
 """
 
 import argparse
-import json
 import os
 import re
 import shlex
@@ -17,14 +16,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-from plan import Plan
-from presets import PRESETS
-from results import write_json
-
-from xmoe_fairseq.batches import with_further_shards
+from experiments.catalogue import TASKS, listing
+from experiments.plan import Plan
+from experiments.results import read_json, write_json
+from xmoe_fairseq_compat.errors import FlagError
 
 ROOT = Path(__file__).resolve().parents[2]
+BIN = Path(sys.executable).parent
 
 
 def languages(binarised: Path) -> tuple[str, str]:
@@ -32,32 +30,32 @@ def languages(binarised: Path) -> tuple[str, str]:
     for path in sorted(binarised.glob("train.*-*.*.idx")):
         if found := re.fullmatch(r"train\.(\w+)-(\w+)\.\1\.idx", path.name):
             return found[1], found[2]
-    raise ValueError(f"DATA must hold binarised pairs, bin/train.SRC-TGT.SRC.idx, got {binarised.parent}")
+    raise FlagError(f"DATA must hold binarised pairs, bin/train.SRC-TGT.SRC.idx, got {binarised.parent}")
 
 
 def shards(data: Path, task: str) -> str:
     """bin, bin1, bin2, ... as fairseq wants several folders of training data."""
+    from xmoe_fairseq.batches import with_further_shards  # takes three seconds
+
     first = data / "bin"
     if not (first / ("dict.txt" if task == "lm" else ".")).exists():
-        raise ValueError(f"DATA must be a folder of data-prep with bin/ in it, got {data}")
+        raise FlagError(f"DATA must be a folder of data-prep with bin/ in it, got {data}")
     return with_further_shards(first, data)
 
 
 def command(plan: Plan, data: Path, run: Path, seed: int, more: list[str]) -> list[str]:
-    trainer = [str(Path(sys.executable).parent / "fairseq-train")]
+    trainer = [str(BIN / "fairseq-train")]
     if plan.gpus > 1:
-        torchrun = str(Path(sys.executable).parent / "torchrun")
-        trainer = [torchrun, "--standalone", "--nproc_per_node", str(plan.gpus), *trainer]
-    elif not plan.size.on_cpu:
+        trainer = [str(BIN / "torchrun"), "--standalone", "--nproc_per_node", str(plan.gpus), *trainer]
+    elif not plan.size.cpu:
         more = ["--distributed-world-size", "1", *more]  # fairseq would take every GPU that it sees
-    side = []
+    common = ["--log-format", "json", "--seed", str(seed), "--save-dir", str(run)]
+    if plan.size.experts:
+        common += ["--user-dir", str(ROOT / "xmoe_fairseq")]
     if plan.task == "wmt":
         source, target = languages(data / "bin")
-        side = ["--source-lang", source, "--target-lang", target]
-    common = ["--user-dir", str(ROOT / "xmoe_fairseq"), "--log-format", "json", "--seed", str(seed)]
-    return [
-        *trainer, shards(data, plan.task), *common, *side, *plan.flags(), "--save-dir", str(run), *more
-    ]  # fmt: skip
+        common += ["--source-lang", source, "--target-lang", target]
+    return [*trainer, shards(data, plan.task), *common, *plan.flags(more)]
 
 
 def describe(plan: Plan, data: Path, seed: int, flags: list[str], words: list[str]) -> dict[str, Any]:
@@ -69,13 +67,13 @@ def describe(plan: Plan, data: Path, seed: int, flags: list[str], words: list[st
 
 
 def note(run: Path, about: dict[str, Any]) -> None:
-    """Raises ValueError if another training is in this folder already."""
+    """Raises FlagError if another training is in this folder already."""
     path = run / "run.json"
     if path.exists():
-        there = json.loads(path.read_text())
+        there = read_json(path)
         for key in ("task", "preset", "model", "data", "seed"):
             if there[key] != about[key]:
-                raise ValueError(
+                raise FlagError(
                     f"RUN {run} holds a run with {key} {there[key]}, not {about[key]}; name a new one"
                 )
     run.mkdir(parents=True, exist_ok=True)
@@ -97,31 +95,40 @@ def run_logged(words: list[str], log: Path) -> int:
 def integer(name: str, default: int) -> int:
     value = os.environ.get(name, str(default))
     if not value.isdigit():
-        raise ValueError(f"{name} must be a whole number, got {value}")
+        raise FlagError(f"{name} must be a whole number, got {value}")
     return int(value)
 
 
-def main() -> None:
-    usage = "bash scripts/wmt|lm/train.sh PRESET MODEL DATA RUN [FLAGS OF fairseq-train ...]"
-    parser = argparse.ArgumentParser(prog="train", usage=usage, description=__doc__.splitlines()[0])
-    parser.add_argument("task", choices=PRESETS)
+def processes() -> int:
+    import torch  # takes two seconds
+
+    return integer("GPUS", max(torch.cuda.device_count(), 1))
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="train", description=__doc__.splitlines()[0], epilog=listing(),
+        usage="bash scripts/wmt|lm/train.sh PRESET MODEL DATA RUN [FLAGS OF fairseq-train ...]",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("task", choices=TASKS)
     parser.add_argument("preset")
     parser.add_argument("model")
     parser.add_argument("data", type=Path, help="folder of data-prep")
     parser.add_argument("run", type=Path, help="folder for checkpoints and logs")
     flags = parser.add_argument("flags", nargs=argparse.REMAINDER, help="further flags of fairseq-train")
     flags.required = False  # or "the following arguments are required" names it
-    args = parser.parse_args()
-    try:
-        plan, seed = Plan(args.task, args.preset, args.model, 1).check(), integer("SEED", 1)
-        if not plan.size.on_cpu:
-            gpus = integer("GPUS", max(torch.cuda.device_count(), 1))
-            plan = Plan(args.task, args.preset, args.model, gpus).check()
-        data, run = args.data.resolve(), args.run.resolve()
-        words = command(plan, data, run, seed, args.flags)
-        note(run, describe(plan, data, seed, args.flags, words))
-    except ValueError as error:
-        raise SystemExit(f"train: {error}") from None
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse()
+    plan, seed = Plan(args.task, args.preset, args.model), integer("SEED", 1)
+    if not plan.size.cpu:
+        plan = Plan(args.task, args.preset, args.model, processes())
+    data, run = args.data.resolve(), args.run.resolve()
+    words = command(plan, data, run, seed, args.flags)
+    note(run, describe(plan, data, seed, args.flags, words))
     for line in [*plan.lines(), shlex.join(words)]:
         print(f"[train] {line}", flush=True)
     raise SystemExit(run_logged(words, run / "train.log"))

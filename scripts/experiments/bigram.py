@@ -1,6 +1,6 @@
 """Perplexity of an interpolated Kneser-Ney bigram model: the baseline that a language model must beat.
 
-    python scripts/tools/bigram.py --train train.bpe --test test.bpe --dict dict.txt --out bigram.json
+    python scripts/run.py experiments.bigram --train train --test test --dict dict.txt --out bigram.json
 
 Trained and tested on the same pieces as the language model, with `</s>` at the end of every line, so the
 number stands beside what fairseq-eval-lm prints. Chen and Goodman 1999, section 2.7 (one discount).
@@ -12,16 +12,16 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from results import ResultError, check_output, lines, write_json
+from experiments.results import check_output, lines, write_json
+from xmoe_fairseq_compat.errors import UserError
 
 END = "</s>"
 
 
 def pieces(path: Path) -> Iterator[str]:
-    with path.open(encoding="utf-8") as file:
-        for line in file:
-            yield from line.split()
-            yield END
+    for line in lines(path):
+        yield from line.split()
+        yield END
 
 
 class Bigram:
@@ -70,15 +70,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     args = parser.parse_args()
     special = 4  # fairseq adds <s>, <pad>, </s>, <unk>
-    try:
-        check_output(args.out, args.train, args.test, args.dict)
-        for path in (args.train, args.test):
-            if not path.stat().st_size:
-                raise ResultError(f"{path}: file is empty; expected at least one line")
-        vocab_size = special + len(lines(args.dict))
-        perplexity, tokens = Bigram(pieces(args.train), vocab_size).perplexity(pieces(args.test))
-    except (ResultError, OSError, UnicodeDecodeError) as error:
-        raise SystemExit(f"bigram: {error}") from None
+    check_output(args.out, args.train, args.test, args.dict)
+    for path in (args.train, args.test):
+        if not path.stat().st_size:
+            raise UserError(f"{path}: file is empty; expected at least one line")
+    vocab_size = special + len(lines(args.dict))
+    perplexity, tokens = Bigram(pieces(args.train), vocab_size).perplexity(pieces(args.test))
     write_json(args.out, {"perplexity": perplexity, "tokens": tokens})
 
 

@@ -1,6 +1,6 @@
 """How many experts each layer's tokens take: runs a checkpoint over one split and counts.
 
-    python scripts/tools/count_experts.py DATA --path checkpoint_last.pt --subset test --out experts.json
+    python scripts/run.py experiments.count_experts DATA --path checkpoint_last.pt --out experts.json
 
 Writes {layer: [tokens that took 0 experts, 1 expert, ...]}.
 """
@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 from fairseq import checkpoint_utils
-from results import ResultError, check_output, write_json
 from torch import Tensor
 
+from experiments.results import check_output, write_json
 from xmoe_fairseq.moe import Routing, record_routing
 
 MAX_TOKENS = 4000
@@ -48,10 +48,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    try:
-        check_output(args.out, Path(args.path))
-    except ResultError as error:
-        raise SystemExit(f"count_experts: {error}") from None
+    check_output(args.out, Path(args.path))
     write_json(args.out, count(args.path, args.data, args.subset))
 
 

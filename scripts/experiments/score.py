@@ -1,6 +1,6 @@
 """Scores a run of train.py with the stock commands, on validation and test sets; writes RUN/scores.best.json.
 
-    python scripts/tools/score.py wmt|lm RUN [--average N] [--splits SPLIT ...]
+    bash scripts/wmt|lm/score.sh RUN [--average N] [--splits SPLIT ...]
 
 Translation: BLEU, chrF++ and chrF of detokenised text with sacreBLEU, and perplexity per piece.
 Language models: perplexity per token, and per word (a word is what stands between white space, and the end of
@@ -9,18 +9,17 @@ mean of the last N, whose scores are scores.averageN.json.
 """
 
 import argparse
-import json
 import re
-import shlex
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-from plan import Plan
-from presets import LENGTHS, PRESETS
-from results import ResultError, hypotheses, lines, read, record, routing, score, write_json
-from train import ROOT, languages
+from experiments.catalogue import TASKS, LanguageModelPreset, TranslationPreset
+from experiments.evaluation import call, hypotheses, last_number, of_checkpoint, score, search
+from experiments.plan import Plan
+from experiments.results import lines, read_json, record, routing, write_json
+from experiments.train import ROOT, languages
+from xmoe_fairseq_compat.errors import UserError
 
 METRICS = ("bleu", "chrf++", "chrf")
 SIDES = ("encoder", "decoder")
@@ -31,22 +30,19 @@ class Scorer:
 
     def __init__(self, run: Path, task: str, average: int, splits: list[str]) -> None:
         if not (run / "run.json").exists():
-            raise ResultError(f"RUN must be a folder of scripts/{task}/train.sh, with run.json, got {run}")
-        about = json.loads(read(run / "run.json"))
+            raise UserError(f"RUN must be a folder of scripts/{task}/train.sh, with run.json, got {run}")
+        about = read_json(run / "run.json")
         if about["task"] != task:
-            raise ResultError(f"{run} is a run of {about['task']}, not of {task}")
+            raise UserError(f"{run} is a run of {about['task']}, not of {task}")
         self.run, self.task, self.data = run, task, Path(about["data"])
-        self.plan = Plan(task, about["preset"], about["model"], 1)
+        self.plan = Plan(task, about["preset"], about["model"])
         self.splits = splits
         self.tag = f"average{average}" if average else "best"
         self.folder = run / f"score.{self.tag}"
         self.folder.mkdir(exist_ok=True)
         self.checkpoint = self.mean_of_last(average) if average else run / "checkpoint_best.pt"
         if not self.checkpoint.exists():
-            raise ResultError(f"{self.checkpoint}: No such file; has the run been validated yet?")
-        self.where = ["--user-dir", str(ROOT / "xmoe_fairseq"), "--path", str(self.checkpoint)]
-        if self.plan.size.on_cpu:
-            self.where += ["--cpu", "--num-workers", "0"]
+            raise UserError(f"{self.checkpoint}: No such file; has the run been validated yet?")
 
     def mean_of_last(self, number: int) -> Path:
         """Of checkpoints by epoch or, where there are none, by update."""
@@ -55,26 +51,16 @@ class Scorer:
             if len(found) >= number:
                 break
         else:
-            raise ResultError(f"{self.run} holds fewer than {number} checkpoints to average")
-        inputs = [str(path) for _, path in sorted(found)[-number:]]
+            raise UserError(f"{self.run} holds fewer than {number} checkpoints to average")
+        inputs = [path for _, path in sorted(found)[-number:]]
         mean = self.run / f"checkpoint_average{number}.pt"
-        tool = str(ROOT / "scripts/tools/average_checkpoints.py")
-        self.call([sys.executable, tool, "--inputs", *inputs, "--output", str(mean)], "average.log")
+        tool = (sys.executable, ROOT / "scripts/run.py", "experiments.average_checkpoints")
+        call([*tool, "--inputs", *inputs, "--output", mean], self.folder / "average.log")
         return mean
 
-    def call(self, words: list[str], log: str) -> Path:
-        """Runs a command; its output is the file that is returned."""
-        print(f"[score] {shlex.join(words)}", flush=True)
-        path = self.folder / log
-        with path.open("w", encoding="utf-8") as file:
-            status = subprocess.run(words, stdout=file, stderr=subprocess.STDOUT).returncode
-        if status:
-            raise ResultError(f"{Path(words[0]).name} failed: {lines(path)[-1]} (all of it: {path})")
-        return path
-
     def fairseq(self, tool: str, log: str, *flags: object) -> Path:
-        command = [str(Path(sys.executable).parent / tool), str(self.data / "bin"), *self.where]
-        return self.call([*command, *map(str, flags)], log)
+        device = ["--cpu"] if self.plan.size.cpu else []
+        return call([*of_checkpoint(tool, self.data, self.checkpoint), *device, *flags], self.folder / log)
 
     def validate(self, splits: list[str], *flags: object) -> dict[str, dict[str, Any]]:
         """What the criterion logs for each split."""
@@ -89,21 +75,19 @@ def routing_of(stats: dict[str, Any]) -> dict[str, dict[str, float]]:
     return {side: {"experts": experts, "flops": flops} for side, (experts, flops) in sides.items()}
 
 
-def score_translation(run: Scorer) -> dict[str, Any]:
+def score_translation(run: Scorer, size: TranslationPreset) -> dict[str, Any]:
     source, target = languages(run.data / "bin")
-    splits = sorted(
-        p.name.split(".")[0] for p in (run.data / "bin").glob(f"*.{source}-{target}.{target}.idx")
-    )
-    splits = run.splits or [split for split in splits if split != "train"]
-    side = ("--source-lang", source, "--target-lang", target, "--max-tokens", run.plan.batch)
+    paths = (run.data / "bin").glob(f"*.{source}-{target}.{target}.idx")
+    splits = run.splits or sorted({path.name.split(".")[0] for path in paths} - {"train"})
+    side = ("--source-lang", source, "--target-lang", target, "--max-tokens", run.plan.batch_tokens)
     # The checkpoint says --eval-bleu: once is enough.
     stats = run.validate(splits, "--task", "translation", *side, "--model-overrides", "{'eval_bleu': False}")
-    search = ["--beam", run.plan.size.beam, "--remove-bpe", "sentencepiece"]
-    for name, value in LENGTHS.items():
-        search += ["--" + name.replace("_", "-"), value]
-    results, signatures = {}, {}
+    results: dict[str, Any] = {}
+    signatures: dict[str, str] = {}
     for split in splits:
-        output = run.fairseq("fairseq-generate", f"{split}.out", "--gen-subset", split, *side, *search)
+        output = run.fairseq(
+            "fairseq-generate", f"{split}.out", "--gen-subset", split, *side, *search(size.beam)
+        )
         reference = lines(run.data / "text" / f"{split}.{target}")
         scores, signatures = score(hypotheses(output), reference, METRICS)
         perplexity = 2 ** stats[split]["nll_loss"]
@@ -111,52 +95,51 @@ def score_translation(run: Scorer) -> dict[str, Any]:
     return {"splits": results, "signatures": signatures}
 
 
-def words_of(text: Path, printed: str) -> int:
-    """Words and ends of lines in a text, of which `printed` is the score.
+def words_of(text: Path, loaded: float) -> int:
+    """Words and ends of lines in a text, of which fairseq-eval-lm has loaded so many lines.
 
     Raises:
-        ResultError: fairseq-eval-lm has read other data.
+        UserError: it has read other data.
     """
     found = lines(text)
-    loaded = int(re.findall(r"loaded ([\d,]+) examples", printed)[-1].replace(",", ""))
     if loaded != len(found):
-        raise ResultError(f"{text} has {len(found)} lines, its binarised data {loaded}: binarise it again")
+        raise UserError(f"{text} has {len(found)} lines, its binarised data {loaded:.0f}: binarise it again")
     return sum(len(line.split()) + 1 for line in found)
 
 
-def score_language_model(run: Scorer) -> dict[str, Any]:
-    size, splits = run.plan.size, run.splits or ["valid", "test"]
-    rows = run.plan.batch // size.context
+def score_language_model(run: Scorer, size: LanguageModelPreset) -> dict[str, Any]:
+    splits = run.splits or ["valid", "test"]
+    rows = run.plan.batch_tokens // size.sample_tokens
+    window = ("--tokens-per-sample", size.sample_tokens, "--context-window", size.seen_tokens)
     stats = run.validate(splits, "--task", "language_modeling", "--batch-size", rows)
     results: dict[str, Any] = {}
     for split in splits:
-        window = ("--tokens-per-sample", size.context, "--context-window", size.seen, "--batch-size", rows)
-        printed = read(run.fairseq("fairseq-eval-lm", f"{split}.out", "--gen-subset", split, *window))
-        tokens = int(re.findall(r"Evaluated ([\d,]+) tokens", printed)[-1].replace(",", ""))
-        bits = float(re.findall(r"Loss \(base 2\): ([\d.]+)", printed)[-1]) * tokens
-        words = words_of(run.data / "text" / f"docs.{split}", printed)
+        flags = ("--gen-subset", split, *window, "--batch-size", rows)
+        printed = run.fairseq("fairseq-eval-lm", f"{split}.out", *flags)
+        tokens = int(last_number(printed, "Evaluated"))
+        bits = last_number(printed, "Loss (base 2):") * tokens
+        words = words_of(run.data / "text" / f"docs.{split}", last_number(printed, "loaded"))
         results[split] = {
             "perplexity": 2 ** (bits / tokens), "perplexity_per_word": 2 ** (bits / words), "tokens": tokens,
             "words": words, "routing": routing_of(stats[split]),
         }  # fmt: skip
-    return {"splits": results, "context": f"{size.context} tokens, of these {size.seen} or more seen before"}
+    about = f"{size.sample_tokens} tokens, of these {size.seen_tokens} or more seen before"
+    return {"splits": results, "context": about}
 
 
 def main() -> None:
     usage = "bash scripts/wmt|lm/score.sh RUN [--average N] [--splits SPLIT ...]"
     parser = argparse.ArgumentParser(prog="score", usage=usage, description=__doc__.splitlines()[0])
-    parser.add_argument("task", choices=PRESETS)
+    parser.add_argument("task", choices=TASKS)
     parser.add_argument("run", type=Path)
     parser.add_argument(
         "--average", type=int, default=0, metavar="N", help="the mean of the last N checkpoints"
     )
     parser.add_argument("--splits", nargs="+", default=[], metavar="SPLIT", help="default: all but train")
     args = parser.parse_args()
-    try:
-        run = Scorer(args.run.resolve(), args.task, args.average, args.splits)
-        scores = score_translation(run) if args.task == "wmt" else score_language_model(run)
-    except ResultError as error:
-        raise SystemExit(f"score: {error}") from None
+    run = Scorer(args.run.resolve(), args.task, args.average, args.splits)
+    size: Any = run.plan.size
+    scores = (score_translation if args.task == "wmt" else score_language_model)(run, size)
     path = run.run / f"scores.{run.tag}.json"
     write_json(path, {"task": run.task, "checkpoint": run.checkpoint.name, **scores})
     for split, values in scores["splits"].items():

@@ -1,9 +1,9 @@
-"""Progress bars over the logs of trainings that run in the background.
+"""Progress bars over trainings of train.py that run in the background.
 
-    python scripts/tools/watch.py translation:run/train.log:1800:PID ...
+    python scripts/run.py experiments.watch translation:RUN:PID ...
 
-Each argument is NAME:LOG:UPDATES:PID of a fairseq-train that writes `--log-format json` into LOG. Ends when
-all of them have ended; whether they succeeded is for the caller's `wait` to say.
+Each argument is NAME:RUN:PID of a train.py. Ends when all of them have ended; whether they succeeded is for
+the caller's `wait` to say.
 """
 
 import json
@@ -29,6 +29,13 @@ def running(pid: int) -> bool:
     return not (stat.exists() and stat.read_text().rsplit(")", 1)[-1].split()[0] == "Z")
 
 
+def total(run: Path) -> int | None:
+    """Updates that the run is to have; None where it has not begun, or counts epochs."""
+    about = run / "run.json"
+    command = json.loads(about.read_text())["command"] if about.exists() else []
+    return int(command[command.index("--max-update") + 1]) if "--max-update" in command else None
+
+
 def latest(log: Path) -> tuple[int, str]:
     """Number of updates done and the training perplexity of the last record."""
     if not log.exists():
@@ -44,22 +51,23 @@ def latest(log: Path) -> tuple[int, str]:
 
 def main(arguments: list[str]) -> None:
     split = [argument.split(":") for argument in arguments]
-    jobs = [(name, Path(log), int(total), int(pid)) for name, log, total, pid in split]
+    jobs = [(name, Path(run), int(pid)) for name, run, pid in split]
     console = Console()
     columns = (TextColumn("{task.description:<24}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
                TextColumn("{task.fields[note]}"))  # fmt: skip
     next_line = 0.0
     with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
-        tasks = [bars.add_task(name, total=total, note="") for name, _, total, _ in jobs]
+        tasks = [bars.add_task(name, total=None, note="") for name, *_ in jobs]
         while True:
             alive = any(running(pid) for *_, pid in jobs)
-            states = [latest(log) for _, log, _, _ in jobs]
-            for task, (done, note) in zip(tasks, states, strict=True):
-                bars.update(task, completed=done, note=note)
-            if not console.is_terminal and (time.monotonic() > next_line or not alive):
+            plain = not console.is_terminal and (time.monotonic() > next_line or not alive)
+            if plain:
                 next_line = time.monotonic() + PLAIN_INTERVAL
-                for (name, _, total, _), (done, note) in zip(jobs, states, strict=True):
-                    print(f"  {name}: {done} of {total} updates {note}", flush=True)
+            for task, (name, run, _) in zip(tasks, jobs, strict=True):
+                (done, note), updates = latest(run / "train.log"), total(run)
+                bars.update(task, completed=done, total=updates, note=note)
+                if plain:
+                    print(f"  {name}: {done} of {updates or '?'} updates {note}", flush=True)
             if not alive:
                 return
             time.sleep(0.5)

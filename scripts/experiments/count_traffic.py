@@ -1,13 +1,12 @@
 """fairseq-train, with a count of what its ranks send to each other and how long they take over it.
 
-    torchrun --standalone --nproc_per_node 2 scripts/tools/count_traffic.py RESULT.json ARGUMENTS ...
+    torchrun --nproc_per_node 2 scripts/run.py experiments.count_traffic RESULT.json ARGUMENTS ...
 
 Rank 0 writes RESULT.json: bytes per update that a rank sends to others in exchanges of rows (all-to-all) and
 in reductions (all-reduce, as a ring sends them), seconds in each (waiting for slower ranks included), and
 the seconds of an update; the first updates, which warm up, are left out.
 """
 
-import json
 import sys
 import time
 from collections import defaultdict
@@ -20,6 +19,8 @@ import torch.distributed as dist
 from fairseq.trainer import Trainer
 from fairseq_cli.train import cli_main
 from torch import Tensor
+
+from experiments.results import write_json
 
 WARM_UP = 5  # updates
 bytes_sent: dict[str, float] = defaultdict(float)
@@ -89,7 +90,7 @@ def main() -> None:
             "bytes_sent": {what: value / count for what, value in bytes_sent.items()},
             "seconds": {what: value / count for what, value in seconds.items()},
         }
-        target.write_text(json.dumps(result, indent=1) + "\n")
+        write_json(target, result)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """One table (Markdown and JSON) and one picture of runs that train.py trained and score.py scored.
 
-    python scripts/tools/compare.py RUN ... --out FOLDER [--scores best|averageN] [--quality COLUMN]
+    bash scripts/compare.sh RUN ...          (SCORES=best|averageN, QUALITY=COLUMN, OUT=FOLDER)
 
 Runs of one task on the same data. Runs that differ in the seed alone make one row: mean and, after ±,
 standard deviation. What benchmark_checkpoints.sh measured is shown too, and takes the place of the seconds of
@@ -9,53 +9,39 @@ compare.json and compare.png.
 """
 
 import argparse
-import json
 import math
 import re
 import statistics
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from plan import Plan
-from plot_runs import draw
-from presets import MODELS
-from results import ResultError, markdown, read, records, seconds_per_update, write, write_json
+from experiments.catalogue import models
+from experiments.plan import Plan
+from experiments.plot_runs import Run, draw
+from experiments.results import mean_and_deviation, median_seconds, publish, read, read_json, records
+from xmoe_fairseq.tables import markdown
+from xmoe_fairseq_compat.errors import FlagError, UserError
 
 SHOWN = {"wmt": ("bleu", "chrf++", "perplexity"), "lm": ("perplexity", "perplexity_per_word")}
 TITLES = {"bleu": "BLEU", "chrf++": "chrF++", "perplexity": "ppl", "perplexity_per_word": "ppl/word"}
-FFN_SECONDS = "FFN seconds / the first's"
+FLOPS, FFN_SECONDS = "MoE FLOPs / dense FFN", "FFN seconds / the first's"
 FLOPS_SPLIT = "test"  # the split whose routing is shown
-
-
-@dataclass
-class Run:
-    """What one run's files say."""
-
-    folder: Path
-    about: dict[str, Any]
-    values: dict[str, float]  # by column
-    curve: list[tuple[float, float]] = field(default_factory=list)  # updates, perplexity in validation
-
-    @property
-    def name(self) -> str:
-        """Of the row, but for the preset: runs of one name differ in the seed alone."""
-        return " ".join([self.about["model"], *self.about["flags"]])
+DIGITS = {"updates": 0, "training seconds": 0, "s/update": 3, "parameters (M)": 1}
 
 
 def load(folder: Path, tag: str) -> Run:
-    about, scores = (json.loads(read(folder / name)) for name in ("run.json", f"scores.{tag}.json"))
+    about, scores = (read_json(folder / name) for name in ("run.json", f"scores.{tag}.json"))
     log, splits = folder / "train.log", scores["splits"]
     values: dict[str, float] = {}
     for split, result in splits.items():
         values |= {f"{split} {TITLES[key]}": result[key] for key in SHOWN[about["task"]]}
-    dense_flops = Plan(about["task"], about["preset"], about["model"], 1).dense_flops
+    plan = Plan(about["task"], about["preset"], about["model"])
     sides = list(splits[FLOPS_SPLIT]["routing"].values())
     values["experts/token"] = statistics.mean(s["experts"] for s in sides) if sides else math.nan
-    values["MoE FLOPs / dense FFN"] = statistics.mean(s["flops"] for s in sides) if sides else dense_flops
-    values["s/update"] = seconds_per_update(log)
+    dense_flops = plan.ffn_dim / plan.size.ffn_dim
+    values[FLOPS] = statistics.mean(s["flops"] for s in sides) if sides else dense_flops
+    values["s/update"] = median_seconds(log)
     seconds = folder / "seconds.json"
-    values[FFN_SECONDS] = json.loads(read(seconds))["ratio"] if seconds.exists() else math.nan
+    values[FFN_SECONDS] = read_json(seconds)["ratio"] if seconds.exists() else math.nan
     valid = records(log, "valid")
     values["updates"] = max(one["num_updates"] for one in [*valid, *records(log, "train_inner")])
     values["training seconds"] = values["updates"] * values["s/update"]
@@ -74,39 +60,24 @@ def check(runs: list[Run]) -> None:
     for key, what in (("task", "one task"), ("data", "the same data")):
         found = sorted({run.about[key] for run in runs})
         if len(found) > 1:
-            raise ResultError(f"runs must be of {what} to be compared, got {', '.join(found)}")
+            raise UserError(f"runs must be of {what} to be compared, got {', '.join(found)}")
 
 
-def groups(runs: list[Run]) -> dict[str, list[Run]]:
-    """Runs by row, in the order of presets.py."""
+def rows_of(runs: list[Run]) -> dict[str, list[Run]]:
+    """Runs by row, in the order of models.toml."""
     found: dict[tuple[str, str], list[Run]] = {}
-    for run in sorted(runs, key=lambda r: (r.about["preset"], list(MODELS).index(r.about["model"]))):
+    order = list(models())
+    for run in sorted(runs, key=lambda r: (r.about["preset"], order.index(r.about["model"]))):
         found.setdefault((run.about["preset"], run.name), []).append(run)
     many = len({preset for preset, _ in found}) > 1
     return {f"{preset} {name}" if many else name: members for (preset, name), members in found.items()}
 
 
-def mean(members: list[Run], column: str) -> float:
-    return statistics.mean(run.values[column] for run in members)
-
-
-DIGITS = {"updates": 0, "training seconds": 0, "s/update": 3, "parameters (M)": 1}
-
-
-def spread(members: list[Run], column: str) -> float:
-    """Standard deviation; 0 of one run."""
-    return statistics.stdev(run.values[column] for run in members) if len(members) > 1 else 0.0
-
-
 def cell(members: list[Run], column: str) -> str:
-    value, digits = mean(members, column), DIGITS.get(column, 2)
-    if math.isnan(value):
-        return "-"
-    deviation = spread(members, column)
-    return f"{value:,.{digits}f}" + (f" ± {deviation:,.{digits}f}" if deviation else "")
+    return mean_and_deviation([run.values[column] for run in members], DIGITS.get(column, 2))
 
 
-def main() -> None:
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
@@ -116,37 +87,32 @@ def main() -> None:
     parser.add_argument(
         "--quality", metavar="COLUMN", help="what the picture shows (default: test BLEU, or test ppl)"
     )
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse()
     try:
         runs = [load(folder, args.scores) for folder in args.runs]
-        check(runs)
-    except ResultError as error:
-        raise SystemExit(f"compare: {error}; train and score each run first") from None
-    rows, columns = groups(runs), list(runs[0].values)
+    except FileNotFoundError as error:
+        raise UserError(f"{error.filename}: {error.strerror}; train and score each run first") from None
+    check(runs)
+    rows, columns = rows_of(runs), list(runs[0].values)
     if all(math.isnan(run.values[FFN_SECONDS]) for run in runs):
         columns.remove(FFN_SECONDS)
     quality = args.quality or ("test BLEU" if runs[0].about["task"] == "wmt" else "test ppl")
     if quality not in columns:
-        raise SystemExit(f"compare: --quality must be one of {', '.join(columns)}, got {quality}")
+        raise FlagError(f"--quality must be one of {', '.join(columns)}, got {quality}")
     table = markdown(
         ["model", "runs", *columns],
         [[name, str(len(members)), *(cell(members, c) for c in columns)] for name, members in rows.items()],
     )
-    print(table, end="")
-    args.out.mkdir(parents=True, exist_ok=True)
-    write(args.out / "compare.md", table)
     everything = [
         {"run": str(run.folder), **run.about, "values": run.values, "curve": run.curve} for run in runs
     ]
-    write_json(args.out / "compare.json", everything)
+    publish(args.out / "compare", table, everything)
     timed = all(not math.isnan(run.values[FFN_SECONDS]) for run in runs)
-    costs = ("MoE FLOPs / dense FFN", FFN_SECONDS if timed else "training seconds")
-    points = {
-        name: {c: (mean(members, c), spread(members, c)) for c in (*costs, quality)}
-        for name, members in rows.items()
-    }
-    curves = {name: [run.curve for run in members] for name, members in rows.items()}
-    draw(points, curves, costs, quality, args.out / "compare.png")
+    draw(rows, (FLOPS, FFN_SECONDS if timed else "training seconds"), quality, args.out / "compare.png")
     print(f"compare: {args.out}/compare.md, compare.json, compare.png")
 
 

@@ -1,0 +1,101 @@
+"""Reads text, JSON and what fairseq logged, and writes tables: shared by the commands and the benchmarks."""
+
+import json
+import math
+import re
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from xmoe_fairseq_compat.errors import UserError
+from xmoe_fairseq_compat.files import write_atomically
+
+
+def read(path: Path) -> str:
+    """Raises UserError, or OSError with the path."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: is no text in UTF-8: {error.reason} at byte {error.start}") from None
+
+
+def lines(path: Path) -> list[str]:
+    """Text, a sentence a line. Not str.splitlines, which also splits at characters inside a sentence."""
+    return read(path).removesuffix("\n").split("\n")
+
+
+def read_json(path: Path) -> Any:
+    try:
+        return json.loads(read(path))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: is no JSON: {error}") from None
+
+
+def records(log: Path, group: str) -> list[dict[str, Any]]:
+    """The JSON records of a group that fairseq logged, numbers as numbers, keys without the group."""
+    found = re.findall(rf"\| {group} \| (\{{.*\}})", read(log))
+    return [
+        {key.removeprefix(f"{group}_"): _number(value) for key, value in json.loads(one).items()}
+        for one in found
+    ]
+
+
+def _number(value: Any) -> Any:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return value
+
+
+def record(log: Path, group: str) -> dict[str, Any]:
+    """The last one."""
+    found = records(log, group)
+    if not found:
+        raise UserError(f"{log}: no record of {group}; was the command cut short?")
+    return found[-1]
+
+
+def median_seconds(log: Path) -> float:
+    """Of an update; the median, so that a pause or another job on the machine counts little."""
+    seconds = [1 / one["ups"] for one in records(log, "train_inner") if one["ups"] > 0]
+    if not seconds:
+        raise UserError(f"{log}: no training speed; was training cut short?")
+    return float(statistics.median(seconds))
+
+
+def routing(stats: dict[str, Any], side: str) -> tuple[float, float]:
+    """Experts per token, and MoE FLOPs over the dense FFN's; a dense model has none, and 1."""
+    experts = stats.get(f"moe_{side}_experts_per_token", math.nan)
+    return experts, stats.get(f"moe_{side}_flops_vs_dense_ffn", 1.0)
+
+
+def mean_and_deviation(values: Sequence[float], digits: int) -> str:
+    """With ± and the standard deviation where there are several values that differ."""
+    mean = statistics.mean(values)
+    if math.isnan(mean):
+        return "-"
+    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+    return f"{mean:,.{digits}f}" + (f" ± {deviation:,.{digits}f}" if deviation else "")
+
+
+def check_output(output: Path, *inputs: Path) -> None:
+    """Raises UserError if the output is one of the inputs, by this name or another."""
+    for path in inputs:
+        if output.resolve() == path.resolve() or (
+            output.exists() and path.exists() and output.samefile(path)
+        ):
+            raise UserError(f"{output}: is the input {path}, which would be overwritten; name another output")
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Dataclasses too."""
+    write_atomically(path, json.dumps(content, indent=1, ensure_ascii=False, default=asdict) + "\n")
+
+
+def publish(path: Path, text: str, content: Any) -> None:
+    """Prints a table, and writes it as `path`.md and what it was made from as `path`.json."""
+    print(text, end="")
+    write_atomically(path.with_suffix(".md"), text)
+    write_json(path.with_suffix(".json"), content)

@@ -1,0 +1,20 @@
+"""Runs a command of scripts/experiments or scripts/benchmarks, from any folder.
+
+    python scripts/run.py PACKAGE.MODULE ARGUMENTS ...
+
+Python puts this folder first on its path, and the packages are in it. What a user can fix ends with one line.
+"""
+
+import runpy
+import sys
+
+from xmoe_fairseq_compat.errors import one_line
+
+if __name__ == "__main__":
+    name = sys.argv.pop(1)
+    try:
+        runpy.run_module(name, run_name="__main__", alter_sys=True)
+    except Exception as error:
+        if text := one_line(error):
+            sys.exit(f"{name.rpartition('.')[2]}: {text}")
+        raise

@@ -1,0 +1,192 @@
+"""What the training scripts would train: the paper's sizes, the arithmetic, flags that fairseq takes."""
+
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from commands import run as command
+from commands import script
+from documented import example
+from fairseq import options
+from matplotlib.colors import is_color_like
+from matplotlib.lines import Line2D
+
+import xmoe_fairseq  # noqa: F401  (registers the models)
+from experiments import catalogue, train
+from experiments.catalogue import TASKS, models, presets
+from experiments.plan import Plan
+from xmoe_fairseq.config import read_moe_config
+from xmoe_fairseq_compat.errors import FlagError
+
+SIZES = [(task, preset) for task in TASKS for preset, size in presets(task).items() if size.experts]
+
+
+@pytest.mark.parametrize(
+    "task, model, layer",
+    [
+        ("wmt", "switch", "32 experts x 2048"),
+        ("wmt", "topk-s2", "64 experts x 1024"),
+        ("wmt", "xmoe-s4", "128 experts x 512"),
+        ("lm", "switch", "8 experts x 3072"),
+        ("lm", "topk-s2", "16 experts x 1536"),
+        ("lm", "xmoe-s4", "32 experts x 768"),
+        ("lm", "xmoe-s8", "64 experts x 384"),
+        ("lm", "dense", "FFN 3072; dense"),
+    ],
+)
+def test_the_papers_sizes(task: str, model: str, layer: str) -> None:
+    assert Plan(task, "paper", model, 2).lines()[0].endswith(layer)
+
+
+@pytest.mark.parametrize(
+    "plan, line",
+    [
+        (("wmt", "paper", "xmoe-s2", 2), "2 GPUs x 16,384 tokens x update-freq 32 = 1,048,576 tokens"),
+        (("wmt", "paper", "xmoe-s2", 1), "1 GPU x 16,384 tokens x update-freq 64 = 1,048,576 tokens"),
+        (("wmt", "paper", "gshard", 2), "2 GPUs x 4,096 tokens x update-freq 128 = 1,048,576 tokens"),
+        (("lm", "paper", "xmoe-s8", 8), "8 GPUs x 16,384 tokens x update-freq 2 = 262,144 tokens"),
+        (("lm", "tiny", "dense", 1), "1 process on the CPU x 1,024 tokens x update-freq 1 = 1,024 tokens"),
+    ],
+)
+def test_an_update_has_as_many_tokens_on_any_number_of_gpus(
+    plan: tuple[str, str, str, int], line: str
+) -> None:
+    assert Plan(*plan).lines()[1].startswith(line)
+
+
+@pytest.mark.parametrize(
+    "plan, message",
+    [
+        (("wmt", "huge", "dense", 1), "PRESET must be one of claims, dense_to_sparse, .*, got huge"),
+        (("wmt", "tiny", "xmoe", 1), "MODEL must be one of dense, dense-wide, .*, got xmoe"),
+        (("wmt", "paper", "dense", 3), "GPUS must divide 1,048,576 tokens per update into .*, got 3"),
+        (("lm", "small", "dense", 0), "GPUS must divide .*, got 0"),
+        (("lm", "tiny", "dense-wide", 1), "dense-wide wants a preset with wide_ffn_dim, .*, got tiny"),
+        (("lm", "tiny", "expert-choice", 1), "expert-choice cannot be used in a language model"),
+        (("lm", "dense_to_sparse", "hash", 1), "of fairseq's own model: MODEL must be dense, got hash"),
+    ],
+)
+def test_what_is_refused(plan: tuple[str, str, str, int], message: str) -> None:
+    with pytest.raises(FlagError, match=message):
+        Plan(*plan)
+
+
+@pytest.mark.parametrize("task, preset", SIZES)
+def test_fairseq_takes_the_flags(task: str, preset: str) -> None:
+    """And the plugin's rules hold for every model of the size, which is what the preset says it is."""
+    for name, model in models().items():
+        if (task == "lm" and not model.causal) or (model.kind == "wide" and preset != "claims"):
+            continue
+        plan = Plan(task, preset, name)
+        args = options.parse_args_and_arch(options.get_training_parser(), ["folder", *plan.flags()])
+        config = read_moe_config(args, ("encoder", "decoder") if task == "wmt" else ("decoder",))
+        both = task == "wmt" and preset == "tiny" and model.causal
+        assert config.has_experts("decoder") == ((task == "lm" or both) and not plan.is_dense)
+        factor = model.split if preset == "paper" and model.capacity else 0
+        assert config.moe_capacity_factor == factor
+        assert config.moe_eval_capacity_factor == 0
+        assert config.moe_target_experts_per_token == (model.split / 2 if "budget" in name else 0)
+        if preset == "paper" and config.moe_router == "threshold" and model.kind == "sparse":
+            assert (config.moe_threshold, config.experts_per_token_limit) == (0.9, 0)
+        assert (args.encoder_ffn_embed_dim if task == "wmt" else args.decoder_ffn_embed_dim) == plan.ffn_dim
+        rows = args.max_tokens if task == "wmt" else args.batch_size * args.tokens_per_sample
+        assert rows * args.update_freq[0] == plan.size.update_tokens
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_flags_of_fairseqs_own_model(task: str, request: pytest.FixtureRequest) -> None:
+    data = request.getfixturevalue("mt_data" if task == "wmt" else "lm_data")
+    plan = Plan(task, "dense_to_sparse", "dense")
+    _, *words = train.command(plan, data, Path("run"), 1, ["--lr", "1", "--max-update=2"])
+    assert not any("moe" in word for word in words)  # neither flags nor --user-dir
+    assert words.count("--lr") == 1 and "--max-update" not in words  # the user's take the preset's place
+    args = options.parse_args_and_arch(options.get_training_parser(), words)
+    assert (args.lr, args.max_update, args.decoder_ffn_embed_dim) == ([1], 2, 1024)
+
+
+def test_models_use_as_much_compute_as_the_dense_ffn() -> None:
+    """What a token takes, in dense FFNs: experts per token over the split."""
+    per_token = {"gshard": 2}
+    for name, model in models().items():
+        adaptive = model.flags.get("moe-router") == "threshold" and model.kind == "sparse"
+        if model.kind in ("dense", "wide") or adaptive:
+            continue
+        args = options.parse_args_and_arch(
+            options.get_training_parser(), ["folder", *Plan("wmt", "tiny", name).flags()]
+        )
+        config = read_moe_config(args, ())
+        single = config.moe_router in ("hash", "base")
+        assert per_token.get(name, 1 if single else config.k) / model.split == 1
+
+
+def test_every_model_can_be_drawn() -> None:
+    colours = [model.colour for model in models().values()]
+    assert all(map(is_color_like, colours)) and len({*colours}) == len(colours)
+    assert {model.marker for model in models().values()} <= set(Line2D.markers)
+
+
+def test_help_explains_presets_and_models() -> None:
+    said = script("lm/train.sh", "--help")
+    assert "xmoe-s4-budget" in said and "half the dense FFN's FLOPs" in said
+    assert "PRESET of lm" in said and "12 layers, width 768" in said
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the data, in use."""
+    copy = tmp_path / "experiments"
+    shutil.copytree(catalogue.FOLDER, copy, ignore=shutil.ignore_patterns("*.py", "__pycache__"))
+    monkeypatch.setattr(catalogue, "FOLDER", copy)
+    return copy
+
+
+@pytest.mark.parametrize(
+    "name, old, new, message",
+    [
+        ("models.toml", "[hash]", "[hash]\nspilt = 2", "models.toml: hash: there is no field spilt; it may"),
+        ("models.toml", 'colour = "#2ca02c"\n', "", "models.toml: hash: the field colour is missing"),
+        ("models.toml", "split = 2", 'split = "2"', "models.toml: gshard: split must be int, got '2'"),
+        ("models.toml", "split = 2", "split = true", "models.toml: gshard: split must be int, got True"),
+        ("models.toml", '"wide"', '"wild"', "kind must be one of dense, wide, sparse, split, got 'wild'"),
+        ("models.toml", "[dense]", "one = 1\n[dense]", "models.toml: one must be a table of fields"),
+        ("models.toml", "[hash]", "[hash", "models.toml: Expected ']'"),
+        ("presets/lm/tiny.toml", "cpu = true", "beam = 5", "tiny.toml: there is no field beam; it may have"),
+        ("presets/lm/tiny.toml", "ffn_dim = 512\n", "", "tiny.toml: the field ffn_dim is missing"),
+        ("presets/lm/tiny.toml", "dropout = 0", "dropout = [0]", "tiny.toml: flags must be a table of flags"),
+    ],
+)
+def test_a_file_that_is_wrong_is_named(folder: Path, name: str, old: str, new: str, message: str) -> None:
+    text = (folder / name).read_text()
+    assert old in text
+    (folder / name).write_text(text.replace(old, new, 1))
+    with pytest.raises(FlagError) as error:
+        Plan("lm", "tiny", "dense")
+    assert message in str(error.value) and "\n" not in str(error.value)
+    assert str(error.value).startswith(str(folder / name))
+
+
+def test_the_documented_baseline_model(
+    folder: Path, lm_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heading = "## A baseline model"
+    with (folder / "models.toml").open("a") as file:
+        file.write("\n" + example("extending.md", heading, "toml"))
+    _, shell_script, *words = shlex.split(example("extending.md", heading, "bash").splitlines()[0])
+    assert shell_script == "scripts/lm/train.sh"
+    *given, data, run = words
+    assert (data, run) == ("data/lm-sample", "runs/lm-xmoe-s4-ones")
+
+    def fork(words: list[str], log: Path) -> int:
+        log.write_text(command(Path(words[0]).name, *words[1:]))
+        return 0
+
+    monkeypatch.setattr(train, "run_logged", fork)
+    further = ("--max-update", "2", "--batch-size", "2")
+    monkeypatch.setattr(sys, "argv", ["train", "lm", *given, str(lm_data), str(tmp_path / "run"), *further])
+    with pytest.raises(SystemExit, match="0"):
+        train.main()
+    saved = command("xmoe-checkpoint", "info", tmp_path / "run/checkpoint_last.pt")
+    assert "2 updates" in saved
+    assert Plan("lm", *given).lines()[0].endswith("16 experts x 128")
