@@ -38,9 +38,8 @@ def measure(
 
 def open_dense(run: Path) -> tuple[nn.Module, list[Place], Batches]:
     """Its FFNs are those that have experts in the others."""
-    about = read_json(run / "run.json")
-    model, task, cfg = open_model(run / "checkpoint_best.pt", Path(about["data"]))
-    layers: list[Any] = places(model, about["task"])
+    model, task, cfg = open_model(run / "checkpoint_best.pt", Path(read_json(run / "run.json")["data"]))
+    layers: list[Any] = places(model, cfg.model)
     ffns = [(layer.moe,) * 2 if hasattr(layer, "moe") else (layer.fc1, layer.fc2) for layer in layers]
     return model, ffns, whole_valid(task, cfg)
 

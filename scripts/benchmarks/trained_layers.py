@@ -3,24 +3,29 @@
 import argparse
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
-from fairseq import checkpoint_utils
 from torch import Tensor, nn
 
-import xmoe_fairseq  # noqa: F401  (registers the models)
 from benchmarks.timing import add_rounds, forward, in_turn, machine
 from experiments.results import read_json, write_json
-from xmoe_fairseq_compat.errors import UserError
+from xmoe_fairseq.config import read_field
+from xmoe_fairseq.thresholds.checkpoint import open_model
 
 DENSE_PLACES = slice(1, None, 2)  # of a dense model the layers that have experts in the others
 
 
-def places(model: nn.Module, task: str) -> list[nn.Module]:
-    """The layers whose FFN is timed."""
-    layers = model.encoder.layers if task == "wmt" else model.decoder.layers
-    sparse = [layer for layer in layers if hasattr(layer, "moe")]
-    return sparse or list(layers)[DENSE_PLACES]
+def places(model: nn.Module, model_cfg: Any) -> list[nn.Module]:
+    """The layers whose FFN is timed: those with experts, and of a dense model those in their places."""
+    sides = [side for side in ("encoder", "decoder") if hasattr(model, side)]
+    sparse = [layer for side in sides for layer in getattr(model, side).layers if hasattr(layer, "moe")]
+    return sparse or [
+        layer
+        for side in sides
+        if not read_field(model_cfg, f"no_moe_{side}", False)
+        for layer in list(getattr(model, side).layers)[DENSE_PLACES]
+    ]
 
 
 def feed_forward(layer: nn.Module) -> tuple[nn.Module, Callable[..., object]]:
@@ -33,20 +38,14 @@ def feed_forward(layer: nn.Module) -> tuple[nn.Module, Callable[..., object]]:
 @torch.no_grad()
 def work_of(run: Path, max_tokens: int) -> Callable[[], None]:
     """What runs the FFNs of a run's model on the inputs that they meet in validation text."""
-    about = read_json(run / "run.json")
-    path = run / "checkpoint_best.pt"
-    if not path.exists():
-        raise UserError(f"{path}: No such file; has the run been validated yet?")
-    overrides = {"data": str(Path(about["data"]) / "bin")}
-    models, _, task = checkpoint_utils.load_model_ensemble_and_task([str(path)], arg_overrides=overrides)
-    model = models[0].eval()
+    model, task, cfg = open_model(run / "checkpoint_best.pt", Path(read_json(run / "run.json")["data"]))
     task.load_dataset("valid")
     batches = task.get_batch_iterator(
         task.dataset("valid"), max_tokens=max_tokens, max_positions=model.max_positions()
     )
     calls: list[tuple[Callable[..., object], tuple[Tensor | None, ...]]] = []
     handles = []
-    for layer in places(model, about["task"]):
+    for layer in places(model, cfg.model):
         module, ffn = feed_forward(layer)
         handles.append(module.register_forward_pre_hook(lambda _, given, ffn=ffn: calls.append((ffn, given))))
     model(**next(batches.next_epoch_itr(shuffle=False))["net_input"])

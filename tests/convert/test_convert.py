@@ -20,7 +20,7 @@ from xmoe_fairseq.convert.dense import read_dense
 from xmoe_fairseq.convert.sparse import read_sparse
 from xmoe_fairseq.moe import moe_layers
 from xmoe_fairseq.moe.records import fix_thresholds
-from xmoe_fairseq.thresholds import command
+from xmoe_fairseq.thresholds import threshold_command
 from xmoe_fairseq.thresholds.checkpoint import open_meter
 from xmoe_fairseq_compat.errors import CheckpointError
 
@@ -110,7 +110,7 @@ def test_xmoe_threshold_goes_on_from_the_result(
     convert(path, tmp_path / "sparse.pt", data)
     words = ["xmoe-threshold", tmp_path / "sparse.pt", "--data", data, "--budget", 2, "--per-layer"]
     monkeypatch.setattr(sys, "argv", [*map(str, words)])
-    command.main()
+    threshold_command.main()
     report = json.loads((tmp_path / "sparse.picked.json").read_text())
     t = report["rows"]["chosen"]["thresholds"]
     assert len(set(t)) > 1 and open_meter(tmp_path / "sparse.picked.pt", data, id).in_use == t

@@ -18,6 +18,8 @@ from experiments import catalogue, train
 from experiments.catalogue import TASKS, models, presets
 from experiments.plan import Plan
 from xmoe_fairseq.config import read_moe_config
+from xmoe_fairseq.moe.routers.threshold import max_experts_per_token
+from xmoe_fairseq.moe.routers.topk import experts_per_token
 from xmoe_fairseq_compat.errors import FlagError
 
 SIZES = [(task, preset) for task in TASKS for preset, size in presets(task).items() if size.experts]
@@ -89,7 +91,7 @@ def test_fairseq_takes_the_flags(task: str, preset: str) -> None:
         assert config.moe_eval_capacity_factor == 0
         assert config.moe_target_experts_per_token == (model.split / 2 if "budget" in name else 0)
         if preset == "paper" and config.moe_router == "threshold" and model.kind == "sparse":
-            assert (config.moe_threshold, config.experts_per_token_limit) == (0.9, 0)
+            assert (config.moe_threshold, max_experts_per_token(config)) == (0.9, 0)
         assert (args.encoder_ffn_embed_dim if task == "wmt" else args.decoder_ffn_embed_dim) == plan.ffn_dim
         rows = args.max_tokens if task == "wmt" else args.batch_size * args.tokens_per_sample
         assert rows * args.update_freq[0] == plan.size.update_tokens
@@ -118,7 +120,7 @@ def test_models_use_as_much_compute_as_the_dense_ffn() -> None:
         )
         config = read_moe_config(args, ())
         single = config.moe_router in ("hash", "base")
-        assert per_token.get(name, 1 if single else config.k) / model.split == 1
+        assert per_token.get(name, 1 if single else experts_per_token(config)) / model.split == 1
 
 
 def test_every_model_can_be_drawn() -> None:

@@ -68,7 +68,7 @@ def test_translation(mt_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     report = json.loads((tmp_path / "sweep/sweep.json").read_text())
     assert list(report["rows"]) == [f"{run}, t = 0.2", f"{run}, t = 1"]
     low, high = report["rows"].values()
-    assert (low["thresholds"], high["thresholds"]) == ([0.2], [1.0])
+    assert (low["thresholds"], high["thresholds"]) == ([0.2] * 2, [1.0] * 2)  # one of each side
     assert low["experts_per_token"] < high["experts_per_token"] == 4  # the limit, 2s
     assert low["flops"] < high["flops"]
     head, _, *rows = (tmp_path / "sweep/sweep.md").read_text().splitlines()

@@ -11,18 +11,23 @@ from toy import language_model, translation_model
 from benchmarks.trained_layers import feed_forward, places
 
 
-@pytest.mark.parametrize("task", ["wmt", "lm"])
-def test_the_same_places_in_dense_and_sparse_models(task: str) -> None:
+@pytest.mark.parametrize("settings", [{}, {"no_moe_decoder": True}, {"no_moe_encoder": True}, None], ids=str)
+def test_the_same_places_in_dense_and_sparse_models(settings: dict[str, bool] | None) -> None:
+    """Of the sides that have experts, which a dense model's configuration tells."""
     found = []
     for freq in (0, 2):
-        if task == "wmt":
-            model = translation_model(encoder_layers=4, moe_freq=freq)
-            layers = model.encoder.layers
-        else:
+        if settings is None:
             model = language_model(decoder_layers=4, moe_freq=freq)
-            layers = model.decoder.layers
-        found.append([list(layers).index(layer) for layer in places(model, task)])
-    assert found == [[1, 3], [1, 3]]
+        else:
+            model = translation_model(encoder_layers=4, decoder_layers=2, moe_freq=freq, **settings)
+        names = {module: name for name, module in model.named_modules()}
+        found.append([names[layer] for layer in places(model, settings or {})])
+    assert found[0] == found[1]
+    assert len(found[0]) == sum(
+        {"encoder": 2, "decoder": 2 if settings is None else 1}[side]
+        for side in ("encoder", "decoder")
+        if hasattr(model, side) and f"no_moe_{side}" not in (settings or {})
+    )
 
 
 def test_a_dense_ffn_is_that_of_fairseq() -> None:
