@@ -1,6 +1,8 @@
 """Runs the stock console scripts as a user would, on a corpus small enough for tests."""
 
+import contextlib
 import gc
+import io
 import json
 import multiprocessing
 import os
@@ -11,8 +13,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from unittest import mock
 
 BIN = Path(sys.executable).parent
 REPO = Path(__file__).parents[1]
@@ -91,6 +95,24 @@ def run_anew(tool: str, *arguments: object) -> str:
     )
     assert result.returncode == 0, result.stdout[-4000:]
     return result.stdout
+
+
+def call(main: Callable[[], None], command: str, *arguments: object) -> tuple[int, str]:
+    """Exit status and output of a command whose main is called in this process."""
+    text = io.StringIO()
+    with (
+        mock.patch.object(sys, "argv", [command, *map(str, arguments)]),
+        contextlib.redirect_stdout(text),
+        contextlib.redirect_stderr(text),
+    ):
+        try:
+            main()
+        except SystemExit as end:
+            return int(end.code or 0), text.getvalue()
+        except (Exception, KeyboardInterrupt):
+            sys.excepthook(*sys.exc_info())
+            return 1, text.getvalue()
+    return 0, text.getvalue()
 
 
 def _run_forks(

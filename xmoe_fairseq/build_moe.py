@@ -7,7 +7,7 @@ from torch import nn
 from xmoe_fairseq.config import MoEConfig, router_kind
 from xmoe_fairseq.moe import MoELayer, RoutedLayer, TokenRouter
 from xmoe_fairseq.moe.routers.registry import Place
-from xmoe_fairseq.parallel import ExpertParallel
+from xmoe_fairseq.parallel.groups import ExpertParallel
 from xmoe_fairseq.router_args import NAME, read_router_args
 from xmoe_fairseq_compat.errors import FlagError
 

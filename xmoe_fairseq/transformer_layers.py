@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from xmoe_fairseq.build_moe import build_moe
 from xmoe_fairseq.config import MoEConfig, router_kind
 from xmoe_fairseq.moe import RoutedLayer, moe_layers
-from xmoe_fairseq.parallel import ExpertParallel, expert_parallel, spread_experts
+from xmoe_fairseq.parallel.groups import ExpertParallel, expert_parallel, spread_experts
 from xmoe_fairseq.parallel.trainer import ExpertParallelTrainer
 from xmoe_fairseq.token_ids import TokenIds
 from xmoe_fairseq.trainer import MoETrainer

@@ -11,7 +11,7 @@ from xmoe_fairseq_compat import plugins
 from xmoe_fairseq_compat.errors import UserError
 from xmoe_fairseq_compat.registry import patch, patch_around, wrap
 
-GO_ON = ("fairseq-train", "fairseq-hydra-train")  # and a plugin's; the others begin anew
+GO_ON = ("fairseq-train", "fairseq-hydra-train")  # the others begin anew
 
 
 @patch_around("fairseq")
@@ -24,7 +24,7 @@ def end_an_interruption_with_one_line(module: Any) -> Iterator[None]:
         if isinstance(error, KeyboardInterrupt) and (
             command.startswith("fairseq-") or plugins.is_command(command)
         ):
-            how = "; run it again to go on" if command in (*GO_ON, *plugins.go_on) else ""
+            how = "; run it again to go on" if command in GO_ON else ""
             print(f"{command}: interrupted{how}", file=sys.stderr)
         else:
             plain(kind, error, traceback)

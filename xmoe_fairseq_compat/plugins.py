@@ -14,8 +14,6 @@ after_load: list[Callable[[dict[str, Any], Any, dict[str, Any]], dict[str, Any]]
 override_rules: list[Callable[[dict[str, Any], dict[str, Any]], None]] = []
 # Regular expressions: settings of a model that change the number or the sizes of its weights.
 shaping: list[str] = []
-# Commands that an interruption costs little: the next run goes on.
-go_on: set[str] = set()
 
 # The group of entry points in which an installed plugin declares how its names begin (of models and the like,
 # of flags, of entries of checkpoints), as `moe_ = its_user_dir`: it has to be named where it is not loaded.

@@ -15,8 +15,7 @@ from benchmarks.subjects import DenseFFN
 from benchmarks.tables import about, write_table
 from benchmarks.timing import add_rounds, forward, in_turn, machine
 from xmoe_fairseq.batches import Batches, binarised_folders
-from xmoe_fairseq.convert.dense import read_dense
-from xmoe_fairseq.convert.sparse import read_sparse
+from xmoe_fairseq.convert.models import read_dense, read_sparse
 from xmoe_fairseq.moe import MoELayer, ThresholdRouter, moe_layers, record_routing
 from xmoe_fairseq.moe.records import fix_thresholds
 from xmoe_fairseq.tables import markdown

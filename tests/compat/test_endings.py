@@ -6,7 +6,6 @@ from types import SimpleNamespace
 import pytest
 from torch.multiprocessing import ProcessRaisedException
 
-import xmoe_fairseq.hooks  # noqa: F401  (which of its commands go on)
 from xmoe_fairseq_compat import endings
 from xmoe_fairseq_compat.errors import UserError
 
@@ -14,10 +13,11 @@ from xmoe_fairseq_compat.errors import UserError
 @pytest.mark.parametrize(
     ("command", "how"),
     [
-        ("xmoe-convert", "; run it again to go on"),
         ("fairseq-train", "; run it again to go on"),
-        ("fairseq-generate", ""),  # which begins anew, as
+        ("fairseq-generate", ""),  # which begins anew, as do
         ("xmoe-checkpoint", ""),
+        ("xmoe-convert", ""),
+        ("xmoe-threshold", ""),
     ],
 )
 def test_an_interruption_takes_one_line(

@@ -1,8 +1,6 @@
 """Checkpoints that are not what they say: too large, overlapping, damaged, nested without end."""
 
-import contextlib
 import re
-import sys
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -10,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from commands import call
 from fairseq import checkpoint_utils
 from hostile import checkpoint, refused
 
@@ -82,14 +81,9 @@ def test_a_flipped_bit_in_a_tensor_is_found(mmap: bool, tmp_path: Path) -> None:
         checkpoint_utils.load_checkpoint_to_cpu(str(path))
 
 
-def test_xmoe_checkpoint_looks_for_flipped_bits(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_xmoe_checkpoint_looks_for_flipped_bits(tmp_path: Path) -> None:
     def said_by(*arguments: object) -> str:
-        monkeypatch.setattr(sys, "argv", ["xmoe-checkpoint", *map(str, arguments)])
-        with contextlib.suppress(SystemExit):
-            main()
-        return "".join(capsys.readouterr())
+        return call(main, "xmoe-checkpoint", *arguments)[1]
 
     path = checkpoint(tmp_path)
     flip_a_bit_of_a_tensor(path)

@@ -12,7 +12,7 @@ from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq_cli import score
 from omegaconf import MissingMandatoryValue, OmegaConf
 
-from xmoe_fairseq.convert.arguments import argument_parser
+from xmoe_fairseq.convert.convert_command import argument_parser
 from xmoe_fairseq_compat.errors import FlagError, UserError, one_line
 from xmoe_fairseq_compat.usage import hint, hint_of_flags
 

@@ -16,8 +16,7 @@ from tolerances import about, assert_same
 
 from xmoe_fairseq.batches import Batches
 from xmoe_fairseq.convert import convert_command
-from xmoe_fairseq.convert.dense import read_dense
-from xmoe_fairseq.convert.sparse import read_sparse
+from xmoe_fairseq.convert.models import read_dense, read_sparse
 from xmoe_fairseq.moe import moe_layers
 from xmoe_fairseq.moe.records import fix_thresholds
 from xmoe_fairseq.thresholds import threshold_command
@@ -113,7 +112,7 @@ def test_xmoe_threshold_goes_on_from_the_result(
     threshold_command.main()
     report = json.loads((tmp_path / "sparse.picked.json").read_text())
     t = report["rows"]["chosen"]["thresholds"]
-    assert len(set(t)) > 1 and open_meter(tmp_path / "sparse.picked.pt", data, id).in_use == t
+    assert len(set(t)) > 1 and open_meter(tmp_path / "sparse.picked.pt", data).in_use == t
 
 
 @pytest.fixture(scope="module")

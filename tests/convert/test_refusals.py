@@ -1,12 +1,12 @@
 """What xmoe-convert refuses, or cannot finish: one line, and no file left."""
 
 import errno
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from commands import call
 from stock import SMALL, Stock
 
 from xmoe_fairseq.convert import convert_command
@@ -32,56 +32,51 @@ from xmoe_fairseq.convert import convert_command
 )
 def test_one_line_for_bad_input(
     stock: Stock, tmp_path: Path, flags: tuple[str, ...], words: dict[str, Any], message: str,
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     path, data = stock("lm", *flags)
     (tmp_path / "there.pt").touch()
     sparse = tmp_path / words.get("sparse", "sparse.pt")
-    said = said_by(
-        monkeypatch, capsys, words.get("dense", path), sparse, "--split", words.get("split", 8),
+    printed = said(
+        words.get("dense", path), sparse, "--split", words.get("split", 8),
         "--calibration", tmp_path / words["data"] if "data" in words else data, *SMALL,
         *words.get("more", ()),
     )  # fmt: skip
-    (line,) = [line for line in said.splitlines() if line.startswith("xmoe-convert: ")]
+    (line,) = [line for line in printed.splitlines() if line.startswith("xmoe-convert: error: ")]
     assert message in line
     assert [file.name for file in tmp_path.iterdir()] == ["there.pt"]
 
 
-def said_by(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: Any) -> str:
-    """stderr of a call that must fail."""
-    monkeypatch.setattr(sys, "argv", ["xmoe-convert", *map(str, words)])
-    with pytest.raises(SystemExit) as exit:
-        convert_command.main()
-    assert exit.value.code not in (0, None)
-    return capsys.readouterr().err
+def said(*words: Any) -> str:
+    """Output of a call that must fail."""
+    status, text = call(convert_command.main, "xmoe-convert", *words)
+    assert status == 1
+    return text
 
 
-def test_other_models_are_refused(
-    stock: Stock, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_other_models_are_refused(stock: Stock, tmp_path: Path) -> None:
     path, data = stock(
         "lm", "--arch", "xmoe_transformer_lm", "--moe-num-experts", "4", "--moe-ffn-split", "4"
     )
     common = (tmp_path / "sparse.pt", "--split", 4, "--calibration", data)
-    assert "is sparse already" in said_by(monkeypatch, capsys, path, *common)
+    assert "is sparse already" in said(path, *common)
     state = torch.load(path, weights_only=True)
     state["cfg"]["model"]["_name"] = "lstm"
     torch.save(state, tmp_path / "lstm.pt")
-    said = said_by(monkeypatch, capsys, tmp_path / "lstm.pt", *common)
-    assert "must hold a transformer or transformer_lm, got lstm" in said
+    printed = said(tmp_path / "lstm.pt", *common)
+    assert "must hold a transformer or transformer_lm, got lstm" in printed
     path, data = stock("lm")
     state = torch.load(path, weights_only=True)
     for number, words in (("nan", "number.pt: it holds NaN in"), ("inf", "number.pt holds NaN or inf in")):
         state["model"]["decoder.layers.1.fc1.weight"][3, 4] = float(number)
         torch.save(state, tmp_path / "number.pt")
-        said = said_by(monkeypatch, capsys, tmp_path / "number.pt", *common)
-        assert f"{words} decoder.layers.1.fc1.weight" in said
+        printed = said(tmp_path / "number.pt", *common)
+        assert f"{words} decoder.layers.1.fc1.weight" in printed
     torch.save({"weights": torch.zeros(2)}, tmp_path / "other.pt")
-    assert "other.pt" in said_by(monkeypatch, capsys, tmp_path / "other.pt", *common)
+    assert "other.pt" in said(tmp_path / "other.pt", *common)
 
 
 def test_an_interruption_leaves_no_file(
-    stock: Stock, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    stock: Stock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupted(_: Any, file: Any) -> None:
         file.write(b"half of it")
@@ -89,64 +84,42 @@ def test_an_interruption_leaves_no_file(
 
     path, data = stock("lm")
     monkeypatch.setattr(torch, "save", interrupted)
-    said = said_by(
-        monkeypatch, capsys, path, tmp_path / "sparse.pt", "--split", 8, "--calibration", data, *SMALL
-    )
-    assert said.endswith("xmoe-convert: interrupted; run it again to go on\n")
+    printed = said(path, tmp_path / "sparse.pt", "--split", 8, "--calibration", data, *SMALL)
+    assert printed.endswith("xmoe-convert: interrupted\n")
     assert not list(tmp_path.iterdir())
 
 
-def test_a_full_disk_leaves_no_file(
-    stock: Stock, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_leaves_no_file(stock: Stock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(_: Any, file: Any) -> None:
         file.write(b"half of it")
         raise OSError(errno.ENOSPC, "No space left on device")
 
     path, data = stock("lm")
     monkeypatch.setattr(torch, "save", full)
-    said = said_by(
-        monkeypatch, capsys, path, tmp_path / "sparse.pt", "--split", 8, "--calibration", data, *SMALL
-    )
-    assert said.splitlines()[-1].endswith(f"cannot write {tmp_path}/sparse.pt: no space left on device")
+    printed = said(path, tmp_path / "sparse.pt", "--split", 8, "--calibration", data, *SMALL)
+    assert printed.splitlines()[-1].endswith(f"cannot write {tmp_path}/sparse.pt: no space left on device")
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("grouping", ["coactivation", "clustering", "random"])
 @pytest.mark.parametrize("name", ["fc1.weight", "fc2.weight"])
-def test_weights_beyond_all_measure(
-    grouping: str, name: str, stock: Stock, tmp_path: Path, capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+def test_weights_beyond_all_measure(grouping: str, name: str, stock: Stock, tmp_path: Path) -> None:
     path, data = stock("lm")
     state = torch.load(path, weights_only=True)
     state["model"][f"decoder.layers.0.{name}"].fill_(1e38)
     torch.save(state, tmp_path / "huge.pt")
-    said = said_by(
-        monkeypatch, capsys, tmp_path / "huge.pt", tmp_path / "sparse.pt", "--split", 8, "--calibration",
-        data, *SMALL, "--grouping", grouping,
-    )  # fmt: skip
-    assert "huge.pt: what decoder.layers.0 computes is beyond fp32, with weights of up to 1e+38" in said
+    flags = ("--split", 8, "--calibration", data, *SMALL, "--grouping", grouping)
+    printed = said(tmp_path / "huge.pt", tmp_path / "sparse.pt", *flags)
+    assert "huge.pt: what decoder.layers.0 computes is beyond fp32, with weights of up to 1e+38" in printed
 
 
-def test_weights_that_do_not_fit_take_one_line(
-    stock: Stock, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_weights_that_do_not_fit_take_one_line(stock: Stock, tmp_path: Path) -> None:
     path, data = stock("lm")
     state = torch.load(path, weights_only=True)
     state["model"]["decoder.layers.0.fc1.bias"] = torch.zeros(3)
     state["model"]["decoder.layers.1.fc1.bias"] = "text"
     torch.save(state, tmp_path / "other.pt")
-    said = said_by(
-        monkeypatch,
-        capsys,
-        tmp_path / "other.pt",
-        tmp_path / "sparse.pt",
-        "--split",
-        8,
-        "--calibration",
-        data,
-    )
-    (line,) = [line for line in said.splitlines() if "xmoe-convert: " in line]
+    printed = said(tmp_path / "other.pt", tmp_path / "sparse.pt", "--split", 8, "--calibration", data)
+    (line,) = [line for line in printed.splitlines() if "xmoe-convert: " in line]
     assert "other.pt: its weights do not fit the model: decoder.layers.0.fc1.bias is [3], not [64]" in line
     assert "decoder.layers.1.fc1.bias is no tensor" in line

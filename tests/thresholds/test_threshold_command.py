@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from commands import PLUGIN, call, run
 from fairseq import checkpoint_utils
 from parallel_runs import EXACT, LM, MT, train
 from tolerances import assert_same
@@ -47,7 +48,7 @@ def pick(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def meter_of(checkpoint: Path, data: Path) -> tuple[Meter, list[float]]:
     """And the thresholds that the checkpoint has, as fairseq's commands open it."""
-    meter = open_meter(checkpoint, data, lambda _: None)
+    meter = open_meter(checkpoint, data)
     return meter, meter.in_use
 
 
@@ -154,9 +155,7 @@ def test_translation_chosen_by_bleu_with_experts_in_shards(
     assert picked[0]["model"].keys() == picked[1]["model"].keys()
 
 
-def test_errors(
-    checkpoint: Path, data: Path, pick: Any, capsys: pytest.CaptureFixture, tmp_path: Path
-) -> None:
+def test_errors(checkpoint: Path, data: Path, tmp_path: Path) -> None:
     topk, here = tmp_path / "topk.pt", ("--data", data, "--budget", 2)
     state = torch.load(checkpoint, weights_only=True)
     state["cfg"]["model"] |= {"moe_router": "topk", "moe_target_experts_per_token": 0}
@@ -181,9 +180,46 @@ def test_errors(
         ((checkpoint, *here, "--max-tokens", 0), "--max-tokens must be at least 1, got 0"),
     ]  # fmt: skip
     for arguments, message in bad:
-        with pytest.raises(SystemExit) as ended:
-            pick(*arguments)
-        said = capsys.readouterr().err
-        assert ended.value.code == 1 and said.count("\n") == 1, said
-        assert said.startswith("xmoe-threshold: ") and message in said
+        status, said = call(threshold_command.main, "xmoe-threshold", *arguments)
+        assert status == 1 and message in said and said.count("\n") == 1
+        assert said.startswith("xmoe-threshold: error: ")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "topk.pt"]
+
+
+def test_an_interruption_leaves_no_file(
+    checkpoint: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Meter, "timed", interrupted)
+    flags = ("--data", data, "--budget", 2, "--output", tmp_path / "new.pt")
+    status, said = call(threshold_command.main, "xmoe-threshold", checkpoint, *flags)
+    assert status and said.endswith("\nxmoe-threshold: interrupted\n") and "Traceback" not in said
+    assert not list(tmp_path.iterdir())
+
+
+OWN = """
+from xmoe_fairseq.moe import ThresholdRouter, register_router
+
+
+@register_router("own_threshold")
+class OwnRouter(ThresholdRouter):
+    description = "as XMoE's"
+"""
+
+
+def test_a_router_of_one_s_own(checkpoint: Path, data: Path, tmp_path: Path) -> None:
+    (tmp_path / "own_thresholds").mkdir()
+    (tmp_path / "own_thresholds" / "__init__.py").write_text(OWN)
+    state = torch.load(checkpoint, weights_only=True)
+    state["cfg"]["model"]["moe_router"] = "own_threshold"
+    torch.save(state, tmp_path / "own.pt")
+    words = ("xmoe-threshold", tmp_path / "own.pt", "--data", data, "--budget", 1.5)
+    missing = run(*words, succeeds=False).splitlines()[-1]
+    assert missing.startswith("xmoe-threshold: error: --moe-router must be one of ")
+    assert missing.endswith("a router of somebody's own needs the --user-dir that registers it")
+    run(*words, *PLUGIN, succeeds=False)
+    run(*words, "--user-dir", tmp_path / "own_thresholds")
+    picked = torch.load(tmp_path / "own.picked.pt", weights_only=True)["cfg"]["model"]
+    assert picked["moe_router"] == "own_threshold" and not picked["moe_target_experts_per_token"]

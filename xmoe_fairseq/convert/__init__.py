@@ -1,4 +1,1 @@
-"""`xmoe-convert`: makes a trained dense fairseq Transformer sparse. Start reading at `convert_command.py`.
-
-Nothing is imported here, so that the plugin does not load what only the converter needs.
-"""
+"""`xmoe-convert`: makes a trained dense Transformer sparse. Start reading at `convert_command.py`."""

@@ -1,10 +1,14 @@
-"""xmoe-convert from end to end: read, calibrate, build, compare, fine-tune, choose t, write."""
+"""xmoe-convert DENSE SPARSE --split N --calibration DATA: makes a trained dense fairseq Transformer sparse.
+
+Every FFN is cut into N experts; a router, fitted on DATA, ranks them by what they contribute to a token. With
+all experts (t = 1) the outputs are those of the dense model. t is then set for a budget of FLOPs.
+"""
 
 import argparse
 import math
 from argparse import Namespace
-from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,26 +16,20 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from xmoe_fairseq.batches import Batches, binarised_folders
-from xmoe_fairseq.convert.arguments import argument_parser, check
-from xmoe_fairseq.convert.dense import ConvertError, Dense, read_dense
+from xmoe_fairseq.convert import models
 from xmoe_fairseq.convert.ffn import FeedForward, dense_places, feed, feed_forwards
-from xmoe_fairseq.convert.finetune import finetune
-from xmoe_fairseq.convert.grouping import CoActivation, group
+from xmoe_fairseq.convert.finetune import TUNED, finetune
+from xmoe_fairseq.convert.grouping import GROUPINGS, CoActivation, group
+from xmoe_fairseq.convert.models import Dense
 from xmoe_fairseq.convert.router_fit import ROWS, Parts, RouterFit
-from xmoe_fairseq.convert.sparse import (
-    build_sparse,
-    converted_sides,
-    read_sparse,
-    sparse_config,
-    write_sparse,
-)
 from xmoe_fairseq.moe.records import fix_thresholds
-from xmoe_fairseq.thresholds.checkpoint import settings_for
+from xmoe_fairseq.thresholds.checkpoint import settings_for, write_checkpoint
 from xmoe_fairseq.thresholds.families import equal_loss, same_everywhere
 from xmoe_fairseq.thresholds.measure import Meter, Quality, ffn_seconds, measure_dense
-from xmoe_fairseq.thresholds.report import Report, table, write_report
+from xmoe_fairseq.thresholds.report import check_name, report_of, write_report
 from xmoe_fairseq.thresholds.search import Search
-from xmoe_fairseq_compat.errors import FlagError, UserError
+from xmoe_fairseq_compat.errors import FlagError, UserError, flag
+from xmoe_fairseq_compat.usage import Parser
 
 # Choices:
 ROUTER_PASSES = 2  # over the calibration data
@@ -40,39 +38,73 @@ PRECISION = 1 / 128  # of the search for t
 EXACT = 1e-4  # largest difference of log-probabilities from the dense model's at t = 1
 
 
+def argument_parser() -> argparse.ArgumentParser:
+    parser = Parser("xmoe-convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("dense", type=Path, help="checkpoint of fairseq's transformer or transformer_lm")
+    add("sparse", type=Path, help="checkpoint to write; must not exist yet. A report is written beside it")
+    add("--split", type=int, required=True, help="experts per layer, such as 8, 16, 32; must divide the FFN")
+    add("--calibration", type=Path, required=True, metavar="DATA",
+        help="folder of data-prep or fairseq-preprocess: train, valid")  # fmt: skip
+    add("--calibration-tokens", type=int, default=200_000, help="of train (default: %(default)s)")
+    add("--valid-tokens", type=int, default=20_000, help="of valid, to choose t (default: %(default)s)")
+    add("--max-tokens", type=int, default=2048, help="tokens in a batch (default: %(default)s)")
+    add("--grouping", choices=GROUPINGS, default=GROUPINGS[0], help="of neurons (default: %(default)s)")
+    add("--no-moe-encoder", action="store_true", help="keep the encoder dense")
+    add("--no-moe-decoder", action="store_true", help="keep the decoder dense")
+    aim = parser.add_mutually_exclusive_group()
+    aim.add_argument("--budget", type=float, default=0.25, metavar="B",
+                     help="FLOPs over the dense FFNs' (default: %(default)s)")  # fmt: skip
+    aim.add_argument("--max-loss", type=float, metavar="X",
+                     help="instead: nats per token that the loss may rise by")  # fmt: skip
+    add("--per-layer", action="store_true", help="a t for each layer, by how much the loss minds it")
+    add("--finetune-updates", type=int, default=0, help="updates of the MoE layers (default: none)")
+    add("--finetune", choices=TUNED, default="all",
+        help="the router, or also the experts (default: %(default)s)")  # fmt: skip
+    add("--finetune-lr", type=float, default=5e-4, help="of Adam, falling to 0 (default: %(default)s)")
+    add("--seed", type=int, default=1, help="default: %(default)s")
+    return parser
+
+
+def check(args: Namespace) -> None:
+    """Raises FlagError."""
+    if args.sparse.exists():
+        raise FlagError(f"{args.sparse} exists already")
+    check_name("SPARSE", args.sparse)
+    for name in ("calibration_tokens", "valid_tokens", "max_tokens"):
+        if getattr(args, name) < 1:
+            raise FlagError(f"{flag(name)} must be at least 1, got {getattr(args, name)}")
+    if not 0 < args.budget <= 1:
+        raise FlagError(f"--budget must be in (0, 1], got {args.budget}")
+    if args.max_loss is not None and not args.max_loss > 0:
+        raise FlagError(f"--max-loss must be above 0, got {args.max_loss}")
+    if args.finetune_updates < 0 or not args.finetune_lr > 0:
+        raise FlagError("--finetune-updates must be 0 or more and --finetune-lr above 0, "
+                        f"got {args.finetune_updates} and {args.finetune_lr}")  # fmt: skip
+
+
 def main() -> None:
-    parser = argument_parser()
-    arguments = parser.parse_args()
-    try:
-        convert(arguments)
-    except (UserError, ConvertError, OSError, RuntimeError) as error:
-        parser.exit(1, f"xmoe-convert: {str(error).splitlines()[0]}\n")
-    except KeyboardInterrupt:
-        parser.exit(130, "xmoe-convert: interrupted; run it again to go on\n")
+    convert(argument_parser().parse_args())
 
 
-def convert(args: argparse.Namespace) -> None:
+def convert(args: Namespace) -> None:
+    """Raises UserError."""
     check(args)
     torch.manual_seed(args.seed)
-    dense = read_dense(args.dense, binarised_folders(args.calibration, "--calibration"))
-    sides = converted_sides(dense, args.no_moe_encoder, args.no_moe_decoder)
-    config = sparse_config(dense, args.split, sides)
+    dense = models.read_dense(args.dense, binarised_folders(args.calibration, "--calibration"))
+    sides = models.converted_sides(dense, args.no_moe_encoder, args.no_moe_decoder)
     ffns = feed_forwards(dense.model, sides)
+    config = models.sparse_config(dense, ffns, args.split, sides)
     valid = Batches(dense.task, "valid", args.valid_tokens, args.max_tokens, args.seed)
-    model = build_sparse(dense, config, calibrate(args, dense, ffns))
+    model = models.build_sparse(dense, config, calibrate(args, dense, ffns))
     compare(dense, model, next(iter(valid)))
-    with tqdm(desc="choose t", unit="measurement") as progress:
-        places = dense_places(ffns)
-        before = measure_dense(dense.model, places, valid)
-        choose = partial(choose_thresholds, args, model, valid, before, progress.update)
-        if args.finetune_updates:
-            tune(args, dense, model, lambda: choose())
-        chosen, search = choose()
-        rows = {"chosen": chosen, **rows_of_budgets(search)}
-        run_dense = partial(ffn_seconds, dense.model, places)
-        times = search.meter.timed([*rows.values()], before, run_dense)
-    fix_thresholds(model, chosen.thresholds)
-    save(args, dense, model, config, chosen)
+    places = dense_places(ffns)
+    before = measure_dense(dense.model, places, valid)
+    choose = partial(choose_thresholds, args, model, valid, before)
+    if args.finetune_updates:
+        finetune(model, dense.task, dense.task.build_criterion(dense.cfg.criterion), args, choose)
+    chosen, search = choose()
+    rows = {"chosen": chosen, **rows_of_budgets(search)}
     about = {
         "dense": args.dense.name, "experts": args.split, "grouping": args.grouping,
         "calibration tokens": args.calibration_tokens, "fine-tuning updates": args.finetune_updates,
@@ -80,42 +112,40 @@ def convert(args: argparse.Namespace) -> None:
         "thresholds": "per layer" if args.per_layer else "one for all layers", "seed": args.seed,
         "threads": torch.get_num_threads(),
     }  # fmt: skip
-    report = Report(about, "dense", before, dict(zip(rows, times, strict=True)), [*search.points.values()])
-    written = write_report(args.sparse, report)
-    print(table(report), end="")
-    print("written: " + ", ".join(str(path) for path in [args.sparse, *written]))
+    report = report_of(search, about, rows, "dense", before, partial(ffn_seconds, dense.model, places))
+    settings = {**vars(config), **settings_for(chosen.thresholds)}
+    write_checkpoint(args.sparse, dense.state, settings, model.state_dict())
+    try:
+        models.read_sparse(args.sparse, dense.task)
+    except Exception:
+        args.sparse.unlink()
+        raise
+    write_report(args.sparse, report)
 
 
-def calibrate(
-    args: argparse.Namespace, dense: Dense, ffns: list[FeedForward]
-) -> dict[str, dict[str, Tensor]]:
+def calibrate(args: Namespace, dense: Dense, ffns: list[FeedForward]) -> dict[str, dict[str, Tensor]]:
     """The parameters of each MoE layer: neurons grouped, routers fitted."""
     train = Batches(dense.task, "train", args.calibration_tokens, args.max_tokens, args.seed)
     seen = {ffn.name: CoActivation(ffn, args.grouping == "coactivation") for ffn in ffns}
     with bar("neurons", args.calibration_tokens) as progress:
         feed(dense.model, ffns, train, lambda ffn, x: seen[ffn.name].add(ffn.hidden(x)), progress)
-    for ffn in ffns:
-        if not seen[ffn.name].is_finite():
+    fits = {}
+    for index, ffn in enumerate(tqdm(ffns, desc="group", unit="layer")):
+        here = seen[ffn.name]
+        if not here.is_finite():
             largest = max(float(weight.abs().max()) for weight in (ffn.fc1_weight, ffn.fc2_weight))
-            raise ConvertError(
+            raise UserError(
                 f"{args.dense}: what {ffn.name} computes is beyond fp32, with weights of up to {largest:.2g};"
                 " take an earlier checkpoint"
             )
-    parts = {}
-    for index, ffn in enumerate(tqdm(ffns, desc="group", unit="layer")):
-        neurons_EF = group(args.grouping, ffn, seen[ffn.name], args.split, args.seed + index)
-        parts[ffn.name] = Parts(ffn, neurons_EF, seen[ffn.name].mean_hidden())
-    fits = {
-        ffn.name: RouterFit(parts[ffn.name], ROUTER_PASSES * seen[ffn.name].tokens // ROWS, args.seed)
-        for ffn in ffns
-    }
+        neurons_EF = group(args.grouping, ffn, here, args.split, args.seed + index)
+        parts = Parts(ffn, neurons_EF, here.mean_hidden())
+        fits[ffn.name] = RouterFit(parts, ROUTER_PASSES * here.tokens // ROWS, args.seed)
     with bar("routers", ROUTER_PASSES * args.calibration_tokens) as progress:
         for _ in range(ROUTER_PASSES):
             feed(dense.model, ffns, train, lambda ffn, x: fits[ffn.name].add(x), progress)
             progress.set_postfix(excess=f"{sum(f.excess for f in fits.values()) / len(fits):.4f}")
-    return {
-        name: {**parts[name].state(), "router.weight": fit.weight_ED.detach()} for name, fit in fits.items()
-    }
+    return {name: fit.state() for name, fit in fits.items()}
 
 
 def bar(what: str, tokens: int) -> Any:
@@ -123,7 +153,7 @@ def bar(what: str, tokens: int) -> Any:
 
 
 def compare(dense: Dense, sparse: nn.Module, sample: dict[str, Any]) -> None:
-    """Raises ConvertError if the models differ with all experts: the dense one has something that we miss."""
+    """Raises UserError if the models differ with all experts: the dense one has something that we miss."""
     real = sample["target"].ne(dense.task.target_dictionary.pad())
     with torch.no_grad():
         ours, theirs = (
@@ -131,15 +161,15 @@ def compare(dense: Dense, sparse: nn.Module, sample: dict[str, Any]) -> None:
             for model in (sparse, dense.model)
         )
     if not (difference := float((ours - theirs).abs().max())) < EXACT:
-        raise ConvertError(f"with all experts the outputs differ from the dense model's by {difference:.2g}")
+        raise UserError(f"with all experts the outputs differ from the dense model's by {difference:.2g}")
 
 
 def choose_thresholds(
-    args: argparse.Namespace, model: nn.Module, valid: Batches, dense: Quality, tick: Callable[[], Any]
+    args: Namespace, model: nn.Module, valid: Batches, dense: Quality
 ) -> tuple[Quality, Search]:
-    meter = Meter(model, valid, lambda _: tick())
-    family = equal_loss(meter) if args.per_layer else same_everywhere(meter)
-    search = Search(meter, family, PRECISION)
+    """What is chosen is in use afterwards."""
+    meter = Meter(model, valid)
+    search = Search(meter, equal_loss(meter) if args.per_layer else same_everywhere(meter), PRECISION)
     if args.max_loss is None:
         chosen = within_budget(search, args.budget)
     else:
@@ -163,37 +193,6 @@ def within_budget(search: Search, flops: float) -> Quality:
 def rows_of_budgets(search: Search) -> dict[str, Quality]:
     least = search.at(0.0).flops
     return {f"budget {budget:g}": within_budget(search, budget) for budget in BUDGETS if budget >= least}
-
-
-def tune(args: argparse.Namespace, dense: Dense, model: nn.Module, choose: Callable[[], Any]) -> None:
-    def batches(epoch: int) -> Batches:
-        tokens = 2**62  # all
-        return Batches(dense.task, "train", tokens, args.max_tokens, args.seed + 1 + epoch)
-
-    criterion = dense.task.build_criterion(dense.cfg.criterion)
-    with tqdm(desc="fine-tune", total=args.finetune_updates, unit="update") as progress:
-        finetune(
-            model,
-            criterion,
-            batches,
-            args.finetune_updates,
-            args.finetune,
-            args.finetune_lr,
-            choose,
-            progress,
-        )
-
-
-def save(
-    args: argparse.Namespace, dense: Dense, model: nn.Module, config: Namespace, chosen: Quality
-) -> None:
-    vars(config).update(settings_for(chosen.thresholds))
-    write_sparse(dense, model, config, args.sparse)
-    try:
-        read_sparse(args.sparse, dense.task)
-    except Exception:
-        args.sparse.unlink()
-        raise
 
 
 if __name__ == "__main__":

@@ -65,6 +65,10 @@ class RouterFit:
         self.generator = torch.Generator().manual_seed(seed)
         self.excess = 0.0  # running mean of the divergence from the shares, in nats
 
+    def state(self) -> dict[str, Tensor]:
+        """Parameters of the MoELayer."""
+        return {**self.parts.state(), "router.weight": self.weight_ED.detach()}
+
     def add(self, x_TD: Tensor) -> None:
         shares_TE = self.parts.shares(x_TD)
         order_T = torch.randperm(x_TD.size(0), generator=self.generator)

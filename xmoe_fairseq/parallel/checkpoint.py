@@ -3,7 +3,7 @@
 A gathered checkpoint is what one process with all experts would write, name by name and shape by shape.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from copy import copy
 from typing import Any
 
@@ -19,7 +19,7 @@ State = dict[str, Any]
 
 def gather_model(state: State, model: nn.Module, parallel: ExpertParallel) -> State:
     """A model's state dict with all experts, complete on rank 0. A collective of the first group."""
-    whole = copy(state)
+    whole = copy(state)  # with its metadata
     whole.update({name: gather_experts(state[name], parallel) for name in expert_names(model)})
     return whole
 
@@ -30,27 +30,31 @@ def gather_optimizer(state: State, parameters: Iterable[nn.Parameter], parallel:
     Args:
         parameters: the optimizer's, in its order.
     """
-    slots = dict(state["state"])
-    for index, parameter in enumerate(parameters):
-        if hasattr(parameter, "expert") and index in slots:
-            slots[index] = {
-                name: gather_experts(value, parallel) if _shaped_like(value, parameter) else value
-                for name, value in slots[index].items()
-            }
-    return {**state, "state": slots}
+
+    def gather(value: Tensor, stack: nn.Parameter) -> Tensor:
+        return gather_experts(value, parallel) if value.shape == stack.shape else value
+
+    return _of_experts(state, parameters, gather)
 
 
 def slice_optimizer(state: State, parameters: Iterable[nn.Parameter], parallel: ExpertParallel) -> State:
     """Of a whole optimizer state dict what belongs to this rank's experts."""
+
+    def slice_(value: Tensor, stack: nn.Parameter) -> Tensor:
+        held = stack.size(0)
+        return slice_experts(value, held * parallel.size, stack, dist.get_rank(parallel.expert_group) * held)
+
+    return _of_experts(state, parameters, slice_)
+
+
+def _of_experts(
+    state: State, parameters: Iterable[nn.Parameter], change: Callable[[Tensor, nn.Parameter], Tensor]
+) -> State:
     slots = dict(state["state"])
-    index_in_group = dist.get_rank(parallel.expert_group)
-    for index, parameter in enumerate(parameters):
-        if hasattr(parameter, "expert") and index in slots:
-            held = parameter.size(0)
+    for index, stack in enumerate(parameters):
+        if hasattr(stack, "expert") and index in slots:
             slots[index] = {
-                name: slice_experts(value, held * parallel.size, parameter, index_in_group * held)
-                if isinstance(value, Tensor)
-                else value
+                name: change(value, stack) if isinstance(value, Tensor) else value
                 for name, value in slots[index].items()
             }
     return {**state, "state": slots}
@@ -64,7 +68,3 @@ def gather_experts(held: Tensor, parallel: ExpertParallel) -> Tensor:
     parts = [torch.empty_like(held) for _ in range(parallel.size)] if is_first else None
     dist.gather(held.detach().contiguous(), parts, dst=0, group=parallel.expert_group)
     return held if parts is None else torch.cat([part.cpu() for part in parts])
-
-
-def _shaped_like(value: Any, parameter: nn.Parameter) -> bool:
-    return isinstance(value, Tensor) and value.shape == parameter.shape

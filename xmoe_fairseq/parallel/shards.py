@@ -47,22 +47,20 @@ def split_experts(state: State, names: list[str], slots: list[int]) -> tuple[Sta
         names: of the model's parameters that are stacks of experts.
         slots: their numbers in the optimizer's state.
     """
-    rest, experts = dict(state), dict[str, State]()
+    rest, experts = state, dict[str, State]()
     wanted: tuple[list[Any], ...] = (names, names, slots)
     for group, keys in zip(GROUPS, wanted, strict=True):
-        path = group.split("/")
-        if path[0] not in state:
-            continue
-        holder = rest
-        for key in path[:-1]:
-            holder[key] = dict(holder.get(key) or {})
-            holder = holder[key]
-        entries = holder.get(path[-1])
-        if entries:
-            mine = experts[group] = {key: entries[key] for key in keys if key in entries}
+        entries = _holder(state, group)
+        if mine := {key: entries[key] for key in keys if key in entries}:
+            experts[group] = mine
             # None keeps the experts' places: an optimizer numbers parameters by their order
-            holder[path[-1]] = {key: None if key in mine else value for key, value in entries.items()}
+            left = {key: None if key in mine else value for key, value in entries.items()}
+            rest = _replaced(rest, group.split("/"), left)
     return rest, experts
+
+
+def _replaced(state: State, path: list[str], value: State) -> State:
+    return {**state, path[0]: _replaced(state[path[0]], path[1:], value) if path[1:] else value}
 
 
 def shard_names(identity: str, count: int) -> list[str]:

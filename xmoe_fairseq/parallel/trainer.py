@@ -12,19 +12,11 @@ from fairseq import utils
 from torch import Tensor, nn
 
 from xmoe_fairseq.config import read_field
+from xmoe_fairseq.parallel import shards
 from xmoe_fairseq.parallel.check import check_optimizer, check_training
 from xmoe_fairseq.parallel.checkpoint import gather_model, gather_optimizer, slice_optimizer
 from xmoe_fairseq.parallel.gradients import norm_with_experts, reduce_expert_gradients
 from xmoe_fairseq.parallel.groups import ExpertParallel, expert_names
-from xmoe_fairseq.parallel.shards import KEY as SHARDS
-from xmoe_fairseq.parallel.shards import (
-    named_shards,
-    reading_part,
-    remove_orphans,
-    shard_names,
-    split_experts,
-    write_shard,
-)
 from xmoe_fairseq.parallel.whole import damage
 from xmoe_fairseq.trainer import MoETrainer
 from xmoe_fairseq_compat import folder_lock
@@ -110,36 +102,33 @@ class ExpertParallelTrainer(MoETrainer):
     def _write_shards(self) -> dict[str, Any]:
         """Raises a UserError on all ranks where one cannot write, or rank 0 does not see what was written."""
         folder, count = Path(self.cfg.checkpoint.save_dir), self._parallel.size
-        identity = [""]
         if dist.get_rank() == 0:  # first, while no rank has written a file that nothing names yet
-            remove_orphans(folder)
-            identity = [f"{self.get_num_updates()}-{secrets.token_hex(4)}"]
-        dist.broadcast_object_list(identity, src=0)
-        files = shard_names(identity[0], count)
+            shards.remove_orphans(folder)
+        identity = from_all_ranks(f"{self.get_num_updates()}-{secrets.token_hex(4)}")[0]
+        files = shards.shard_names(identity, count)
         try:
-            raise_on_all_ranks(self._write_shard(folder, identity[0]))  # waits for all files
+            raise_on_all_ranks(self._write_shard(folder, identity))  # waits for all files
             unseen = [file for file in files if dist.get_rank() == 0 and not (folder / file).is_file()]
             raise_on_all_ranks(not_shared(folder, unseen[0]) if unseen else None)
         except UserError:
             for file in files[dist.get_rank() :][:1]:
                 (folder / file).unlink(missing_ok=True)
             raise
-        return {"id": identity[0], "files": files}
+        return {"id": identity, "files": files}
 
     def _write_shard(self, folder: Path, identity: str) -> WriteError | None:
         if self._parallel.in_first_group:
             _, experts = self._split(super().state_dict())
+            experts, place = utils.move_to_cpu(experts), (dist.get_rank(), self._parallel.size)
             try:
-                write_shard(
-                    utils.move_to_cpu(experts), folder, identity, dist.get_rank(), self._parallel.size
-                )
+                shards.write_shard(experts, folder, identity, *place)
             except WriteError as error:
                 return error
         return None
 
     def _split(self, state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         slots = [index for index, p in enumerate(self.optimizer.params) if hasattr(p, "expert")]
-        return split_experts(state, expert_names(self._model), slots)
+        return shards.split_experts(state, expert_names(self._model), slots)
 
     def state_dict(self) -> dict[str, Any]:
         """As one process with all experts would write it; so the configuration says that it is one."""
@@ -150,7 +139,7 @@ class ExpertParallelTrainer(MoETrainer):
         # fairseq-generate and the like build the model from this: in one process, or whole on every rank.
         state["cfg"]["model"]["moe_expert_parallel_size"] = 1
         if self._shards:
-            return {**self._split(state)[0], SHARDS: self._shards}
+            return {**self._split(state)[0], shards.KEY: self._shards}
         return {**state, **whole}
 
     def save_checkpoint(self, filename: str, extra_state: dict[str, Any]) -> None:
@@ -164,9 +153,7 @@ class ExpertParallelTrainer(MoETrainer):
             return self._load(filename, *args, **kwargs)
 
     def _load(self, filename: str, *args: Any, **kwargs: Any) -> Any:
-        sharded = [dist.get_rank() == 0 and _is_sharded(Path(filename))]
-        dist.broadcast_object_list(sharded, src=0)
-        if not sharded[0]:
+        if not from_all_ranks(dist.get_rank() == 0 and _is_sharded(Path(filename)))[0]:
             return super().load_checkpoint(filename, *args, **kwargs)
         if not Path(filename).is_file():
             raise CheckpointError(
@@ -176,7 +163,7 @@ class ExpertParallelTrainer(MoETrainer):
         self.cfg.checkpoint.load_checkpoint_on_all_dp_ranks = True
         share = dist.get_rank(self._parallel.expert_group), self._parallel.size
         raise_on_all_ranks(damage(Path(filename), *share) if self._parallel.in_first_group else None)
-        with reading_part(*share), without_sums():
+        with shards.reading_part(*share), without_sums():
             return super().load_checkpoint(filename, *args, **kwargs)
 
 
@@ -190,6 +177,6 @@ def not_shared(folder: str | Path, file: str, rank: int = 0) -> FlagError:
 
 def _is_sharded(checkpoint: Path) -> bool:
     try:
-        return checkpoint.is_file() and bool(named_shards(checkpoint))
+        return checkpoint.is_file() and bool(shards.named_shards(checkpoint))
     except (CheckpointError, OSError):  # fairseq's own load says what is wrong with it
         return False

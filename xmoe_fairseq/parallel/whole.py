@@ -15,6 +15,7 @@ from xmoe_fairseq_compat.files import MAPPED
 from xmoe_fairseq_compat.reading import check_zip
 
 LAYER = re.compile(r"(?P<side>.*\.layers)\.(?P<number>\d+)\.(?P<name>.+)")
+STACKS = [f"moe.experts.fc{i}_{kind}" for i in (1, 2) for kind in ("weight", "bias")]
 UNSET = re.compile(r".*_float_tensor$")  # fairseq never sets this buffer, nor reads it
 
 
@@ -38,34 +39,22 @@ def check_tensors(model: dict[str, Any], path: Path) -> None:
     for name, value in model.items():
         if not UNSET.fullmatch(name) and value.is_floating_point() and not torch.isfinite(value).all():
             raise CheckpointError(path, f"{name} holds NaN or inf; take an earlier checkpoint")
-    layers: dict[tuple[str, bool], dict[str, set[str]]] = defaultdict(dict)
-    for side, numbers in _names_of_layers(model).items():
-        for number, names in numbers.items():
-            has_experts = any(name.startswith("moe.") for name in names)
-            layers[side, has_experts][f"{side}.{number}"] = names
-    for alike in layers.values():
+    names: dict[tuple[str, str], set[str]] = defaultdict(set)  # of one layer's tensors, by side and number
+    for match in filter(None, map(LAYER.fullmatch, model)):
+        names[match["side"], match["number"]].add(match["name"])
+    kinds: dict[tuple[str, bool], dict[str, set[str]]] = defaultdict(dict)
+    for (side, number), found in names.items():
+        has_experts = any(name.startswith("moe.") for name in found)
+        kinds[side, has_experts][f"{side}.{number}"] = found
+    for alike in kinds.values():
         all_names = set.union(*alike.values())
-        for layer, names in alike.items():
-            if lacking := sorted(all_names - names):
+        for layer, found in alike.items():
+            if lacking := sorted(all_names - found):
                 like = next(other for other in alike if lacking[0] in alike[other])
                 raise CheckpointError(path, f"{layer} has no {lacking[0]}, which {like} has")
-            for stack in _incomplete_stacks(names):
-                raise CheckpointError(path, f"{layer} has no {stack}")
-
-
-def _names_of_layers(model: dict[str, Any]) -> dict[str, dict[str, set[str]]]:
-    found: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
-    for name in model:
-        if match := LAYER.fullmatch(name):
-            found[match["side"]][match["number"]].add(match["name"])
-    return found
-
-
-def _incomplete_stacks(names: set[str]) -> list[str]:
-    """What a layer with experts always has, and this one has not."""
-    wanted = [f"moe.experts.fc{i}_{kind}" for i in (1, 2) for kind in ("weight", "bias")]
-    is_ours = any(name.startswith("moe.experts.fc") for name in names)
-    return [name for name in wanted if name not in names] if is_ours else []
+            is_ours = any(name.startswith("moe.experts.fc") for name in found)
+            if is_ours and (lacking := [stack for stack in STACKS if stack not in found]):
+                raise CheckpointError(path, f"{layer} has no {lacking[0]}")
 
 
 def damage(path: Path, index: int, parts: int) -> CheckpointError | None:

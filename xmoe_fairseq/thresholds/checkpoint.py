@@ -1,37 +1,24 @@
-"""Checkpoints of threshold routers: opened to be measured, and written with other thresholds."""
+"""Checkpoints: opened to be measured, and written with other thresholds."""
 
-import copy
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from fairseq import checkpoint_utils
-from omegaconf import DictConfig, OmegaConf
-from torch import nn
+from omegaconf import DictConfig
+from torch import Tensor, nn
 
 import xmoe_fairseq.models  # noqa: F401  (registers them)
 from xmoe_fairseq.batches import Batches, binarised_folders
 from xmoe_fairseq.moe import ThresholdRouter, moe_layers
-from xmoe_fairseq.thresholds.measure import Meter, Quality
-from xmoe_fairseq.thresholds.report import check_name
+from xmoe_fairseq.thresholds.measure import Meter
 from xmoe_fairseq_compat.errors import UserError
 from xmoe_fairseq_compat.files import write_atomically
+from xmoe_fairseq_compat.settings import as_dict
 
 MAX_TOKENS = 4096  # in a batch, where the checkpoint was trained by --batch-size
-
-
-def check_paths(checkpoint: Path, output: Path) -> None:
-    """Raises UserError: no such checkpoint or folder, or the output is the checkpoint by whatever name."""
-    check_is_file(checkpoint)
-    check_name("--output", output)
-    if not output.parent.is_dir():
-        raise UserError(f"--output: there is no folder {output.parent}")
-    if output.exists() and output.samefile(checkpoint):
-        raise UserError(
-            f"--output {output} is the checkpoint itself, which would be overwritten; name another"
-        )
 
 
 def check_is_file(checkpoint: Path) -> None:
@@ -41,9 +28,7 @@ def check_is_file(checkpoint: Path) -> None:
         raise UserError(f"{checkpoint}: {problem}")
 
 
-def open_meter(
-    checkpoint: Path, data: Path, after: Callable[[Quality], Any], max_tokens: int | None = None
-) -> Meter:
+def open_meter(checkpoint: Path, data: Path, max_tokens: int | None = None) -> Meter:
     """Of a model on its whole validation set.
 
     Args:
@@ -56,7 +41,7 @@ def open_meter(
     routers = [getattr(layer, "router", None) for layer in moe_layers(model)]
     if not routers or not all(isinstance(router, ThresholdRouter) for router in routers):
         raise UserError(f"CHECKPOINT must be of a model with --moe-router threshold, got {checkpoint}")
-    return Meter(model, whole_valid(task, cfg, max_tokens), after)
+    return Meter(model, whole_valid(task, cfg, max_tokens))
 
 
 def open_model(checkpoint: Path, data: Path) -> tuple[nn.Module, Any, DictConfig]:
@@ -90,28 +75,21 @@ def settings_for(thresholds: Sequence[float]) -> dict[str, Any]:
     }
 
 
-def write_checkpoint(checkpoint: Path, output: Path, thresholds: Sequence[float]) -> None:
-    """The same model, whose configuration holds the thresholds; without the optimizer's state.
+def write_checkpoint(
+    output: Path, state: dict[str, Any], settings: dict[str, Any], model: dict[str, Tensor]
+) -> None:
+    """As fairseq's trainer would; without the state of an optimizer, or an EMA, which are of another model.
+
+    Args:
+        state: the checkpoint that it comes from, as fairseq reads it.
+        settings: of the model; the others are kept.
 
     Raises:
         WriteError: it could not be written.
     """
-    state: dict[str, Any] = checkpoint_utils.load_checkpoint_to_cpu(str(checkpoint))
-    state["last_optimizer_state"] = None
-    cfg = plain_config(state["cfg"])
-    model_cfg = vars(cfg["model"]) if isinstance(cfg["model"], Namespace) else cfg["model"]
-    model_cfg |= settings_for(thresholds)
-    state["cfg"] = cfg
-    state["model"] = {
-        name: value for name, value in state["model"].items() if not name.endswith(".router.budget.threshold")
-    }
-    write_atomically(output, lambda file: torch.save(state, file))
-
-
-def plain_config(cfg: DictConfig) -> dict[str, Any]:
-    """As fairseq writes it into a checkpoint; a model of the older kind stays a Namespace."""
-    model = cfg.model
-    plain: dict[str, Any] = OmegaConf.to_container(cfg, resolve=False, enum_to_str=True)  # type: ignore[assignment]
-    if isinstance(model, Namespace):
-        plain["model"] = copy.deepcopy(model)
-    return plain
+    cfg = as_dict(state["cfg"])
+    model_cfg = {**as_dict(cfg["model"]), **settings}
+    cfg["model"] = Namespace(**model_cfg) if isinstance(cfg["model"], Namespace) else model_cfg
+    extra = {key: value for key, value in (state.get("extra_state") or {}).items() if key != "ema"}
+    changes = {"args": None, "cfg": cfg, "model": model, "extra_state": extra, "last_optimizer_state": None}
+    write_atomically(output, lambda file: torch.save({**state, **changes}, file))

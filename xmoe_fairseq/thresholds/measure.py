@@ -2,7 +2,9 @@
 
 import math
 import statistics
+import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -36,15 +38,16 @@ class Quality:
         return float(2.0 ** min(self.bits_per_token, 1000.0))
 
 
+def shorten(thresholds: Sequence[float]) -> str:
+    texts = [f"{t:.3f}" for t in thresholds]
+    return " ".join(texts[:1] if len(set(texts)) == 1 else texts)
+
+
 class Meter:
-    """Runs a model over the same batches with any thresholds, and remembers what it has measured.
+    """Runs a model over the same batches with any thresholds, says and remembers what it has measured."""
 
-    Args:
-        after: called with each measurement.
-    """
-
-    def __init__(self, model: nn.Module, batches: Batches, after: Callable[[Quality], Any]) -> None:
-        self.model, self.batches, self.after = model, batches, after
+    def __init__(self, model: nn.Module, batches: Batches) -> None:
+        self.model, self.batches = model, batches
         self.known: dict[tuple[float, ...], Quality] = {}
 
     @property
@@ -66,7 +69,7 @@ class Meter:
         if look is None and tuple(thresholds) in self.known:
             return self.known[tuple(thresholds)]
         fix_thresholds(self.model, thresholds)
-        totals: dict[str, Any] = {"flops": 0.0, "flops_dense_ffn": 0.0, "rows": 0.0, "tokens": 0.0}
+        totals: dict[str, Any] = defaultdict(float)
         with record_routing(self.model) as records:
 
             def count() -> None:
@@ -74,18 +77,19 @@ class Meter:
                 for layer, routing in records:
                     stats = RoutingStats.of(routing)
                     sums = {**layer_flops(layer, stats), "rows": stats.rows_kept, "tokens": stats.tokens}
-                    for name in totals:
-                        totals[name] = totals[name] + sums[name]
+                    for name, value in sums.items():
+                        totals[name] += value
                     if look:
                         look(layer, routing)
                 records.clear()
 
-            text = "t " + " ".join(f"{t:.4g}" for t in sorted(set(thresholds)))
-            loss, seconds = run(self.model, places_of(self.model), self.batches, count, text)
+            name = f"t {shorten(thresholds)}"
+            loss, seconds = run(self.model, places_of(self.model), self.batches, count, name)
         experts = float(totals["rows"]) / max(float(totals["tokens"]), 1.0)
         flops = float(totals["flops"]) / max(float(totals["flops_dense_ffn"]), 1.0)
         quality = self.known[tuple(thresholds)] = Quality(list(thresholds), loss, experts, flops, seconds)
-        self.after(quality)
+        if not sys.stderr.isatty():  # no bar to see
+            print(f"{name}: {loss:.4f} bits, {experts:.3f} experts per token", file=sys.stderr, flush=True)
         return quality
 
     def timed(

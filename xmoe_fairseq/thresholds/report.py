@@ -6,13 +6,15 @@ it; `curve`, all settings that were tried, timed only in passing. Each is a `Qua
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+from xmoe_fairseq.batches import Batches
 from xmoe_fairseq.tables import markdown
-from xmoe_fairseq.thresholds.measure import Quality
+from xmoe_fairseq.thresholds.measure import Quality, shorten
+from xmoe_fairseq.thresholds.search import Search
 from xmoe_fairseq_compat.errors import FlagError
 from xmoe_fairseq_compat.files import write_atomically
 
@@ -35,6 +37,15 @@ class Report(NamedTuple):
     curve: Sequence[Quality]
 
 
+def report_of(
+    search: Search, about: dict[str, Any], rows: dict[str, Quality], name: str, reference: Quality,
+    run_reference: Callable[[Batches], float],
+) -> Report:  # fmt: skip
+    """Of a search; the rows are timed in turn with the reference, as `Meter.timed` says."""
+    times = search.meter.timed([*rows.values()], reference, run_reference)
+    return Report(about, name, reference, dict(zip(rows, times, strict=True)), [*search.points.values()])
+
+
 def table(report: Report) -> str:
     """Markdown."""
     titles = [*HEAD, f"time / {report.name}"]
@@ -50,24 +61,22 @@ def table(report: Report) -> str:
     return markdown(titles, rows)
 
 
-def shorten(thresholds: list[float]) -> str:
-    texts = [f"{t:.3f}" for t in thresholds]
-    return " ".join(texts[:1] if len(set(texts)) == 1 else texts)
-
-
 def time_ratio(quality: Quality, report: Report) -> float:
     return quality.ffn_seconds / max(report.reference.ffn_seconds, 1e-12)
 
 
-def write_report(path: Path, report: Report) -> list[Path]:
-    """Beside the checkpoint `path`: its name with .md, .json and .png. Raises WriteError."""
+def write_report(path: Path, report: Report) -> None:
+    """Print the table, and write all beside the checkpoint `path`: its name with .md, .json and .png.
+
+    Raises:
+        WriteError.
+    """
     settings = "\n".join(f"- {key}: {value}" for key, value in report.about.items())
-    text = f"# {path.name}\n\n{settings}\n\n{table(report)}"
-    written = [path.with_suffix(suffix) for suffix in SUFFIXES]
-    write_atomically(written[0], text)
-    write_json(written[1], report)
-    write_atomically(written[2], lambda file: plot(file, report))
-    return written
+    markdown_file, json_file, plot_file = files = [path.with_suffix(suffix) for suffix in SUFFIXES]
+    write_atomically(markdown_file, f"# {path.name}\n\n{settings}\n\n{table(report)}")
+    write_json(json_file, report)
+    write_atomically(plot_file, lambda file: plot(file, report))
+    print(f"{table(report)}written: " + ", ".join(map(str, [path, *files])))
 
 
 def write_json(path: Path, report: Report) -> None:

@@ -6,15 +6,24 @@ all (.md, .json) and a plot (.png).
 """
 
 import argparse
+from functools import partial
 from pathlib import Path
 
-from xmoe_fairseq_compat.errors import FlagError, UserError
+from fairseq import checkpoint_utils
+from fairseq.utils import import_user_module
+
+from xmoe_fairseq.thresholds.checkpoint import check_is_file, open_meter, settings_for, write_checkpoint
+from xmoe_fairseq.thresholds.families import EqualExperts, same_everywhere
+from xmoe_fairseq.thresholds.measure import Quality
+from xmoe_fairseq.thresholds.report import check_name, report_of, write_report
+from xmoe_fairseq.thresholds.search import Search
+from xmoe_fairseq_compat.errors import FlagError
 from xmoe_fairseq_compat.usage import Parser
 
 
 def argument_parser() -> argparse.ArgumentParser:
     parser = Parser(
-        prog="xmoe-threshold", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        "xmoe-threshold", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
     add("checkpoint", type=Path, help="of a model with --moe-router threshold")
@@ -26,28 +35,66 @@ def argument_parser() -> argparse.ArgumentParser:
     add("--per-layer", action="store_true", help="each layer its own t: all take equally many experts")
     add("--output", type=Path, help="checkpoint to write (default: CHECKPOINT with .picked.pt)")
     add("--max-tokens", type=int, help="tokens in a batch (default: the checkpoint's, or 4096)")
+    add("--user-dir", help="of a router of your own, as fairseq's commands have it")
     return parser
 
 
 def main() -> None:
-    parser = argument_parser()
-    args = parser.parse_args()
-    args.output = args.output or args.checkpoint.with_suffix(".picked.pt")
-    try:
-        check(args)
-        from xmoe_fairseq.thresholds.choose import choose  # takes seconds, for which --help need not wait
-
-        choose(args)
-    except (UserError, OSError, RuntimeError) as error:
-        parser.exit(1, f"xmoe-threshold: {str(error).splitlines()[0]}\n")
+    choose(argument_parser().parse_args())
 
 
-def check(args: argparse.Namespace) -> None:
-    """Raises FlagError."""
+def choose(args: argparse.Namespace) -> None:
+    """Raises UserError."""
+    output = args.output or args.checkpoint.with_suffix(".picked.pt")
+    check(args, output)
+    import_user_module(args)
+    meter = open_meter(args.checkpoint, args.data, args.max_tokens)
+    as_it_is, limit = meter.in_use, meter.routers[0].limit
+    if args.budget is not None and not 1 <= args.budget <= limit:
+        raise FlagError(f"--budget must be from 1 to {limit}, what a token may take, got {args.budget:g}")
+    start = meter.measure(as_it_is)
+    search = Search(meter, EqualExperts(meter, as_it_is) if args.per_layer else same_everywhere(meter))
+    if args.budget is None:
+        chosen = search.smallest(start.bits_per_token + args.max_loss)
+    else:
+        chosen = within(search, args.budget)
+    tried = sorted((q for q in search.points.values() if q != chosen), key=lambda q: q.flops)
+    rows = {"chosen": chosen, **{f"tried {number}": quality for number, quality in enumerate(tried, 1)}}
+    about = {
+        "checkpoint": args.checkpoint.name, "budget, experts per token": args.budget,
+        "permitted loss, bits per token": args.max_loss,
+        "thresholds": "per layer" if args.per_layer else "one for all layers",
+    }  # fmt: skip
+    report = report_of(search, about, rows, "as it is", start, partial(meter.seconds, as_it_is))
+    state = checkpoint_utils.load_checkpoint_to_cpu(str(args.checkpoint))
+    weights = {name: w for name, w in state["model"].items() if not name.endswith(".router.budget.threshold")}
+    write_checkpoint(output, state, settings_for(chosen.thresholds), weights)
+    write_report(output, report)
+
+
+def check(args: argparse.Namespace, output: Path) -> None:
+    """Raises UserError."""
     if args.max_loss is not None and not args.max_loss >= 0:
         raise FlagError(f"--max-loss must be 0 or more bits per token, got {args.max_loss:g}")
     if args.max_tokens is not None and args.max_tokens < 1:
         raise FlagError(f"--max-tokens must be at least 1, got {args.max_tokens}")
+    check_is_file(args.checkpoint)
+    check_name("--output", output)
+    if not output.parent.is_dir():
+        raise FlagError(f"--output: there is no folder {output.parent}")
+    if output.exists() and output.samefile(args.checkpoint):
+        raise FlagError(
+            f"--output {output} is the checkpoint itself, which would be overwritten; name another"
+        )
+
+
+def within(search: Search, experts: float) -> Quality:
+    """The largest setting at which a token takes no more experts; each layer, if it can be told."""
+    if isinstance(search.family, EqualExperts):
+        return search.at(search.family.setting(experts))
+    chosen = search.largest(lambda quality: quality.experts_per_token, experts)
+    assert chosen  # one expert per token is within any budget
+    return chosen
 
 
 if __name__ == "__main__":
