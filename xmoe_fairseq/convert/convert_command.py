@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from xmoe_fairseq.batches import Batches, binarised_folders
 from xmoe_fairseq.convert import models
-from xmoe_fairseq.convert.ffn import FeedForward, dense_places, feed, feed_forwards
+from xmoe_fairseq.convert.ffn import FeedForward, feed, feed_forwards
 from xmoe_fairseq.convert.finetune import TUNED, finetune
 from xmoe_fairseq.convert.grouping import GROUPINGS, CoActivation, group
 from xmoe_fairseq.convert.models import Dense
@@ -98,7 +98,7 @@ def convert(args: Namespace) -> None:
     valid = Batches(dense.task, "valid", args.valid_tokens, args.max_tokens, args.seed)
     model = models.build_sparse(dense, config, calibrate(args, dense, ffns))
     compare(dense, model, next(iter(valid)))
-    places = dense_places(ffns)
+    places = [(ffn.layer.fc1, ffn.layer.fc2) for ffn in ffns]
     before = measure_dense(dense.model, places, valid)
     choose = partial(choose_thresholds, args, model, valid, before)
     if args.finetune_updates:

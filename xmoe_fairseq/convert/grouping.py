@@ -90,9 +90,8 @@ def balanced_clusters(points: Matrix, count: int, seed: int) -> Tensor:
     centres, _ = kmeans2(points, count, minit="++", seed=seed)
     owner = np.full(len(points), -1)
     for _ in range(ROUNDS):
-        cost = ((points**2).sum(axis=1)[:, None] - 2 * points @ centres.T + (centres**2).sum(axis=1)).clip(
-            min=0
-        )
+        squares = (points**2).sum(axis=1)[:, None] + (centres**2).sum(axis=1)
+        cost = (squares - 2 * points @ centres.T).clip(min=0)
         place = linear_sum_assignment(np.repeat(cost, size, axis=1))[1]  # column c is cluster c // size
         if (place // size == owner).all():
             break

@@ -26,12 +26,8 @@ def check_training(cfg: Any, model: nn.Module) -> None:
         refuse("--amp", "use --bf16, or --fp16 --fp16-no-flatten-grads")
     if str(distributed.zero_sharding) != "none":
         refuse(f"--zero-sharding {distributed.zero_sharding}", "leave it out")
-    for name, group in (
-        ("use_bmuf", cfg.optimization),
-        ("tpu", common),
-        ("pipeline_model_parallel", distributed),
-        ("ema_fp32", cfg.ema),
-    ):
+    switches = {"use_bmuf": cfg.optimization, "tpu": common, "pipeline_model_parallel": distributed}
+    for name, group in {**switches, "ema_fp32": cfg.ema}.items():
         if read_field(group, name, False):
             refuse(flag(name), "leave it out")
     for name in ("encoder_layerdrop", "decoder_layerdrop"):

@@ -100,20 +100,19 @@ def convert(source: Path, target: Path, parts: int) -> None:
     names = [name for name in state["model"] if EXPERTS.fullmatch(name)]
     if not names:
         raise UserError(f"{source} holds no experts: its model is {model_name(state)}")
-    written: list[Path] = []
+    files: list[str] = []
     if parts > 1:
         state, experts = shards.split_experts(state, names, expert_slots(state))
         identity = f"{updates(state)}-{secrets.token_hex(4)}"
         files = shards.shard_names(identity, parts)
         state[shards.KEY] = {"id": identity, "files": files}
-        written = [target.parent / file for file in files]
     try:
-        for index in range(len(written)):
+        for index in range(len(files)):
             shards.write_shard(_slice(experts, index, parts), target.parent, identity, index, parts)
         write_atomically(target, lambda file: torch.save(state, file))
     except BaseException:  # Ctrl-C, too
-        for file in written:
-            file.unlink(missing_ok=True)
+        for file in files:
+            (target.parent / file).unlink(missing_ok=True)
         raise
 
 

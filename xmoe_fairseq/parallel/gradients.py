@@ -37,11 +37,8 @@ def norm_with_experts(
     Args:
         shared_norm: norm of the gradients that every rank has.
     """
-    norms = [
-        torch.linalg.vector_norm(parameter.grad, dtype=torch.float32)
-        for parameter in experts_of(parameters)
-        if parameter.grad is not None
-    ]
+    grads = [p.grad for p in experts_of(parameters) if p.grad is not None]
+    norms = [torch.linalg.vector_norm(grad, dtype=torch.float32) for grad in grads]
     none = shared_norm.new_zeros(())
     squares = torch.stack([none, *norms]).double().square().sum()
     dist.all_reduce(squares)  # over all ranks, not one group: no two ranks may clip by different bits

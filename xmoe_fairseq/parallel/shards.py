@@ -85,7 +85,11 @@ def join_shards(state: State, path: str | Path) -> State:
     for file, shard in zip(files, read, strict=True):
         for group in {*GROUPS, *shard}:
             wanted = {key for key, value in _holder(state, group).items() if value is None}
-            _check_same_names(path, file, shard.get(group, {}).keys(), wanted, group)
+            names = shard.get(group, {}).keys()
+            for kind, found in (("has no", wanted - names), ("has besides", names - wanted)):
+                if found:
+                    problem = f"{file} {kind} {min(map(str, found))} in {group}; copy the right one"
+                    raise CheckpointError(path, problem)
     for group, entries in read[0].items() if read else ():
         holder = _holder(state, group)
         for key in entries:
@@ -105,23 +109,14 @@ def _holder(state: State, group: str) -> State:
     return holder if isinstance(holder, dict) else {}
 
 
-def _check_same_names(path: str | Path, file: str, names: Any, wanted: set[Any], group: str) -> None:
-    """Raises CheckpointError if a file holds other experts than those whose places are empty."""
-    for kind, found in (("has no", wanted - names), ("has besides", names - wanted)):
-        if found:
-            raise CheckpointError(
-                path, f"{file} {kind} {min(map(str, found))} in {group}; copy the right one"
-            )
-
-
 def shard_files(state: State, path: str | Path) -> list[str]:
     """The files that hold a checkpoint's experts, seen from its folder. Raises CheckpointError."""
-    shards = state.get(KEY)
-    if shards is None:
+    if (shards := state.get(KEY)) is None:
         return []
-    files = shards.get("files") if isinstance(shards, dict) else None
-    files = files if isinstance(files, list) and isinstance(shards.get("id"), str) else []
-    if not files or not all(re.fullmatch(rf"{FOLDER}/[^/]+", str(file)) for file in files):
+    files = shards.get("files") if isinstance(shards, dict) and isinstance(shards.get("id"), str) else None
+    if not (files and isinstance(files, list)) or not all(
+        re.fullmatch(rf"{FOLDER}/[^/]+", str(file)) for file in files
+    ):
         raise CheckpointError(path, f"its entry {KEY!r} is damaged: {str(shards)[:60]}; copy it again")
     return files
 
@@ -135,9 +130,8 @@ def _read_shard(path: Path, identity: Any, files: list[str], index: int) -> Stat
     found = tuple(map(shard.get, parts)) if isinstance(shard, dict) else ()
     wanted = (identity, index, len(files))
     if found != wanted:
-        raise CheckpointError(
-            path, f"{file} is another checkpoint's: {found}, not {wanted}; copy the right one"
-        )
+        problem = f"{file} is another checkpoint's: {found}, not {wanted}; copy the right one"
+        raise CheckpointError(path, problem)
     experts = shard.get("experts")
     if not isinstance(experts, dict) or not all(isinstance(group, dict) for group in experts.values()):
         raise CheckpointError(file, "it holds no experts; copy it again")
@@ -153,11 +147,11 @@ def _join(parts: list[Any]) -> Any:
     if not all(isinstance(part, Tensor) for part in parts):
         raise TypeError("no tensors")
     index, slices = _part.get()
-    sizes = [part.size(0) for part in parts]
-    held = sum(sizes) // slices
-    first, rows = index * held, []
-    for part, start in zip(parts, [sum(sizes[:i]) for i in range(len(sizes))], strict=True):
-        rows.append(part[max(first - start, 0) : max(first + held - start, 0)])
+    held = sum(part.size(0) for part in parts) // slices
+    rows, start = [], index * held  # the latter seen from the first row of a part
+    for part in parts:
+        rows.append(part[max(start, 0) : max(start + held, 0)])
+        start -= part.size(0)
     return torch.cat(rows)
 
 
@@ -168,10 +162,8 @@ def remove_orphans(folder: Path) -> None:
         copies = [path for path in folder.iterdir() if path.is_file() and path.name != folder_lock.NAME]
         named = {file for copy in copies for file in named_shards(copy)}
     except (CheckpointError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        logger.warning(
-            f"experts that may be in no use stay in {folder}: a checkpoint cannot be read: {reason}"
-        )
+        why = f"a checkpoint cannot be read: {str(error).splitlines()[0]}"
+        logger.warning(f"experts that may be in no use stay in {folder}: {why}")
         return
     for path in (folder / FOLDER).glob("*"):
         is_ours = re.fullmatch(r".+_\d+-of-\d+\.(pt(\.tmp)?|tmp)", path.name)

@@ -156,9 +156,8 @@ class ExpertParallelTrainer(MoETrainer):
         if not from_all_ranks(dist.get_rank() == 0 and _is_sharded(Path(filename)))[0]:
             return super().load_checkpoint(filename, *args, **kwargs)
         if not Path(filename).is_file():
-            raise CheckpointError(
-                filename, f"rank {dist.get_rank()} does not see it; all ranks must share its folder"
-            )
+            problem = f"rank {dist.get_rank()} does not see it; all ranks must share its folder"
+            raise CheckpointError(filename, problem)
         # Each rank reads its own experts: no rank could hold them all, and send them to the others.
         self.cfg.checkpoint.load_checkpoint_on_all_dp_ranks = True
         share = dist.get_rank(self._parallel.expert_group), self._parallel.size

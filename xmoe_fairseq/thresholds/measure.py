@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 from fairseq.utils import apply_to_sample
-from torch import Tensor, nn
+from torch import nn
+from torch.nn.functional import nll_loss
 from tqdm import tqdm
 
 from xmoe_fairseq.batches import Batches
@@ -56,16 +57,12 @@ class Meter:
 
     @property
     def in_use(self) -> list[float]:
-        """Thresholds."""
         return [float(router.threshold_in_use) for router in self.routers]
 
     def measure(
         self, thresholds: Sequence[float], look: Callable[[RoutedLayer, Routing], Any] | None = None
     ) -> Quality:
-        """
-        Args:
-            look: called with each MoE layer and its routing, batch after batch.
-        """
+        """`look` is called with each MoE layer and its routing, batch after batch."""
         if look is None and tuple(thresholds) in self.known:
             return self.known[tuple(thresholds)]
         fix_thresholds(self.model, thresholds)
@@ -109,10 +106,8 @@ class Meter:
             base_seconds = max(run_base(few), 1e-12)
             for quality, mine in zip(found, ratios, strict=True):
                 mine.append(self.seconds(quality.thresholds, few) / base_seconds)
-        return [
-            replace(quality, ffn_seconds=statistics.median(mine) * base.ffn_seconds)
-            for quality, mine in zip(found, ratios, strict=True)
-        ]
+        seconds = [statistics.median(mine) * base.ffn_seconds for mine in ratios]
+        return [replace(quality, ffn_seconds=s) for quality, s in zip(found, seconds, strict=True)]
 
     def seconds(self, thresholds: Sequence[float], batches: Batches) -> float:
         """Of all FFNs, per target token."""
@@ -135,7 +130,7 @@ def ffn_seconds(model: nn.Module, places: list[Place], batches: Batches) -> floa
 
 
 def run(
-    model: nn.Module, places: list[Place], batches: Batches, after_batch: Any = None, text: str = ""
+    model: Any, places: list[Place], batches: Batches, after_batch: Any = None, text: str = ""
 ) -> tuple[float, float]:
     """Loss in bits, and seconds that passed between the modules of each place; both per target token.
 
@@ -150,19 +145,13 @@ def run(
     with torch.no_grad(), stopwatch(places, device) as watch:
         for batch in tqdm(batches, text, batches.number, leave=False, unit="batch", disable=hidden):
             sample = apply_to_sample(lambda tensor: tensor.to(device), batch)
-            output = model(**sample["net_input"])
-            loss += float(nll(model, output, sample["target"], pad))
-            tokens += int(sample["target"].ne(pad).sum())
+            output, target = model(**sample["net_input"]), sample["target"].flatten()
+            log_probs = model.get_normalized_probs(output, log_probs=True).flatten(0, 1).float()
+            loss += float(nll_loss(log_probs, target, ignore_index=pad, reduction="sum"))
+            tokens += int(target.ne(pad).sum())
             if after_batch:
                 after_batch()
     return loss / math.log(2) / max(tokens, 1), watch["seconds"] / max(tokens, 1)
-
-
-def nll(model: Any, output: Any, target: Tensor, pad: int) -> Tensor:
-    log_probs = model.get_normalized_probs(output, log_probs=True).flatten(0, 1)
-    return torch.nn.functional.nll_loss(
-        log_probs.float(), target.flatten(), ignore_index=pad, reduction="sum"
-    )
 
 
 @contextmanager
