@@ -102,7 +102,8 @@ def convert(args: Namespace) -> None:
     before = measure_dense(dense.model, places, valid)
     choose = partial(choose_thresholds, args, model, valid, before)
     if args.finetune_updates:
-        finetune(model, dense.task, dense.task.build_criterion(dense.cfg.criterion), args, choose)
+        criterion = dense.task.build_criterion(dense.state["cfg"].criterion)
+        finetune(model, dense.task, criterion, args, choose)
     chosen, search = choose()
     rows = {"chosen": chosen, **rows_of_budgets(search)}
     about = {

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from fairseq import checkpoint_utils, tasks
 from fairseq.models import ARCH_MODEL_NAME_REGISTRY, MODEL_DATACLASS_REGISTRY, MODEL_REGISTRY
-from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from xmoe_fairseq.config import read_field
@@ -27,17 +26,14 @@ ACTIVATIONS = ("relu", "relu_squared", "gelu", "gelu_fast", "gelu_accurate")
 
 @dataclass(frozen=True)
 class Dense:
-    state: dict[str, Any]  # the checkpoint
-    cfg: DictConfig  # its configuration, with `data` replaced
+    state: dict[str, Any]  # the checkpoint, its `data` replaced
     task: Any
     model: nn.Module  # in evaluation mode
     kind: str  # "transformer" or "transformer_lm"
 
 
 def read_dense(path: Path, binarised: str) -> Dense:
-    """
-    Args:
-        binarised: folder (or several, joined by colons) of the calibration data and its dictionaries.
+    """With the data and dictionaries of a folder, or of several, joined by colons.
 
     Raises:
         UserError: no such file or model, or one that cannot be converted.
@@ -54,7 +50,7 @@ def read_dense(path: Path, binarised: str) -> Dense:
     for name, parameter in model.named_parameters():  # not the buffers: fairseq leaves one uninitialised
         if not torch.isfinite(parameter).all():
             raise UserError(f"{path} holds NaN or inf in {name}: take an earlier checkpoint")
-    return Dense(state, cfg, task, model.float().eval(), kind)
+    return Dense(state, task, model.float().eval(), kind)
 
 
 def check_model(path: Path, model_cfg: Any) -> str:
@@ -74,8 +70,7 @@ def check_model(path: Path, model_cfg: Any) -> str:
 def converted_sides(dense: Dense, no_encoder: bool, no_decoder: bool) -> tuple[str, ...]:
     """Raises FlagError if none is left."""
     left_out = {"encoder": no_encoder, "decoder": no_decoder}
-    sides = tuple(side for side in SIDES[dense.kind] if not left_out[side])
-    if not sides:
+    if not (sides := tuple(side for side in SIDES[dense.kind] if not left_out[side])):
         raise FlagError("--no-moe-encoder and --no-moe-decoder leave nothing to convert")
     return sides
 
@@ -88,7 +83,7 @@ def sparse_config(dense: Dense, ffns: list[FeedForward], split: int, sides: tupl
             rule = f"must be 2 or more and divide --{ffn.side}-ffn-embed-dim {width}"
             raise FlagError(f"--split {rule}, got {split}")
     name = SPARSE + dense.kind
-    namespace = complete_namespace(dense.cfg.model, MODEL_DATACLASS_REGISTRY[name], dense.task)
+    namespace = complete_namespace(dense.state["cfg"].model, MODEL_DATACLASS_REGISTRY[name], dense.task)
     changes = {
         "_name": name, "arch": name, "moe_freq": 1, "moe_router": "threshold", "moe_threshold": 1.0,
         "moe_num_experts": split, "moe_ffn_split": split, "moe_max_experts_per_token": 0,
