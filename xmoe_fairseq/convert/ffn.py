@@ -39,8 +39,8 @@ def feed_forwards(model: nn.Module, sides: tuple[str, ...]) -> list[FeedForward]
         stack: Any = getattr(model, side)
         activation = utils.get_activation_fn(stack.cfg.activation_fn)
         for index, layer in enumerate(stack.layers):
-            tensors = (layer.fc1.weight, layer.fc1.bias, layer.fc2.weight, layer.fc2.bias)
-            weights = [tensor.detach() for tensor in tensors]
+            fc1, fc2 = layer.fc1, layer.fc2
+            weights = (fc1.weight.detach(), fc1.bias.detach(), fc2.weight.detach(), fc2.bias.detach())
             found.append(FeedForward(f"{side}.layers.{index}", layer, *weights, activation))
     return found
 

@@ -33,9 +33,8 @@ def check_training(cfg: Any, model: nn.Module) -> None:
     for name in ("encoder_layerdrop", "decoder_layerdrop"):
         if read_field(cfg.model, name, 0.0):  # ranks would leave out different layers, and wait for ever
             refuse(flag(name), "it must be 0")
-    if read_field(cfg.task, "eval_bleu", False) and any(
-        name.startswith("decoder.") for name in expert_names(model)
-    ):  # ranks decode different numbers of steps
+    in_decoder = any(name.startswith("decoder.") for name in expert_names(model))
+    if in_decoder and read_field(cfg.task, "eval_bleu", False):  # ranks decode different numbers of steps
         refuse("--eval-bleu", "add --no-moe-decoder, or score checkpoints with fairseq-generate")
 
 

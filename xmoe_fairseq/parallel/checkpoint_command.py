@@ -143,5 +143,4 @@ def _slice(value: Any, index: int, parts: int) -> Any:
         return value
     if value.size(0) % parts:
         raise UserError(f"--parts must divide the number of experts {value.size(0)}, got {parts}")
-    held = value.size(0) // parts
-    return value[index * held : (index + 1) * held].clone()
+    return value.chunk(parts)[index].clone()

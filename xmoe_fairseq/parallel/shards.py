@@ -126,8 +126,7 @@ def _read_shard(path: Path, identity: Any, files: list[str], index: int) -> Stat
     if not file.is_file():
         raise CheckpointError(path, f"it needs {file}, which is missing; keep them in the same folder")
     shard = load(file, **MAPPED)  # a rank takes its own rows only
-    parts = ("id", "index", "count")
-    found = tuple(map(shard.get, parts)) if isinstance(shard, dict) else ()
+    found = tuple(map(shard.get, ("id", "index", "count"))) if isinstance(shard, dict) else ()
     wanted = (identity, index, len(files))
     if found != wanted:
         problem = f"{file} is another checkpoint's: {found}, not {wanted}; copy the right one"

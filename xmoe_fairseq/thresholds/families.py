@@ -1,5 +1,7 @@
 """Families of thresholds for the search: the same t in all layers, or one for each."""
 
+from typing import NamedTuple
+
 import torch
 
 from xmoe_fairseq.moe import Budget, RoutedLayer, Routing, moe_layers
@@ -13,11 +15,10 @@ ROUNDS = 6  # a layer's t changes what the layers above it see
 CLOSE = 1 / 2048  # two thresholds that are one
 
 
-class Through:
+class Through(NamedTuple):
     """In a straight line from 0 to `middle`, at s = 0.5, and on to 1; with 0.5 everywhere t = s."""
 
-    def __init__(self, middle: list[float]) -> None:
-        self.middle = middle
+    middle: list[float]
 
     def at(self, s: float) -> list[float]:
         return [2 * s * m if s <= 0.5 else m + (1 - m) * (2 * s - 1) for m in self.middle]

@@ -49,15 +49,12 @@ def report_of(
 def table(report: Report) -> str:
     """Markdown."""
     titles = [*HEAD, f"time / {report.name}"]
-    rows = []
-    for name, quality in {report.name: report.reference, **report.rows}.items():
-        is_sparse = bool(quality.thresholds)
-        cells = [
-            name, shorten(quality.thresholds), f"{quality.bits_per_token:.4f}", f"{quality.perplexity:.2f}",
-            f"{quality.experts_per_token:.2f}" if is_sparse else "", f"{quality.flops:.3f}",
-            f"{quality.ffn_seconds * 1e6:.1f}", f"{time_ratio(quality, report):.2f}",
-        ]  # fmt: skip
-        rows.append(cells)
+    rows = [
+        [name, shorten(q.thresholds), f"{q.bits_per_token:.4f}", f"{q.perplexity:.2f}",
+         f"{q.experts_per_token:.2f}" if q.thresholds else "", f"{q.flops:.3f}",
+         f"{q.ffn_seconds * 1e6:.1f}", f"{time_ratio(q, report):.2f}"]
+        for name, q in {report.name: report.reference, **report.rows}.items()
+    ]  # fmt: skip
     return markdown(titles, rows)
 
 
@@ -101,17 +98,15 @@ def plot(file: IO[bytes], report: Report) -> None:
     figure = Figure(figsize=(8, 3.2), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, 2, sharey=True)
-    labels = ("FLOPs of the FFNs / dense", f"seconds in the FFNs / {report.name}")
-    for axis, label, x in zip(axes, labels, (report.reference.flops, 1.0), strict=True):
+    flops = [(quality.flops, quality.perplexity) for quality in report.curve]
+    times = [(time_ratio(quality, report), quality.perplexity) for quality in report.rows.values()]
+    panels = [("FLOPs of the FFNs / dense", report.reference.flops, flops),
+              (f"seconds in the FFNs / {report.name}", 1.0, times)]  # fmt: skip
+    for axis, (label, x, points) in zip(axes, panels, strict=True):
         axis.axhline(report.reference.perplexity, color="0.6", linewidth=1, linestyle="--")
         axis.plot([x], [report.reference.perplexity], "s", color="C3", label=report.name)
         axis.set_xlabel(label)
         axis.grid(alpha=0.3)
-    curves = (
-        [(quality.flops, quality.perplexity) for quality in report.curve],
-        [(time_ratio(quality, report), quality.perplexity) for quality in report.rows.values()],
-    )
-    for axis, points in zip(axes, curves, strict=True):
         axis.plot(*zip(*sorted(points), strict=True), "o-", markersize=4, label="other t")
         axis.set_xlim(left=0)  # after plotting: a limit ends the automatic scaling
     axes[0].set_ylabel("validation perplexity")
