@@ -4,6 +4,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from torch import nn
 
 from xmoe_fairseq.thresholds.checkpoint import settings_for
 from xmoe_fairseq.thresholds.families import equal_loss, same_everywhere
@@ -69,7 +70,7 @@ def test_settings_are_fixed_thresholds_without_a_budget() -> None:
 
 def test_a_drift_of_the_machine_meets_all_that_is_timed() -> None:
     batches = SimpleNamespace(first=lambda tokens: tokens)
-    meter, speed = Meter(None, batches), iter([1.0, 1.0, 1.0, 5.0, 5.0, 5.0, 2.0, 2.0, 2.0])
+    meter, speed = Meter(nn.Module(), batches), iter([1.0, 1.0, 1.0, 5.0, 5.0, 5.0, 2.0, 2.0, 2.0])
     meter.seconds = lambda thresholds, _: thresholds[0] * next(speed)
     found = [Quality([t], 1.0, 1.0, 1.0, 99.0) for t in (1.0, 3.0)]
     base = Quality([], 1.0, 0.0, 1.0, 0.5)

@@ -49,6 +49,7 @@ class Meter:
 
     def __init__(self, model: nn.Module, batches: Batches) -> None:
         self.model, self.batches = model, batches
+        self.places: list[Place] = [(layer, layer) for layer in moe_layers(model)]
         self.known: dict[tuple[float, ...], Quality] = {}
 
     @property
@@ -81,7 +82,7 @@ class Meter:
                 records.clear()
 
             name = f"t {shorten(thresholds)}"
-            loss, seconds = run(self.model, places_of(self.model), self.batches, count, name)
+            loss, seconds = run(self.model, self.places, self.batches, count, name)
         experts = float(totals["rows"]) / max(float(totals["tokens"]), 1.0)
         flops = float(totals["flops"]) / max(float(totals["flops_dense_ffn"]), 1.0)
         quality = self.known[tuple(thresholds)] = Quality(list(thresholds), loss, experts, flops, seconds)
@@ -112,11 +113,7 @@ class Meter:
     def seconds(self, thresholds: Sequence[float], batches: Batches) -> float:
         """Of all FFNs, per target token."""
         fix_thresholds(self.model, thresholds)
-        return ffn_seconds(self.model, places_of(self.model), batches)
-
-
-def places_of(model: nn.Module) -> list[Place]:
-    return [(layer, layer) for layer in moe_layers(model)]
+        return ffn_seconds(self.model, self.places, batches)
 
 
 def measure_dense(model: nn.Module, places: list[Place], batches: Batches) -> Quality:
