@@ -7,9 +7,8 @@ import pytest
 from torch import nn
 
 from xmoe_fairseq.thresholds.checkpoint import settings_for
-from xmoe_fairseq.thresholds.families import equal_loss, same_everywhere
 from xmoe_fairseq.thresholds.measure import Meter, Quality
-from xmoe_fairseq.thresholds.search import Search, bisect
+from xmoe_fairseq.thresholds.search import Search, bisect, equal_loss, same_everywhere
 from xmoe_fairseq_compat.errors import FlagError
 
 

@@ -24,10 +24,9 @@ from xmoe_fairseq.convert.models import Dense
 from xmoe_fairseq.convert.router_fit import ROWS, Parts, RouterFit
 from xmoe_fairseq.moe.records import fix_thresholds
 from xmoe_fairseq.thresholds.checkpoint import settings_for, write_checkpoint
-from xmoe_fairseq.thresholds.families import equal_loss, same_everywhere
 from xmoe_fairseq.thresholds.measure import Meter, Quality, ffn_seconds, measure_dense
 from xmoe_fairseq.thresholds.report import check_name, report_of, write_report
-from xmoe_fairseq.thresholds.search import Search
+from xmoe_fairseq.thresholds.search import Search, equal_loss, same_everywhere
 from xmoe_fairseq_compat.errors import FlagError, UserError, flag
 from xmoe_fairseq_compat.usage import Parser
 
@@ -57,7 +56,7 @@ def argument_parser() -> argparse.ArgumentParser:
                      help="FLOPs over the dense FFNs' (default: %(default)s)")  # fmt: skip
     aim.add_argument("--max-loss", type=float, metavar="X",
                      help="instead: nats per token that the loss may rise by")  # fmt: skip
-    add("--per-layer", action="store_true", help="a t for each layer, by how much the loss minds it")
+    add("--per-layer", action="store_true", help="a t for each layer, by its effect on the loss")
     add("--finetune-updates", type=int, default=0, help="updates of the MoE layers (default: none)")
     add("--finetune", choices=TUNED, default="all",
         help="the router, or also the experts (default: %(default)s)")  # fmt: skip

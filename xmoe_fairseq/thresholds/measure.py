@@ -17,7 +17,7 @@ from torch.nn.functional import nll_loss
 from tqdm import tqdm
 
 from xmoe_fairseq.batches import Batches
-from xmoe_fairseq.moe import RoutedLayer, Routing, RoutingStats, ThresholdRouter, moe_layers, record_routing
+from xmoe_fairseq.moe import RoutingStats, ThresholdRouter, moe_layers, record_routing
 from xmoe_fairseq.moe.records import fix_thresholds
 from xmoe_fairseq.moe.stats import layer_flops
 
@@ -60,11 +60,8 @@ class Meter:
     def in_use(self) -> list[float]:
         return [float(router.threshold_in_use) for router in self.routers]
 
-    def measure(
-        self, thresholds: Sequence[float], look: Callable[[RoutedLayer, Routing], Any] | None = None
-    ) -> Quality:
-        """`look` is called with each MoE layer and its routing, batch after batch."""
-        if look is None and tuple(thresholds) in self.known:
+    def measure(self, thresholds: Sequence[float]) -> Quality:
+        if tuple(thresholds) in self.known:
             return self.known[tuple(thresholds)]
         fix_thresholds(self.model, thresholds)
         totals: dict[str, Any] = defaultdict(float)
@@ -77,8 +74,6 @@ class Meter:
                     sums = {**layer_flops(layer, stats), "rows": stats.rows_kept, "tokens": stats.tokens}
                     for name, value in sums.items():
                         totals[name] += value
-                    if look:
-                        look(layer, routing)
                 records.clear()
 
             name = f"t {shorten(thresholds)}"

@@ -5,19 +5,31 @@ was trained with.
 """
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import NamedTuple
 
 from xmoe_fairseq.thresholds.measure import Meter, Quality
 from xmoe_fairseq_compat.errors import FlagError
 
 PRECISION = 1 / 1024  # of s
 COARSE = 8  # steps in which the loss is followed from below
+PROBES = (0.25, 0.5, 0.75)  # where one layer's loss is measured, the others computing everything
+PRICES = (1e3, 0.0)  # bits per share of FLOPs
 
 
-class Family(Protocol):
-    """A threshold for each MoE layer: at s = 0 one expert, at s = 1 all that a token may take."""
+class Family(NamedTuple):
+    """A threshold for each MoE layer: at s = 0 one expert, at s = 1 all that a token may take.
 
-    def at(self, s: float) -> list[float]: ...
+    In a straight line from 0 to `middle`, at s = 0.5, and on to 1; with 0.5 everywhere t = s.
+    """
+
+    middle: list[float]
+
+    def at(self, s: float) -> list[float]:
+        return [2 * s * m if s <= 0.5 else m + (1 - m) * (2 * s - 1) for m in self.middle]
+
+
+def same_everywhere(meter: Meter) -> Family:
+    return Family([0.5] * len(meter.routers))
 
 
 def bisect(
@@ -28,6 +40,35 @@ def bisect(
         middle = (inside + outside) / 2
         inside, outside = (middle, outside) if holds(middle) else (inside, middle)
     return inside
+
+
+def equal_loss(meter: Meter) -> Family:
+    """A family along which the next share of FLOPs costs every layer about the same loss.
+
+    Each layer is measured alone at a few thresholds, the others computing everything. Losses are taken to
+    add up; then each layer takes the setting of least `loss + price * FLOPs`, which is the cheapest way to
+    what they cost together. The price is the one at which that is half of everything.
+    """
+    layers = len(meter.routers)
+    if layers == 1:
+        return same_everywhere(meter)
+    whole = meter.measure([1.0] * layers)
+    settings: list[list[tuple[float, float, float]]] = []  # of a layer: (threshold, FLOPs saved, loss gained)
+    for layer in range(layers):
+        tried = [(1.0, 0.0, 0.0)]
+        for threshold in PROBES:
+            quality = meter.measure([threshold if i == layer else 1.0 for i in range(layers)])
+            gained = max(quality.bits_per_token - whole.bits_per_token, 0.0)
+            tried.append((threshold, whole.flops - quality.flops, gained))
+        settings.append(tried)
+
+    def chosen(price: float) -> list[tuple[float, float, float]]:
+        return [min(tried, key=lambda s: s[2] - price * s[1]) for tried in settings]
+
+    def is_half(price: float) -> bool:
+        return sum(saved for _, saved, _ in chosen(price)) >= 0.5 * whole.flops
+
+    return Family([threshold for threshold, _, _ in chosen(bisect(is_half, *PRICES, precision=1e-12))])
 
 
 class Search:

@@ -1,8 +1,8 @@
 """xmoe-threshold CHECKPOINT --data DATA --budget B | --max-loss X: finds t of a trained model.
 
 t is measured on validation data, and a checkpoint written that holds it and that every fairseq command
-opens. Each t that is tried is one pass over the validation set. Beside the new checkpoint lie a table of them
-all (.md, .json) and a plot (.png).
+opens. Each t that is tried is one pass over the validation set; --per-layer first takes three for each layer.
+Beside the new checkpoint lie a table of them all (.md, .json) and a plot (.png).
 """
 
 import argparse
@@ -13,10 +13,8 @@ from fairseq import checkpoint_utils
 from fairseq.utils import import_user_module
 
 from xmoe_fairseq.thresholds.checkpoint import check_is_file, open_meter, settings_for, write_checkpoint
-from xmoe_fairseq.thresholds.families import EqualExperts, same_everywhere
-from xmoe_fairseq.thresholds.measure import Quality
 from xmoe_fairseq.thresholds.report import check_name, report_of, write_report
-from xmoe_fairseq.thresholds.search import Search
+from xmoe_fairseq.thresholds.search import Search, equal_loss, same_everywhere
 from xmoe_fairseq_compat.errors import FlagError
 from xmoe_fairseq_compat.usage import Parser
 
@@ -32,7 +30,7 @@ def argument_parser() -> argparse.ArgumentParser:
     aim.add_argument("--budget", type=float, metavar="B", help="experts per token, on average at most")
     aim.add_argument("--max-loss", type=float, metavar="X", help="instead: the least experts whose loss "
                      "is at most X bits per token above that of the checkpoint as it is")  # fmt: skip
-    add("--per-layer", action="store_true", help="each layer its own t: all take equally many experts")
+    add("--per-layer", action="store_true", help="a t for each layer, by its effect on the loss")
     add("--output", type=Path, help="checkpoint to write (default: CHECKPOINT with .picked.pt)")
     add("--max-tokens", type=int, help="tokens in a batch (default: the checkpoint's, or 4096)")
     add("--user-dir", help="of a router of your own, as fairseq's commands have it")
@@ -53,11 +51,11 @@ def choose(args: argparse.Namespace) -> None:
     if args.budget is not None and not 1 <= args.budget <= limit:
         raise FlagError(f"--budget must be from 1 to {limit}, what a token may take, got {args.budget:g}")
     start = meter.measure(as_it_is)
-    search = Search(meter, EqualExperts(meter, as_it_is) if args.per_layer else same_everywhere(meter))
+    search = Search(meter, equal_loss(meter) if args.per_layer else same_everywhere(meter))
     if args.budget is None:
         chosen = search.smallest(start.bits_per_token + args.max_loss)
-    else:
-        chosen = within(search, args.budget)
+    else:  # which is 1 at least, and so can be met
+        chosen = search.largest(lambda q: q.experts_per_token, args.budget) or search.at(0.0)
     tried = sorted((q for q in search.points.values() if q != chosen), key=lambda q: q.flops)
     rows = {"chosen": chosen, **{f"tried {number}": quality for number, quality in enumerate(tried, 1)}}
     about = {
@@ -86,15 +84,6 @@ def check(args: argparse.Namespace, output: Path) -> None:
         raise FlagError(
             f"--output {output} is the checkpoint itself, which would be overwritten; name another"
         )
-
-
-def within(search: Search, experts: float) -> Quality:
-    """The largest setting at which a token takes no more experts; each layer, if it can be told."""
-    if isinstance(search.family, EqualExperts):
-        return search.at(search.family.setting(experts))
-    chosen = search.largest(lambda quality: quality.experts_per_token, experts)
-    assert chosen  # one expert per token is within any budget
-    return chosen
 
 
 if __name__ == "__main__":
