@@ -99,7 +99,8 @@ def test_largest_loss(
     meter, thresholds = meter_of(checkpoint, data)
     start, least = meter.measure(thresholds), meter.measure([0.0, 0.0])
     assert least.bits_per_token > start.bits_per_token  # fewer experts cost something here
-    more = (least.bits_per_token - start.bits_per_token) / 2
+    most = least.bits_per_token - start.bits_per_token
+    more = 0.8 * most  # less is out of reach by layers: they were not trained with these thresholds
     common = (checkpoint, "--data", data, *flags, "--output", tmp_path / "new.pt", "--max-loss")
     pick(*common, more)
     report = json.loads((tmp_path / "new.json").read_text())
@@ -107,7 +108,7 @@ def test_largest_loss(
     assert start.bits_per_token < chosen["bits_per_token"] <= allowed
     cheaper = [point for point in report["curve"] if point["experts_per_token"] < chosen["experts_per_token"]]
     assert cheaper and all(point["bits_per_token"] > allowed for point in cheaper)
-    pick(*common, 2 * more + 1e-6)
+    pick(*common, most + 1e-6)
     report = json.loads((tmp_path / "new.json").read_text())
     assert report["rows"]["chosen"]["experts_per_token"] == pytest.approx(1, abs=1e-3)
 
