@@ -14,6 +14,9 @@ if __name__ == "__main__":
     name = sys.argv.pop(1)
     try:
         runpy.run_module(name, run_name="__main__", alter_sys=True)
+    except KeyboardInterrupt:
+        print(f"{name.rpartition('.')[2]}: interrupted", file=sys.stderr)
+        sys.exit(130)
     except Exception as error:
         if text := one_line(error):
             sys.exit(f"{name.rpartition('.')[2]}: {text}")

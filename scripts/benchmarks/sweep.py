@@ -13,7 +13,7 @@ from torch import nn
 from benchmarks.timing import add_rounds
 from benchmarks.trained_layers import places
 from experiments import plots
-from experiments.results import mean_and_deviation, read_json
+from experiments.results import mean_and_deviation, read_run
 from xmoe_fairseq.batches import Batches
 from xmoe_fairseq.tables import markdown
 from xmoe_fairseq.thresholds.checkpoint import open_meter, open_model, whole_valid
@@ -29,7 +29,7 @@ def measure(
     run: Path, dense: Quality | None, run_dense: Callable[[Batches], float] | None, args: argparse.Namespace
 ) -> tuple[Quality, list[Quality]]:
     """A run at each threshold, and what its seconds are given by: the dense model, or the last threshold."""
-    data = Path(read_json(run / "run.json")["data"])
+    data = Path(read_run(run)["data"])
     meter = open_meter(run / "checkpoint_best.pt", data, lambda _: None)
     found = [meter.measure([t] * len(meter.routers)) for t in args.thresholds]
     run_base = run_dense or partial(meter.seconds, found[-1].thresholds)
@@ -38,7 +38,7 @@ def measure(
 
 def open_dense(run: Path) -> tuple[nn.Module, list[Place], Batches]:
     """Its FFNs are those that have experts in the others."""
-    model, task, cfg = open_model(run / "checkpoint_best.pt", Path(read_json(run / "run.json")["data"]))
+    model, task, cfg = open_model(run / "checkpoint_best.pt", Path(read_run(run)["data"]))
     layers: list[Any] = places(model, cfg.model)
     ffns = [(layer.moe,) * 2 if hasattr(layer, "moe") else (layer.fc1, layer.fc2) for layer in layers]
     return model, ffns, whole_valid(task, cfg)

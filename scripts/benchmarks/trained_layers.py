@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.timing import add_rounds, forward, in_turn, machine
-from experiments.results import read_json, write_json
+from experiments.results import read_run, write_json
 from xmoe_fairseq.config import read_field
 from xmoe_fairseq.thresholds.checkpoint import open_model
 
@@ -38,7 +38,7 @@ def feed_forward(layer: nn.Module) -> tuple[nn.Module, Callable[..., object]]:
 @torch.no_grad()
 def work_of(run: Path, max_tokens: int) -> Callable[[], None]:
     """What runs the FFNs of a run's model on the inputs that they meet in validation text."""
-    model, task, cfg = open_model(run / "checkpoint_best.pt", Path(read_json(run / "run.json")["data"]))
+    model, task, cfg = open_model(run / "checkpoint_best.pt", Path(read_run(run)["data"]))
     task.load_dataset("valid")
     batches = task.get_batch_iterator(
         task.dataset("valid"), max_tokens=max_tokens, max_positions=model.max_positions()

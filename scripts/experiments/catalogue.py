@@ -78,28 +78,46 @@ TASKS: dict[str, type[Preset]] = {"wmt": TranslationPreset, "lm": LanguageModelP
 
 def models() -> dict[str, Model]:
     path = FOLDER / "models.toml"
-    return {name: record(Model, table, f"{path}: {name}") for name, table in read(path).items()}
+    found = {name: record(Model, table, f"{path}: {name}") for name, table in read(path).items()}
+    for name, model in found.items():
+        if (model.kind in ("dense", "wide")) != (model.flags.get("moe-freq") == 0):
+            raise FlagError(f"{path}: {name}: kind dense or wide and the flag moe-freq = 0 go together")
+    return found
 
 
 def presets(task: str) -> dict[str, Preset]:
-    paths = sorted((FOLDER / "presets" / task).glob("*.toml"))
-    return {path.stem: record(TASKS[task], read(path), str(path)) for path in paths}
+    found = {}
+    routers = {router_of(model) for model in models().values()}
+    for path in sorted((FOLDER / "presets" / task).glob("*.toml")):
+        preset = found[path.stem] = record(TASKS[task], read(path), str(path))
+        if not {"max-update", "max-epoch"} & {*preset.flags}:
+            raise FlagError(f"{path}: flags must say max-update or max-epoch")
+        if unknown := {*preset.routers} - routers:
+            raise FlagError(f"{path}: routers: no model has the router {', '.join(sorted(unknown))}")
+    return found
+
+
+def router_of(model: Model) -> str:
+    return str(model.flags.get("moe-router", "threshold"))  # the flag's own default
 
 
 def task_flags(task: str) -> Flags:
-    flags: Flags = read(FOLDER / "tasks.toml")[task]
-    return flags
+    path = FOLDER / "tasks.toml"
+    flags = read(path).get(task)
+    if not fits(flags, Flags):
+        raise FlagError(f"{path}: {task} must be {in_words(Flags)}, got {flags!r}")
+    return flags  # type: ignore[no-any-return]
 
 
 def read(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
-    except tomllib.TOMLDecodeError as error:
+    except ValueError as error:  # TOML's, and what is no UTF-8
         raise FlagError(f"{path}: {error}") from None
 
 
 def record(kind: type[Record], table: Any, where: str) -> Record:
-    """Raises FlagError: a field that is missing, unknown or of another type."""
+    """Raises FlagError: a field that is missing, unknown, of another type, or a number that is too small."""
     if not isinstance(table, dict):
         raise FlagError(f"{where} must be a table of fields, got {table!r}")
     known = {one.name: one for one in fields(kind)}  # type: ignore[arg-type]
@@ -108,6 +126,9 @@ def record(kind: type[Record], table: Any, where: str) -> Record:
             raise FlagError(f"{where}: there is no field {name}; it may have {', '.join(known)}")
         if not fits(value, known[name].type):
             raise FlagError(f"{where}: {name} must be {in_words(known[name].type)}, got {value!r}")
+        least = 0 if known[name].default == 0 or name == "experts" else 1
+        if type(value) is int and value < least:
+            raise FlagError(f"{where}: {name} must be at least {least}, got {value}")
     for name, one in known.items():
         if name not in table and one.default is MISSING and one.default_factory is MISSING:
             raise FlagError(f"{where}: the field {name} is missing")

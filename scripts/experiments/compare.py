@@ -17,7 +17,7 @@ from pathlib import Path
 from experiments.catalogue import models
 from experiments.plan import Plan
 from experiments.plot_runs import Run, draw
-from experiments.results import mean_and_deviation, median_seconds, publish, read, read_json, records
+from experiments.results import mean_and_deviation, median_seconds, publish, read, read_json, read_run, records
 from xmoe_fairseq.tables import markdown
 from xmoe_fairseq_compat.errors import FlagError, UserError
 
@@ -29,8 +29,10 @@ DIGITS = {"updates": 0, "training seconds": 0, "s/update": 3, "parameters (M)": 
 
 
 def load(folder: Path, tag: str) -> Run:
-    about, scores = (read_json(folder / name) for name in ("run.json", f"scores.{tag}.json"))
-    log, splits = folder / "train.log", scores["splits"]
+    about, scores = read_run(folder), folder / f"scores.{tag}.json"
+    log, splits = folder / "train.log", read_json(scores)["splits"]
+    if FLOPS_SPLIT not in splits:
+        raise UserError(f"{scores}: holds no {FLOPS_SPLIT}; score the run again without --splits")
     values: dict[str, float] = {}
     for split, result in splits.items():
         values |= {f"{split} {TITLES[key]}": result[key] for key in SHOWN[about["task"]]}
@@ -97,7 +99,8 @@ def main() -> None:
     except FileNotFoundError as error:
         raise UserError(f"{error.filename}: {error.strerror}; train and score each run first") from None
     check(runs)
-    rows, columns = rows_of(runs), list(runs[0].values)
+    rows = rows_of(runs)
+    columns = [name for name in runs[0].values if all(name in run.values for run in runs)]
     if all(math.isnan(run.values[FFN_SECONDS]) for run in runs):
         columns.remove(FFN_SECONDS)
     quality = args.quality or ("test BLEU" if runs[0].about["task"] == "wmt" else "test ppl")

@@ -110,7 +110,7 @@ class Plan:
             flags[("encoder" if self.task == "wmt" else "decoder") + "-ffn-embed-dim"] = self.ffn_dim
         if not self.is_dense:
             flags |= {"moe-num-experts": self.num_experts, "moe-ffn-split": method.split}
-            flags |= size.routers.get(str(method.flags.get("moe-router")), {})
+            flags |= size.routers.get(catalogue.router_of(method), {})
         if size.paper_capacity and method.capacity:
             flags["moe-capacity-factor"] = method.split
         if size.experts:

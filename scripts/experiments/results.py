@@ -33,6 +33,15 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path}: is no JSON: {error}") from None
 
 
+def read_run(run: Path) -> dict[str, Any]:
+    """What train.py has noted of a run. Raises UserError, or OSError with the path."""
+    about = read_json(run / "run.json")
+    expected = ("task", "preset", "model", "data", "seed", "flags")
+    if not isinstance(about, dict) or not about.keys() >= {*expected}:
+        raise UserError(f"{run / 'run.json'}: must have {', '.join(expected)}, as train.sh writes them")
+    return about
+
+
 def records(log: Path, group: str) -> list[dict[str, Any]]:
     """The JSON records of a group that fairseq logged, numbers as numbers, keys without the group."""
     found = re.findall(rf"\| {group} \| (\{{.*\}})", read(log))

@@ -17,7 +17,7 @@ from typing import Any
 from experiments.catalogue import TASKS, LanguageModelPreset, TranslationPreset
 from experiments.evaluation import call, hypotheses, last_number, of_checkpoint, score, search
 from experiments.plan import Plan
-from experiments.results import lines, read_json, record, routing, write_json
+from experiments.results import lines, read_run, record, routing, write_json
 from experiments.train import ROOT, languages
 from xmoe_fairseq_compat.errors import UserError
 
@@ -31,7 +31,7 @@ class Scorer:
     def __init__(self, run: Path, task: str, average: int, splits: list[str]) -> None:
         if not (run / "run.json").exists():
             raise UserError(f"RUN must be a folder of scripts/{task}/train.sh, with run.json, got {run}")
-        about = read_json(run / "run.json")
+        about = read_run(run)
         if about["task"] != task:
             raise UserError(f"{run} is a run of {about['task']}, not of {task}")
         self.run, self.task, self.data = run, task, Path(about["data"])

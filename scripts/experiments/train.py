@@ -18,7 +18,7 @@ from typing import Any
 
 from experiments.catalogue import TASKS, listing
 from experiments.plan import Plan
-from experiments.results import read_json, write_json
+from experiments.results import read_run, write_json
 from xmoe_fairseq_compat.errors import FlagError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -70,7 +70,7 @@ def note(run: Path, about: dict[str, Any]) -> None:
     """Raises FlagError if another training is in this folder already."""
     path = run / "run.json"
     if path.exists():
-        there = read_json(path)
+        there = read_run(run)
         for key in ("task", "preset", "model", "data", "seed"):
             if there[key] != about[key]:
                 raise FlagError(

@@ -156,6 +156,13 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("models.toml", "[hash]", "[hash", "models.toml: Expected ']'"),
         ("presets/lm/tiny.toml", "cpu = true", "beam = 5", "tiny.toml: there is no field beam; it may have"),
         ("presets/lm/tiny.toml", "ffn_dim = 512\n", "", "tiny.toml: the field ffn_dim is missing"),
+        ("models.toml", "split = 2", "split = 0", "models.toml: gshard: split must be at least 1, got 0"),
+        ("models.toml", "moe-freq = 0", "moe-freq = 2", "models.toml: dense: kind dense or wide and the flag"),
+        ("models.toml", 'kind = "dense"', "", "models.toml: dense: kind dense or wide and the flag moe-freq = 0"),
+        ("presets/lm/tiny.toml", "experts = 4", "experts = -1", "tiny.toml: experts must be at least 0, got -1"),
+        ("presets/lm/tiny.toml", "max-update", "max-updates", "tiny.toml: flags must say max-update or max-epo"),
+        ("presets/lm/tiny.toml", "[routers.thr", "[routers.tr", "tiny.toml: routers: no model has the router tre"),
+        ("tasks.toml", "[lm]", "[ml]", "tasks.toml: lm must be a table of flags, got None"),
         ("presets/lm/tiny.toml", "dropout = 0", "dropout = [0]", "tiny.toml: flags must be a table of flags"),
     ],
 )
@@ -164,9 +171,21 @@ def test_a_file_that_is_wrong_is_named(folder: Path, name: str, old: str, new: s
     assert old in text
     (folder / name).write_text(text.replace(old, new, 1))
     with pytest.raises(FlagError) as error:
-        Plan("lm", "tiny", "dense")
+        Plan("lm", "tiny", "dense").flags()
     assert message in str(error.value) and "\n" not in str(error.value)
     assert str(error.value).startswith(str(folder / name))
+
+
+def test_a_file_that_is_no_text_is_named(folder: Path) -> None:
+    (folder / "models.toml").write_bytes(b"\xff")
+    with pytest.raises(FlagError, match="models.toml: 'utf-8' codec can't decode"):
+        catalogue.models()
+
+
+def test_a_model_that_names_no_router_has_the_presets_flags_for_the_default(folder: Path) -> None:
+    with (folder / "models.toml").open("a") as file:
+        file.write('[plain]\nlabel = ""\nsplit = 4\nflags = {}\ncolour = "k"\nmarker = "o"\n')
+    assert "--moe-threshold 0.6" in " ".join(Plan("lm", "tiny", "plain").flags())
 
 
 def test_the_documented_baseline_model(

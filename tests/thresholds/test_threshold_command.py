@@ -151,6 +151,8 @@ def test_translation_chosen_by_bleu_with_experts_in_shards(
 
 def test_errors(checkpoint: Path, data: Path, tmp_path: Path) -> None:
     topk, here = tmp_path / "topk.pt", ("--data", data, "--budget", 2)
+    report = tmp_path / "old.md"
+    report.symlink_to(checkpoint)
     state = torch.load(checkpoint, weights_only=True)
     state["cfg"]["model"] |= {"moe_router": "topk", "moe_target_experts_per_token": 0}
     state["model"] = {name: value for name, value in state["model"].items() if "budget" not in name}
@@ -161,6 +163,9 @@ def test_errors(checkpoint: Path, data: Path, tmp_path: Path) -> None:
     bad = [
         ((tmp_path / "none.pt", *here), "none.pt: no such file"),
         ((tmp_path, *here), f"{tmp_path}: is a folder, no checkpoint"),
+        (("", *here), ".: is a folder, no checkpoint"),
+        ((checkpoint, *here, "--output", tmp_path), f"--output {tmp_path} is a folder; name a file in it"),
+        ((report, *here, "--output", tmp_path / "old.pt"), f"its report would overwrite {report}; name"),
         ((checkpoint, "--data", tmp_path, "--budget", 2), "--data must be a folder of data-prep or fairseq-"),
         ((checkpoint, "--data", tmp_path / "empty", "--budget", 2), "no set 'valid' in "),
         ((topk, *here), "CHECKPOINT must be of a model with --moe-router threshold"),
@@ -177,7 +182,7 @@ def test_errors(checkpoint: Path, data: Path, tmp_path: Path) -> None:
         status, said = call(threshold_command.main, "xmoe-threshold", *arguments)
         assert status == 1 and message in said and said.count("\n") == 1
         assert said.startswith("xmoe-threshold: error: ")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "topk.pt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "old.md", "topk.pt"]
 
 
 def test_an_interruption_leaves_no_file(

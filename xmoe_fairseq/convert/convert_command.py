@@ -69,7 +69,7 @@ def check(args: Namespace) -> None:
     """Raises FlagError."""
     if args.sparse.exists():
         raise FlagError(f"{args.sparse} exists already")
-    check_name("SPARSE", args.sparse)
+    check_name("SPARSE", args.sparse, args.dense)
     for name in ("calibration_tokens", "valid_tokens", "max_tokens"):
         if getattr(args, name) < 1:
             raise FlagError(f"{flag(name)} must be at least 1, got {getattr(args, name)}")

@@ -23,10 +23,17 @@ HEAD = ("setting", "t", "bits per token", "perplexity", "experts per token", "FL
 SUFFIXES = (".md", ".json", ".png")  # of what is written beside a checkpoint
 
 
-def check_name(flag: str, path: Path) -> None:
-    """Raises FlagError: the report would take the checkpoint's name."""
+def report_paths(path: Path) -> list[Path]:
+    return [path.with_suffix(suffix) for suffix in SUFFIXES]
+
+
+def check_name(flag: str, path: Path, source: Path) -> None:
+    """Raises FlagError: the report would take the name of the checkpoint, or of the one it is made from."""
     if path.suffix in SUFFIXES:
         raise FlagError(f"{flag} must not end in {path.suffix}, as its report does, got {path}")
+    for report in report_paths(path):
+        if report.exists() and source.exists() and report.samefile(source):
+            raise FlagError(f"{flag} {path}: its report would overwrite {source}; name another")
 
 
 class Report(NamedTuple):
@@ -69,7 +76,7 @@ def write_report(path: Path, report: Report) -> None:
         WriteError.
     """
     settings = "\n".join(f"- {key}: {value}" for key, value in report.about.items())
-    markdown_file, json_file, plot_file = files = [path.with_suffix(suffix) for suffix in SUFFIXES]
+    markdown_file, json_file, plot_file = files = report_paths(path)
     write_atomically(markdown_file, f"# {path.name}\n\n{settings}\n\n{table(report)}")
     write_json(json_file, report)
     write_atomically(plot_file, lambda file: plot(file, report))

@@ -43,8 +43,7 @@ def main() -> None:
 
 def choose(args: argparse.Namespace) -> None:
     """Raises UserError."""
-    output = args.output or args.checkpoint.with_suffix(".picked.pt")
-    check(args, output)
+    output = check(args)
     import_user_module(args)
     meter = open_meter(args.checkpoint, args.data, args.max_tokens)
     as_it_is, limit = meter.in_use, meter.routers[0].limit
@@ -70,20 +69,24 @@ def choose(args: argparse.Namespace) -> None:
     write_report(output, report)
 
 
-def check(args: argparse.Namespace, output: Path) -> None:
-    """Raises UserError."""
+def check(args: argparse.Namespace) -> Path:
+    """The output. Raises UserError."""
     if args.max_loss is not None and not args.max_loss >= 0:
         raise FlagError(f"--max-loss must be 0 or more bits per token, got {args.max_loss:g}")
     if args.max_tokens is not None and args.max_tokens < 1:
         raise FlagError(f"--max-tokens must be at least 1, got {args.max_tokens}")
     check_is_file(args.checkpoint)
-    check_name("--output", output)
+    output: Path = args.output or args.checkpoint.with_suffix(".picked.pt")
+    if output.is_dir():
+        raise FlagError(f"--output {output} is a folder; name a file in it")
+    check_name("--output", output, args.checkpoint)
     if not output.parent.is_dir():
         raise FlagError(f"--output: there is no folder {output.parent}")
     if output.exists() and output.samefile(args.checkpoint):
         raise FlagError(
             f"--output {output} is the checkpoint itself, which would be overwritten; name another"
         )
+    return output
 
 
 if __name__ == "__main__":
