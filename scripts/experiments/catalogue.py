@@ -103,10 +103,10 @@ def router_of(model: Model) -> str:
 
 def task_flags(task: str) -> Flags:
     path = FOLDER / "tasks.toml"
-    flags = read(path).get(task)
-    if not fits(flags, Flags):
+    flags: Flags | None = read(path).get(task)
+    if flags is None or not fits(flags, Flags):
         raise FlagError(f"{path}: {task} must be {in_words(Flags)}, got {flags!r}")
-    return flags  # type: ignore[no-any-return]
+    return flags
 
 
 def read(path: Path) -> dict[str, Any]:

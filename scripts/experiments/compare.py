@@ -17,7 +17,15 @@ from pathlib import Path
 from experiments.catalogue import models
 from experiments.plan import Plan
 from experiments.plot_runs import Run, draw
-from experiments.results import mean_and_deviation, median_seconds, publish, read, read_json, read_run, records
+from experiments.results import (
+    mean_and_deviation,
+    median_seconds,
+    publish,
+    read,
+    read_json,
+    read_run,
+    records,
+)
 from xmoe_fairseq.tables import markdown
 from xmoe_fairseq_compat.errors import FlagError, UserError
 

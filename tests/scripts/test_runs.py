@@ -139,10 +139,13 @@ def test_bad_arguments_of_train(lm_data: Path, tmp_path: Path, monkeypatch: pyte
     )
     monkeypatch.setenv("SEED", "1")
     run.mkdir()
-    there = {"task": "lm", "preset": "tiny", "model": "switch", "data": str(lm_data), "seed": 1}
+    there = {"task": "lm", "preset": "tiny", "model": "switch", "data": str(lm_data), "seed": 1, "flags": []}
     (run / "run.json").write_text(json.dumps(there))
     message = call(train.main, monkeypatch, "lm", "tiny", "dense", lm_data, run)
     assert "holds a run with model switch, not dense; name a new one" in message
+    (run / "run.json").write_text('{"task": "lm"}')
+    message = call(train.main, monkeypatch, "lm", "tiny", "dense", lm_data, run)
+    assert "run.json: must have task, preset, model" in message
 
 
 def test_further_shards_are_training_data(lm_data: Path, tmp_path: Path) -> None:
@@ -216,7 +219,21 @@ def test_compare_refuses_what_cannot_be_compared(tmp_path: Path, monkeypatch: py
     assert "runs must be of the same data" in call(compare.main, monkeypatch, here, there, *out)
     missing = call(compare.main, monkeypatch, here, *out, "--scores", "average3")
     assert "scores.average3.json: No such file" in missing and "train and score each run first" in missing
+    part = made_up_run(tmp_path / "part", "dense", 1, 30.0)
+    scores = json.loads((part / "scores.best.json").read_text())
+    del scores["splits"]["test"]
+    (part / "scores.best.json").write_text(json.dumps(scores))
+    message = call(compare.main, monkeypatch, part, *out)
+    assert "scores.best.json: holds no test; score the run again without --splits" in message
     assert not (tmp_path / "out").exists()
+    scores = json.loads((here / "scores.best.json").read_text())
+    del scores["splits"]["valid"]  # as grid.py scores: the columns are those that all runs have
+    (here / "scores.best.json").write_text(json.dumps(scores))
+    more = made_up_run(tmp_path / "more", "switch", 1, 30.0, data="here")
+    monkeypatch.setattr(sys, "argv", ["compare", str(more), str(here), *map(str, out)])
+    compare.main()
+    head = (tmp_path / "out/compare.md").read_text().splitlines()[0]
+    assert "test ppl" in head and "valid ppl" not in head
     assert math.isnan(compare.load(here, "best").values["experts/token"])
 
 

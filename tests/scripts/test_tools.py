@@ -1,6 +1,7 @@
 """The demo's tools on made-up runs."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -167,3 +168,10 @@ def test_conversions_side_by_side(tmp_path: Path) -> None:
         "| random | 8 | per layer | none | 30.25 (0.25) | 20.00 (0.25) |",
         "| random | 8 | per layer | 9 updates of all |  | 20.50 (0.25) |",
     ]
+
+
+def test_an_interrupted_command_ends_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "stopped.py").write_text("raise KeyboardInterrupt")
+    command = [sys.executable, str(Path(__file__).parents[2] / "scripts/run.py"), "stopped"]
+    ended = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True)
+    assert (ended.returncode, ended.stderr) == (130, b"stopped: interrupted\n")
