@@ -14,12 +14,8 @@ PATH = re.compile(
 LINK = re.compile(r"\]\((?!http)([^)#\s]*)#?([^)]*)\)")
 FLAG = re.compile(r"(?<=[\s`\"'(|\[])--([a-z][a-z0-9-]*[a-z0-9])(?![\w*-])")
 NOT_HERE = {
-    *(
-        "data-prep/prepare_tales.sh",
-        "tests/gpu",
-        "tests/test_binaries.py",
-        "tests/speech",
-    ),  # example, fairseq's
+    "data-prep/prepare_tales.sh",  # an example
+    *("tests/gpu", "tests/test_binaries.py", "tests/speech"),  # fairseq's
     *("use-xmoe", "expert-interval", "ffn-split-ratio"),  # torchscale's, the authors'
     *("rdzv-backend", "rdzv-endpoint", "rdzv-id"),  # torchrun's
 }
@@ -29,17 +25,9 @@ NOT_HERE = {
 def sources() -> str:
     """Of this package and of fairseq."""
     stock = Path(fairseq.__file__).parent
-    folders = [
-        ROOT / "scripts",
-        ROOT / "data-prep",
-        *ROOT.glob("xmoe_fairseq*"),
-        stock,
-        stock.parent / "fairseq_cli",
-    ]
-    paths = [
-        path for folder in folders for path in folder.rglob("*") if path.suffix in (".py", ".sh", ".toml")
-    ]
-    return "\n".join(path.read_text(encoding="utf-8") for path in paths)
+    ours = [ROOT / "scripts", ROOT / "data-prep", *ROOT.glob("xmoe_fairseq*")]
+    files = [path for folder in [*ours, stock, stock.parent / "fairseq_cli"] for path in folder.rglob("*.*")]
+    return "\n".join(path.read_text("utf-8") for path in files if path.suffix in (".py", ".sh", ".toml"))
 
 
 def headings(document: Path) -> set[str]:
