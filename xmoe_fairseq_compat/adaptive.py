@@ -16,28 +16,29 @@ def adaptive_loss_needs_a_cutoff(module: Any) -> None:
     @wrap(module.AdaptiveLoss, "forward")
     def forward(plain: Any, self: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
         if getattr(model.decoder, "adaptive_softmax", None) is None:
-            from fairseq.criterions import CRITERION_REGISTRY
-
-            name = next((n for n, kind in CRITERION_REGISTRY.items() if kind is type(self)), "adaptive_loss")
-            raise FlagError(f"--criterion {name} needs a model with --adaptive-softmax-cutoff")
+            raise FlagError(f"--criterion {name_of(type(self))} needs a model with --adaptive-softmax-cutoff")
         return plain(self, model, *args, **kwargs)
 
 
-def refuse_ddp(criterion: str, cfg: Any) -> None:
-    """Raises FlagError on several ranks: what a batch lacks of the vocabulary has no gradient there."""
-    from fairseq.distributed.utils import get_global_world_size
+def name_of(criterion: Any) -> str:
+    from fairseq.criterions import CRITERION_REGISTRY
 
-    backend = str(cfg.ddp_backend)
-    if backend in ("c10d", "pytorch_ddp") and get_global_world_size() > 1:
-        raise FlagError(f"--criterion {criterion} needs --ddp-backend legacy_ddp, got {backend}")
+    return next((name for name, kind in CRITERION_REGISTRY.items() if kind is criterion), "adaptive_loss")
 
 
 @patch("fairseq.criterions.adaptive_loss")
 def adaptive_loss_in_one_process(module: Any) -> None:
-    """Every torch: it refuses pytorch_ddp, the default, in a page, and where there is one process too."""
+    """Every torch: it refuses pytorch_ddp, the default, in a page, and where there is one process too.
+
+    On several ranks it is right: what a batch lacks of the vocabulary has no gradient there.
+    """
 
     def build_criterion(cls: Any, cfg: Any, task: Any) -> Any:
-        refuse_ddp("adaptive_loss", cfg)
+        from fairseq.distributed.utils import get_global_world_size
+
+        backend = str(cfg.ddp_backend)
+        if backend in ("c10d", "pytorch_ddp") and get_global_world_size() > 1:
+            raise FlagError(f"--criterion {name_of(cls)} needs --ddp-backend legacy_ddp, got {backend}")
         return cls(task, cfg.sentence_avg)
 
     module.AdaptiveLoss.build_criterion = classmethod(build_criterion)

@@ -8,11 +8,7 @@ from fairseq.criterions.adaptive_loss import AdaptiveLoss
 from tolerances import about, printed
 from toy import language_model, language_sample, sentences, task
 
-from xmoe_fairseq.criterions import (
-    MoEAdaptiveLoss,
-    MoECrossEntropyCriterion,
-)
-from xmoe_fairseq.criterions.moe_adaptive_loss import MoEAdaptiveLossConfig
+from xmoe_fairseq.criterions import MoEAdaptiveLoss, MoEAdaptiveLossConfig, MoECrossEntropyCriterion
 from xmoe_fairseq.moe import record_routing
 
 ADAPTIVE = {"adaptive_softmax_cutoff": "10,20"}
@@ -22,7 +18,7 @@ def test_the_adaptive_loss_is_fairseqs_own_with_the_load_balance_loss() -> None:
     model, batch = language_model(**ADAPTIVE).train(), language_sample(sentences([6, 9]))
     with record_routing(model) as records:
         stock, size, _ = AdaptiveLoss(task(), False)(model, batch)
-    loss, same_size, logged = MoEAdaptiveLoss(task(), False, 0.3, 0.2)(model, batch)
+    loss, same_size, logged = MoEAdaptiveLoss(task(), False).weigh(0.3, 0.2)(model, batch)
     expected = sum(0.3 * r.load_balance_loss + 0.2 * r.z_loss for _, r in records) * size
     assert size == same_size and records
     assert (loss - stock).item() == about(expected, scale=stock)
@@ -39,16 +35,16 @@ def test_the_adaptive_loss_is_fairseqs_own_with_the_load_balance_loss() -> None:
 
 def test_an_adaptive_softmax_is_trained_by_its_own_loss() -> None:
     model, batch = language_model(**ADAPTIVE).train(), language_sample(sentences([6, 9]))
-    plain = MoECrossEntropyCriterion(task(), False, moe_loss_coeff=0.1, moe_z_loss_coeff=0.0)
+    plain = MoECrossEntropyCriterion(task(), False).weigh(0.1, 0.0)
     with pytest.raises(ValueError, match="^--adaptive-softmax-cutoff needs --criterion moe_adaptive_loss$"):
         plain(model, batch)
     with pytest.raises(
         ValueError, match="^--criterion moe_adaptive_loss needs a model with --adaptive-softmax"
     ):
-        MoEAdaptiveLoss(task(), False, 0.1, 0.0)(language_model(), batch)
+        MoEAdaptiveLoss(task(), False).weigh(0.1, 0.0)(language_model(), batch)
     model.eval()
     with torch.no_grad():
-        adaptive = MoEAdaptiveLoss(task(), False, 0.1, 0.0)(model, batch)[2]
+        adaptive = MoEAdaptiveLoss(task(), False).weigh(0.1, 0.0)(model, batch)[2]
         assert plain(model, batch)[2]["loss"].item() == about(adaptive["loss"])
 
 

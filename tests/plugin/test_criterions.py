@@ -22,7 +22,7 @@ from xmoe_fairseq.moe import RoutingStats, moe_layers, record_routing
 
 
 def criterion(sentence_avg: bool = False, coeff: float = 0.01, z_coeff: float = 0.0) -> Any:
-    return MoELabelSmoothedCrossEntropyCriterion(task(), sentence_avg, 0.1, coeff, z_coeff)
+    return MoELabelSmoothedCrossEntropyCriterion(task(), sentence_avg, 0.1).weigh(coeff, z_coeff)
 
 
 def sample() -> dict[str, Any]:
@@ -218,7 +218,7 @@ def test_a_batch_of_padding_alone_gives_finite_gradients() -> None:
     model = language_model()
     batch = language_sample(sentences([4, 5]))
     batch["net_input"]["src_tokens"] = torch.full((2, 5), 1)
-    loss, _, logged = MoECrossEntropyCriterion(task(), False, 0.01, 0.01)(model, batch)
+    loss, _, logged = MoECrossEntropyCriterion(task(), False).weigh(0.01, 0.01)(model, batch)
     loss.backward()
     assert logged["moe_decoder_tokens"] == 0
     for name, parameter in model.named_parameters():

@@ -38,7 +38,7 @@ def test_dense_model_is_fairseqs_own() -> None:
         "fairseq.modules.transformer_layer"
     }
     sample = translation_sample(sentences([5, 4]), sentences([6, 6]))
-    criterion = MoECrossEntropyCriterion(task(), False, moe_loss_coeff=0.01, moe_z_loss_coeff=0.0)
+    criterion = MoECrossEntropyCriterion(task(), False).weigh(0.01, 0.0)
     loss, _, logged = criterion(model, sample)
     stock_loss, _, stock_logged = CrossEntropyCriterion(task(), False)(model, sample)
     assert_same(loss, stock_loss)

@@ -47,8 +47,8 @@ def test_model_reproduces_the_authors_numbers(case: dict) -> None:
     model = translation_model(case["vocab_size"], **flags(case))
     model.load_state_dict(named(arrays, "param/"), strict=True)
     criterion = MoELabelSmoothedCrossEntropyCriterion(
-        task(case["vocab_size"]), False, case["label_smoothing"], case["moe_loss_coeff"], moe_z_loss_coeff=0.0
-    )
+        task(case["vocab_size"]), False, case["label_smoothing"]
+    ).weigh(case["moe_loss_coeff"], 0.0)
     sample = translation_sample(arrays["src_tokens"], arrays["target"])
     sample["net_input"]["prev_output_tokens"] = arrays["prev_output_tokens"]
 

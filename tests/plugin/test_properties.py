@@ -99,7 +99,7 @@ def test_padding_changes_nothing(router: dict) -> None:
 
 def test_padding_does_not_change_the_loss_or_its_gradients() -> None:
     model = translation_model().train()
-    criterion = MoECrossEntropyCriterion(task(), False, moe_loss_coeff=0.1, moe_z_loss_coeff=0.01)
+    criterion = MoECrossEntropyCriterion(task(), False).weigh(0.1, 0.01)
     source, target = sentences([4, 6], left_pad=True), sentences([5, 7])
     results = []
     for pad in (0, 6):
@@ -146,7 +146,7 @@ def test_checkpointed_activations_give_the_same_gradients_and_count_the_loss_onc
     build = language_model if kind == "language" else translation_model
     target = sentences([6, 9])
     sample = language_sample(target) if kind == "language" else translation_sample(sentences([7, 4]), target)
-    criterion = MoECrossEntropyCriterion(task(), False, moe_loss_coeff=0.5, moe_z_loss_coeff=0.1)
+    criterion = MoECrossEntropyCriterion(task(), False).weigh(0.5, 0.1)
     results = []
     for recompute in (False, True):
         torch.manual_seed(3)

@@ -86,7 +86,7 @@ def test_generated_tokens_have_the_scores_of_a_full_forward(kind: str, prefix: i
 def test_recomputed_layers_get_the_same_ids_and_draw_the_same_noise(router: dict) -> None:
     """In the backward pass, long after the decoder has read other ids than the encoder."""
     sample = translation_sample(sentences([7, 4], left_pad=True), sentences([6, 9]))
-    criterion = MoECrossEntropyCriterion(task(), False, moe_loss_coeff=0.5, moe_z_loss_coeff=0.1)
+    criterion = MoECrossEntropyCriterion(task(), False).weigh(0.5, 0.1)
     results = []
     for recompute in (False, True):
         torch.manual_seed(3)
@@ -127,7 +127,7 @@ def test_expert_choice_depends_on_the_batch_but_not_on_padding() -> None:
 
 def test_gshard_losses_and_statistics_are_logged() -> None:
     model = language_model(moe_router="gshard")
-    criterion = MoECrossEntropyCriterion(task(), False, moe_loss_coeff=0.3, moe_z_loss_coeff=0.0)
+    criterion = MoECrossEntropyCriterion(task(), False).weigh(0.3, 0.0)
     batch = language_sample(sentences([9, 7]))
     loss, size, logged = criterion(model, batch)
     with metrics.aggregate(new_root=True) as meters:

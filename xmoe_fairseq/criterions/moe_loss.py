@@ -32,13 +32,19 @@ class MoELossMixin:
     """
 
     of_adaptive_softmax = False
+    moe_loss_coeff, moe_z_loss_coeff = MoELossConfig.moe_loss_coeff, MoELossConfig.moe_z_loss_coeff
 
-    def set_coefficients(self, moe_loss_coeff: float, moe_z_loss_coeff: float) -> None:
+    @classmethod
+    def build_criterion(cls, cfg: Any, task: Any) -> Any:
+        return super().build_criterion(cfg, task).weigh(cfg.moe_loss_coeff, cfg.moe_z_loss_coeff)
+
+    def weigh(self, moe_loss_coeff: float, moe_z_loss_coeff: float) -> Any:
+        """This criterion, with these weights of the auxiliary losses. Raises FlagError."""
         for flag, value in (("--moe-loss-coeff", moe_loss_coeff), ("--moe-z-loss-coeff", moe_z_loss_coeff)):
             if not 0 <= value < float("inf"):
                 raise FlagError(f"{flag} must be 0 or more, got {value}")
-        self.moe_loss_coeff = moe_loss_coeff
-        self.moe_z_loss_coeff = moe_z_loss_coeff
+        self.moe_loss_coeff, self.moe_z_loss_coeff = moe_loss_coeff, moe_z_loss_coeff
+        return self
 
     def forward(
         self, model: nn.Module, sample: dict[str, Any], reduce: bool = True
