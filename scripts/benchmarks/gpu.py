@@ -106,7 +106,7 @@ def routing_compiled(case: Case) -> Row:
 
     def route(x: Tensor) -> Tensor:
         routing = layer.router(x)
-        rows = layer.dispatcher.dispatch(x, routing)[1].rows
+        rows = layer.dispatcher.dispatch(x, routing)[1]
         assert rows.weight_R is not None
         return torch.cat([rows.weight_R, routing.load_balance_loss.view(1), rows.counts_E])
 

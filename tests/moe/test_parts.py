@@ -88,13 +88,12 @@ def test_capacity_keeps_first_choices_before_second_ones_then_by_probability() -
 def test_dispatch_lays_rows_out_by_expert() -> None:
     x = torch.arange(4.0).unsqueeze(1) + 1  # tokens 1, 2, 3, 4
     rows = [(0, 2, 0, 1.0), (0, 0, 1, 0.5), (1, 2, 0, 1.0), (3, 0, 0, 2.0)]  # token 2 and expert 1 have none
-    x_SD, plan = LocalDispatcher().dispatch(x, routing_of(rows, 4, 3))
+    x_SD, laid_out, sent = LocalDispatcher().dispatch(x, routing_of(rows, 4, 3))
     assert x_SD is x
-    laid_out = plan.rows
     assert laid_out.source_R.tolist() == [0, 3, 0, 1]
     assert laid_out.weight_R.tolist() == [0.5, 2.0, 1.0, 1.0]
     assert laid_out.counts_E.tolist() == [2, 0, 2]
-    assert LocalDispatcher().combine(x, plan) is x
+    assert LocalDispatcher().combine(x, sent) is x
     # rows of experts 0, 0, 2, 2 give 1, 10, 100, 1000
     sums_TD = laid_out.weighted_sum(torch.tensor([[1.0], [10.0], [100.0], [1000.0]]), 4)
     assert sums_TD.flatten().tolist() == [0.5 + 100, 1000, 0, 20]

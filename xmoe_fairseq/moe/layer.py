@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from xmoe_fairseq.moe.capacity import expert_capacity, keep_within_capacity
-from xmoe_fairseq.moe.dispatch.local import Dispatcher, LocalDispatcher
+from xmoe_fairseq.moe.dispatch.local import LocalDispatcher
 from xmoe_fairseq.moe.dispatch.parallel import ExpertParallelDispatcher
 from xmoe_fairseq.moe.experts.experts import Experts
 from xmoe_fairseq.moe.experts.kernels import AUTO, Activation
@@ -67,21 +67,26 @@ class MoELayer(RoutedLayer):
         given, expected = (router.num_experts, router.model_dim), (num_experts, model_dim)
         if given != expected:
             raise ValueError(f"router must be for (num_experts, model_dim) = {expected}, got {given}")
-        _check((capacity_factor, eval_capacity_factor, min_capacity), combine)
+        capacities = (capacity_factor, eval_capacity_factor, min_capacity)
+        if not all(0 <= value < math.inf for value in capacities):  # NaN is not
+            rule = "must be 0 or more, and finite"
+            got = ", ".join(map(str, capacities))
+            raise ValueError(f"capacity_factor, eval_capacity_factor and min_capacity {rule}, got {got}")
+        if combine not in COMBINE:
+            raise ValueError(f"combine must be one of {', '.join(COMBINE)}, got {combine}")
         flops = router.flops_per_token
         super().__init__(model_dim, expert_dim, num_experts, flops, dense_ffn_dim, name, side)
         self.router = router
-        self.dispatcher: Dispatcher = LocalDispatcher()
+        self.dispatcher = LocalDispatcher()
         part = (0, 1)
         if expert_parallel_group is not None:
             self.dispatcher = ExpertParallelDispatcher(expert_parallel_group)
             part = (dist.get_rank(expert_parallel_group), dist.get_world_size(expert_parallel_group))
-        sizes = (num_experts, model_dim, expert_dim)
-        self.experts = Experts(*sizes, activation, activation_dropout, part, kernel)
-        self.capacity_factor = capacity_factor
-        self.eval_capacity_factor = eval_capacity_factor
-        self.min_capacity = min_capacity
-        self.combine = combine
+        self.experts = Experts(
+            num_experts, model_dim, expert_dim, activation, activation_dropout, part, kernel
+        )
+        self.capacity_factor, self.eval_capacity_factor = capacity_factor, eval_capacity_factor
+        self.min_capacity, self.combine = min_capacity, combine
         self.output_bias: nn.Parameter | None = None
         if combine == "ones":  # a bias that counts once, whatever is chosen; of the experts' the sum would
             self.output_bias = nn.Parameter(torch.zeros(model_dim))
@@ -91,8 +96,8 @@ class MoELayer(RoutedLayer):
         routing = self.limit(self.route(x_TD, ids_T))
         if self.combine == "ones":
             routing = weigh_one(routing, x_TD)
-        x_SD, plan = self.dispatcher.dispatch(x_TD, routing)
-        y_TD = self.dispatcher.combine(self.experts(x_SD, plan.rows), plan)
+        x_SD, rows, sent = self.dispatcher.dispatch(x_TD, routing)
+        y_TD = self.dispatcher.combine(self.experts(x_SD, rows), sent)
         return y_TD if self.output_bias is None else y_TD + self.output_bias, routing
 
     def route(self, x_TD: Tensor, ids_T: Tensor | None) -> Routing:
@@ -106,7 +111,7 @@ class MoELayer(RoutedLayer):
         factor = self.capacity_factor if self.training else self.eval_capacity_factor
         if factor == 0:
             return routing
-        capacity = expert_capacity(routing.num_tokens, routing.num_experts, factor, self.min_capacity)
+        capacity = expert_capacity(routing.num_tokens, self.num_experts, factor, self.min_capacity)
         return keep_within_capacity(routing, capacity)
 
     def expert_parameters(self) -> Iterator[nn.Parameter]:
@@ -135,14 +140,3 @@ def weigh_one(routing: Routing, x_TD: Tensor) -> Routing:
     # In half precision the weights stay: it is they that make the sums fp32.
     is_fp32 = x_TD.dtype == weight_R.dtype and not torch.is_autocast_enabled(x_TD.device.type)
     return replace(routing, weight_R=torch.ones_like(weight_R), all_ones=is_fp32)
-
-
-def _check(capacities: tuple[float, float, float], combine: str) -> None:
-    """Raises ValueError."""
-    if not all(0 <= value < math.inf for value in capacities):
-        raise ValueError(  # NaN too
-            "capacity_factor, eval_capacity_factor and min_capacity must be 0 or more, and finite, "
-            f"got {', '.join(map(str, capacities))}"
-        )
-    if combine not in COMBINE:
-        raise ValueError(f"combine must be one of {', '.join(COMBINE)}, got {combine}")

@@ -40,14 +40,10 @@ class _ExchangeRows(torch.autograd.Function):
         ctx: Any, rows_RD: Tensor, anchor: Tensor, send: list[int], receive: list[int], group: Any
     ) -> Tensor:
         ctx.send, ctx.receive, ctx.group = send, receive, group
-        return _exchange(rows_RD, send, receive, group)
+        received_RD = rows_RD.new_empty(sum(receive), rows_RD.size(-1))
+        dist.all_to_all_single(received_RD, rows_RD.contiguous(), receive, send, group=group)
+        return received_RD
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
         return exchange_rows(grads[0], ctx.receive, ctx.send, ctx.group), None, None, None, None
-
-
-def _exchange(rows_RD: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> Tensor:
-    received_RD = rows_RD.new_empty(sum(receive), rows_RD.size(-1))
-    dist.all_to_all_single(received_RD, rows_RD.contiguous(), receive, send, group=group)
-    return received_RD

@@ -1,7 +1,6 @@
 """Routing -> which expert computes which rows, and back. All in one process."""
 
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor
 
@@ -9,30 +8,13 @@ from xmoe_fairseq.moe.dispatch.rows import ExpertRows
 from xmoe_fairseq.moe.routing import Routing
 
 
-@dataclass(frozen=True)
-class DispatchPlan:
-    """Where rows go; what else `combine` needs to bring them back is the dispatcher's own."""
-
-    rows: ExpertRows  # of the source rows, what the experts held here compute
-
-
-class Dispatcher(Protocol):
-    """What MoELayer needs."""
-
-    def dispatch(self, x_TD: Tensor, routing: Routing) -> tuple[Tensor, DispatchPlan]:
-        """Source rows (S, D) for the experts held here, and the plan."""
-        ...
-
-    def combine(self, y_SD: Tensor, plan: Any) -> Tensor:
-        """What the experts made of the source rows -> (T, D) weighted sums of this rank's tokens."""
-        ...
-
-
 class LocalDispatcher:
     """Source rows are the tokens themselves, and the experts' sums are the result."""
 
-    def dispatch(self, x_TD: Tensor, routing: Routing) -> tuple[Tensor, DispatchPlan]:
-        return x_TD, DispatchPlan(ExpertRows.of(routing))
+    def dispatch(self, x_TD: Tensor, routing: Routing) -> tuple[Tensor, ExpertRows, Any]:
+        """Source rows (S, D), what the experts held here compute of them, and what `combine` has to know."""
+        return x_TD, ExpertRows.of(routing), None
 
-    def combine(self, y_SD: Tensor, plan: DispatchPlan) -> Tensor:
+    def combine(self, y_SD: Tensor, sent: Any) -> Tensor:
+        """What the experts made of the source rows -> (T, D) weighted sums of this rank's tokens."""
         return y_SD

@@ -1,30 +1,28 @@
 """Routing -> rows at the rank that holds their expert, and back: one exchange on either side."""
 
 from copy import copy
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from xmoe_fairseq.moe.dispatch.all_to_all import exchange_counts, exchange_rows
-from xmoe_fairseq.moe.dispatch.local import DispatchPlan
+from xmoe_fairseq.moe.dispatch.local import LocalDispatcher
 from xmoe_fairseq.moe.dispatch.rows import ExpertRows, expert_order
 from xmoe_fairseq.moe.routing import Routing
 
 
-@dataclass(frozen=True)
-class ExchangePlan(DispatchPlan):
+class Sent(NamedTuple):
     """R rows of this rank's tokens went out, S rows for this rank's experts came in."""
 
-    sent: ExpertRows  # what went out, in order of expert, and so of the rank that holds it
+    rows: ExpertRows  # what went out, in order of expert, and so of the rank that holds it
     num_tokens: int
     send: list[int]  # rows for each rank
     receive: list[int]  # rows from each rank
 
 
-class ExpertParallelDispatcher:
+class ExpertParallelDispatcher(LocalDispatcher):
     """Experts lie on the N ranks of a group, E/N in order on each. One rank with all tokens is the truth.
 
     Counts travel first, then exactly the chosen rows: no capacity slots, no padding to the largest rank.
@@ -34,19 +32,18 @@ class ExpertParallelDispatcher:
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
 
-    def dispatch(self, x_TD: Tensor, routing: Routing) -> tuple[Tensor, ExchangePlan]:
-        sent = ExpertRows.of(routing)
-        received_NE = exchange_counts(sent.counts_E, self.group)
+    def dispatch(self, x_TD: Tensor, routing: Routing) -> tuple[Tensor, ExpertRows, Sent]:
+        out = ExpertRows.of(routing)
+        received_NE = exchange_counts(out.counts_E, self.group)
         # to the host, where the sizes of the exchange are set
-        send = sent.counts_E.view(received_NE.shape).sum(1).tolist()
+        send = out.counts_E.view(received_NE.shape).sum(1).tolist()
         receive = received_NE.sum(1).tolist()
-        x_SD = exchange_rows(x_TD.index_select(0, sent.source_R), send, receive, self.group)
-        rows = rows_in_arrival(received_NE, x_SD.size(0))
-        return x_SD, ExchangePlan(rows, sent, routing.num_tokens, send, receive)
+        x_SD = exchange_rows(x_TD.index_select(0, out.source_R), send, receive, self.group)
+        return x_SD, rows_in_arrival(received_NE, x_SD.size(0)), Sent(out, routing.num_tokens, send, receive)
 
-    def combine(self, y_SD: Tensor, plan: ExchangePlan) -> Tensor:
-        y_RD = exchange_rows(y_SD, plan.receive, plan.send, self.group)
-        return plan.sent.weighted_sum(y_RD, plan.num_tokens)
+    def combine(self, y_SD: Tensor, sent: Sent) -> Tensor:
+        y_RD = exchange_rows(y_SD, sent.receive, sent.send, self.group)
+        return sent.rows.weighted_sum(y_RD, sent.num_tokens)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "ExpertParallelDispatcher":
         return copy(self)  # a process group is one thing, whoever holds it
