@@ -13,7 +13,7 @@ from torch import nn
 from xmoe_fairseq.config import MoEConfig, read_field, router_kind
 from xmoe_fairseq.criterions.moe_loss import MoELossMixin
 from xmoe_fairseq.failure import explain, introduce
-from xmoe_fairseq.moe import Budget
+from xmoe_fairseq.moe.routers.registry import RouterKind
 from xmoe_fairseq.saved_settings import check_saved_settings
 from xmoe_fairseq_compat.errors import FlagError
 
@@ -95,6 +95,6 @@ class MoETrainer(Trainer):
     def _prepare_sample(self, sample: Any, is_dummy: bool = False) -> tuple[Any, bool]:
         sample, is_dummy = super()._prepare_sample(sample, is_dummy)
         for module in self.get_model().modules():
-            if isinstance(module, Budget):
+            if isinstance(module, RouterKind):
                 module.counting = not is_dummy
         return sample, is_dummy

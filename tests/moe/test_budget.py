@@ -78,11 +78,11 @@ def test_later_steps_go_part_of_the_way_and_follow_a_router_that_becomes_decisiv
 def test_evaluation_and_batches_that_do_not_count_leave_the_threshold_alone() -> None:
     made = router()
     made.eval()(torch.randn(50, 16))
-    made.train().budget.counting = False
+    made.train().counting = False
     made(torch.randn(50, 16))
     step_budgets(made)
     assert float(made.budget.threshold) == about(2 / 12)
-    made.budget.counting = True
+    made.counting = True
     made(torch.randn(0, 16))  # a layer without tokens
     step_budgets(made)
     assert float(made.budget.threshold) == about(2 / 12)

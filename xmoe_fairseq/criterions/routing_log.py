@@ -16,7 +16,6 @@ from fairseq.logging.meters import AverageMeter, MetersDict
 from torch import Tensor
 
 from xmoe_fairseq.moe import RoutedLayer, Routing, RoutingStats
-from xmoe_fairseq.moe.stats import layer_flops
 
 SIDES = ("encoder", "decoder")
 FLOPS = {"flops", "flops_all_experts", "flops_dense_ffn"}
@@ -45,7 +44,7 @@ def layer_sums(layer: RoutedLayer, routings: list[Routing], device: torch.device
     calls = []
     for stats in (RoutingStats.zeros(layer.num_experts, device), *map(RoutingStats.of, routings)):
         own = {name: value * stats.tokens for name, value in layer.to_log().items()}
-        calls.append({**own, **vars(stats), **layer_flops(layer, stats)})
+        calls.append({**own, **vars(stats), **layer.flops(stats)})
     return {name: torch.stack([call[name] for call in calls]).sum(0) for name in calls[0]}
 
 

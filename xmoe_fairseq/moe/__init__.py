@@ -29,25 +29,8 @@ from xmoe_fairseq.moe.routing import Routing
 from xmoe_fairseq.moe.stats import RoutingStats
 
 __all__ = [
-    "BaseRouter",
-    "Budget",
-    "ExpertChoiceRouter",
-    "Experts",
-    "HashRouter",
-    "MoELayer",
-    "RoutedLayer",
-    "Router",
-    "Routing",
-    "RoutingStats",
-    "ThresholdRouter",
-    "TokenRouter",
-    "TopKRouter",
-    "balanced_table",
-    "moe_layers",
-    "random_table",
-    "record_routing",
-    "register_kernel",
-    "register_router",
-    "step_budgets",
+    "BaseRouter", "Budget", "ExpertChoiceRouter", "Experts", "HashRouter", "MoELayer", "RoutedLayer",
+    "Router", "Routing", "RoutingStats", "ThresholdRouter", "TokenRouter", "TopKRouter", "balanced_table",
+    "moe_layers", "random_table", "record_routing", "register_kernel", "register_router", "step_budgets",
     "use_kernel",
-]
+]  # fmt: skip

@@ -47,19 +47,24 @@ class Budget(nn.Module):
         self.start = math.floor(target) / num_experts
         self.threshold: Tensor
         self.register_buffer("threshold", torch.tensor(self.start, dtype=torch.float32))
-        self.counting = True  # off for batches that do not count, such as a rank's dummy batch
         # Not buffers: each rank has its own, and none is worth saving.
         self._counts_C: Tensor | None = None  # choices by the mass before them, tokens, choices taken
         self._forwards = self._steps = 0  # in training
         self._missed = torch.zeros((), dtype=torch.long)  # updates in a row
 
-    def take(self, mass_before_TK: Tensor) -> Tensor:
-        """(T, K) bool: the choices that t allows. In training they are counted, taken or not."""
+    def take(self, mass_before_TK: Tensor, counting: bool) -> Tensor:
+        """(T, K) bool: the choices that t allows; and count them, taken or not."""
         # A rounded sum may reach 1 before the last expert.
         taken_TK = (mass_before_TK < self.threshold) | (self.threshold >= 1)
-        if self.training and self.counting:
+        if counting:
             self.count(mass_before_TK)[TAKEN] += taken_TK[:, 1:].sum()
-            self._ask_for_steps()
+            self._forwards += 1
+            if self._forwards == MANY and not self._steps:
+                warnings.warn(
+                    f"target_experts_per_token={self.target}: {MANY} forward passes in training, and t is "
+                    "still where it began; call xmoe_fairseq.moe.step_budgets(model) after each update",
+                    stacklevel=3,
+                )
         return taken_TK
 
     def count(self, mass_before_TK: Tensor) -> Tensor:
@@ -72,20 +77,10 @@ class Budget(nn.Module):
         self._counts_C[TOKENS] += mass_before_TK.size(0)
         return self._counts_C
 
-    def _ask_for_steps(self) -> None:
-        self._forwards += 1
-        if self._forwards == MANY and not self._steps:
-            warnings.warn(
-                f"target_experts_per_token={self.target}: {MANY} forward passes in training, and t is still "
-                "where it began; call xmoe_fairseq.moe.step_budgets(model) after each update",
-                stacklevel=3,
-            )
-
     def pop_counts(self) -> Tensor:
         """(COUNTS,) what was counted since the last time."""
         counts_C, self._counts_C = self._counts_C, None
-        if counts_C is None:
-            return torch.zeros(COUNTS, dtype=torch.long, device=self.threshold.device)
+        counts_C = torch.zeros(COUNTS, dtype=torch.long) if counts_C is None else counts_C
         return counts_C.to(self.threshold.device)
 
     def step(self, wanted: Tensor, counts_C: Tensor) -> None:

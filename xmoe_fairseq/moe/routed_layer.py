@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from xmoe_fairseq.moe.routing import Routing
-from xmoe_fairseq.moe.stats import RoutingStats
+from xmoe_fairseq.moe.stats import RoutingStats, ffn_flops
 
 
 class RoutedLayer(nn.Module):
@@ -23,15 +23,9 @@ class RoutedLayer(nn.Module):
     """
 
     def __init__(
-        self,
-        model_dim: int,
-        expert_dim: int,
-        num_experts: int,
-        router_flops: int,
-        dense_ffn_dim: int | None,
-        name: str,
-        side: str,
-    ) -> None:
+        self, model_dim: int, expert_dim: int, num_experts: int, router_flops: int, dense_ffn_dim: int | None,
+        name: str, side: str,
+    ) -> None:  # fmt: skip
         super().__init__()
         if dense_ffn_dim is not None and dense_ffn_dim < 1:
             raise ValueError(f"dense_ffn_dim must be at least 1, or None, got {dense_ffn_dim}")
@@ -62,21 +56,20 @@ class RoutedLayer(nn.Module):
             raise ValueError(
                 f"token_ids must be of shape {tuple(x.shape[:-1])}, got {tuple(token_ids.shape)}"
             )
+        x_ND = x.reshape(-1, self.model_dim)
+        ids_N = None if token_ids is None else token_ids.reshape(-1)
         if padding_mask is None:
-            ids_T = None if token_ids is None else token_ids.reshape(-1)
-            y_TD, routing = self.forward_tokens(x.reshape(-1, x.size(-1)), ids_T)
-            return y_TD.to(x.dtype).view(x.shape), routing
+            y_ND, routing = self.forward_tokens(x_ND, ids_N)
+            return y_ND.to(x.dtype).view(x.shape), routing
         if padding_mask.shape != x.shape[:-1] or padding_mask.dtype.is_floating_point:
             raise ValueError(
                 f"padding_mask must be bool of shape {tuple(x.shape[:-1])}, "
                 f"got {padding_mask.dtype} of shape {tuple(padding_mask.shape)}"
             )
-        flat = x.reshape(-1, x.size(-1))
         (real_T,) = (~padding_mask.bool()).reshape(-1).nonzero(as_tuple=True)
-        ids_T = None if token_ids is None else token_ids.reshape(-1).index_select(0, real_T)
-        y_TD, routing = self.forward_tokens(flat.index_select(0, real_T), ids_T)
-        y = torch.zeros_like(flat).index_copy(0, real_T, y_TD.to(x.dtype))
-        return y.view(x.shape), routing
+        ids_T = None if ids_N is None else ids_N.index_select(0, real_T)
+        y_TD, routing = self.forward_tokens(x_ND.index_select(0, real_T), ids_T)
+        return torch.zeros_like(x_ND).index_copy(0, real_T, y_TD.to(x.dtype)).view(x.shape), routing
 
     def forward_tokens(self, x_TD: Tensor, ids_T: Tensor | None) -> tuple[Tensor, Routing]:
         """Of tokens that are no padding."""
@@ -91,6 +84,18 @@ class RoutedLayer(nn.Module):
     def expert_parameters(self) -> Iterator[nn.Parameter]:
         """Of the experts held here."""
         raise NotImplementedError
+
+    def flops(self, stats: RoutingStats) -> dict[str, Tensor]:
+        """Of calls with these statistics: of what was routed, with all experts, and of the dense FFN.
+
+        The router is included. The authors count the experts only; the router is what the saving costs.
+        """
+        router, all_rows = stats.tokens * self.router_flops, stats.tokens * self.num_experts
+        return {
+            "flops": router + ffn_flops(self.rows_computed(stats), self.model_dim, self.expert_dim),
+            "flops_all_experts": router + ffn_flops(all_rows, self.model_dim, self.expert_dim),
+            "flops_dense_ffn": ffn_flops(stats.tokens, self.model_dim, self.dense_ffn_dim),
+        }
 
     def rows_computed(self, stats: RoutingStats) -> Tensor:
         """Rows that the experts computed in a call with these statistics."""

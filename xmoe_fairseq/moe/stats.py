@@ -1,7 +1,7 @@
 """What to log about a routing: sums over tokens first, ratios once everything is added up."""
 
 from dataclasses import dataclass, fields
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -58,14 +58,8 @@ class RoutingStats:
     @classmethod
     def zeros(cls, num_experts: int, device: torch.device) -> "RoutingStats":
         """Of no tokens."""
-        return cls(
-            **{
-                f.name: torch.zeros(
-                    num_experts if f.name.endswith("_E") else (), dtype=torch.float64, device=device
-                )
-                for f in fields(cls)
-            }
-        )
+        shapes = {f.name: num_experts if f.name.endswith("_E") else () for f in fields(cls)}
+        return cls(**{n: torch.zeros(s, dtype=torch.float64, device=device) for n, s in shapes.items()})
 
     def __add__(self, other: "RoutingStats") -> "RoutingStats":
         return RoutingStats(**{name: value + vars(other)[name] for name, value in vars(self).items()})
@@ -90,33 +84,6 @@ class RoutingStats:
         return self.z / self.tokens
 
 
-class Counted(Protocol):
-    """What of an MoELayer its FLOPs depend on."""
-
-    model_dim: int
-    expert_dim: int
-    num_experts: int
-    dense_ffn_dim: int
-    router_flops: int  # per token
-
-    def rows_computed(self, stats: RoutingStats) -> Tensor: ...
-
-
-def layer_flops(layer: Counted, stats: RoutingStats) -> dict[str, Tensor]:
-    """FLOPs of what was routed, with all experts, and of the dense FFN.
-
-    Multiply-adds x 2 of the matrix products in a forward pass, router included. The authors count the experts
-    only; the router is what the saving costs.
-    """
-    router = stats.tokens * layer.router_flops
-    all_rows = stats.tokens * layer.num_experts
-    return {
-        "flops": router + ffn_flops(layer.rows_computed(stats), layer.model_dim, layer.expert_dim),
-        "flops_all_experts": router + ffn_flops(all_rows, layer.model_dim, layer.expert_dim),
-        "flops_dense_ffn": ffn_flops(stats.tokens, layer.model_dim, layer.dense_ffn_dim),
-    }
-
-
 def ffn_flops(rows: Number, model_dim: int, inner_dim: int) -> Number:
-    """Of both linear maps on so many rows: an expert's, or a dense FFN's."""
+    """Of both linear maps on so many rows, an expert's or a dense FFN's: multiply-adds x 2, forward."""
     return rows * (4 * model_dim * inner_dim)

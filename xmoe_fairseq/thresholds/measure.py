@@ -19,7 +19,6 @@ from tqdm import tqdm
 from xmoe_fairseq.batches import Batches
 from xmoe_fairseq.moe import RoutingStats, ThresholdRouter, moe_layers, record_routing
 from xmoe_fairseq.moe.records import fix_thresholds
-from xmoe_fairseq.moe.stats import layer_flops
 
 Place = tuple[nn.Module, nn.Module]  # of an FFN: its first module and its last
 
@@ -71,7 +70,7 @@ class Meter:
                 """Add up and forget: the records of all batches would fill the memory."""
                 for layer, routing in records:
                     stats = RoutingStats.of(routing)
-                    sums = {**layer_flops(layer, stats), "rows": stats.rows_kept, "tokens": stats.tokens}
+                    sums = {**layer.flops(stats), "rows": stats.rows_kept, "tokens": stats.tokens}
                     for name, value in sums.items():
                         totals[name] += value
                 records.clear()

@@ -30,9 +30,8 @@ class TokenRouter(RouterKind, nn.Module):
     def __init__(self, model_dim: int, num_experts: int, flops_per_token: int) -> None:
         super().__init__()
         if model_dim < 1 or num_experts < 1:
-            raise ValueError(
-                f"model_dim and num_experts must be at least 1, got {model_dim} and {num_experts}"
-            )
+            given = f"{model_dim} and {num_experts}"
+            raise ValueError(f"model_dim and num_experts must be at least 1, got {given}")
         self.model_dim, self.num_experts = model_dim, num_experts
         self.flops_per_token = flops_per_token
 
@@ -63,13 +62,12 @@ class Router(TokenRouter):
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))  # as nn.Linear
 
     def forward(self, x_TD: Tensor, ids_T: Tensor | None = None) -> Routing:
-        """Route T non-padding tokens, by what they are: their ids are for routers that go by them.
-
+        """
         Raises:
             FloatingPointError: a token holds NaN or inf (or its scores overflow), unless a loss scaler will
                 see to it (`may_overflow`).
         """
-        may_hold_nan = may_overflow(self, x_TD)
+        may_hold_nan = may_overflow(self, x_TD)  # asks for autocast
         with torch.autocast(device_type=x_TD.device.type, enabled=False):
             logits_TE = self.score(x_TD)
             if not may_hold_nan:
@@ -92,9 +90,7 @@ class Router(TokenRouter):
     def score(self, x_TD: Tensor) -> Tensor:
         dtype = torch.promote_types(x_TD.dtype, torch.float32)
         logits_TE = F.linear(x_TD.to(dtype), self.weight.to(dtype))
-        if self.temperature != 1.0:
-            logits_TE = logits_TE / self.temperature
-        return logits_TE
+        return logits_TE if self.temperature == 1.0 else logits_TE / self.temperature
 
     def choose(self, logits_TE: Tensor, probs_TE: Tensor) -> tuple[Tensor, Tensor]:
         """Expert ids (T, K) in order of preference, and a bool (T, K): which of them the token takes."""
@@ -105,7 +101,10 @@ class Router(TokenRouter):
         return probs_TE
 
     def balance(self, probs_TE: Tensor, first_choice_T: Tensor) -> Tensor:
-        return load_balance_loss(probs_TE, first_choice_T)
+        """The auxiliary loss; 0 for a router that needs none."""
+        return (
+            load_balance_loss(probs_TE, first_choice_T) if self.needs_balance_loss else probs_TE.sum() * 0.0
+        )
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """The checkpoint of a model that was trained with a budget may be used with a fixed t or k."""
@@ -123,10 +122,7 @@ def may_overflow(router: nn.Module, x_TD: Tensor) -> bool:
 
 
 def check_scores(x_TD: Tensor, logits_TE: Tensor) -> None:
-    """
-    Raises:
-        FloatingPointError: NaN or inf.
-    """
+    """Raises FloatingPointError: NaN or inf."""
     if bad := not_finite(logits_TE):
         if not torch.isfinite(x_TD).all():
             raise FloatingPointError(f"router input holds NaN or inf in {bad}")

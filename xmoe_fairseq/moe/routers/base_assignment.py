@@ -26,9 +26,6 @@ class BaseRouter(Router):
     def combine_weight(self, logits_TE: Tensor, probs_TE: Tensor) -> Tensor:
         return torch.sigmoid(logits_TE)
 
-    def balance(self, probs_TE: Tensor, first_choice_T: Tensor) -> Tensor:
-        return probs_TE.sum() * 0.0
-
 
 def balanced_assignment(scores_TE: Tensor) -> Tensor:
     """(T,) expert of each token: the assignment of largest total score with at most ceil(T/E) per expert.

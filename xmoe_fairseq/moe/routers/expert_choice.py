@@ -35,9 +35,8 @@ class ExpertChoiceRouter(Router):
     def __init__(self, model_dim: int, num_experts: int, experts_per_token: float = 1.0) -> None:
         super().__init__(model_dim, num_experts)
         if not 0 < experts_per_token <= num_experts:
-            raise ValueError(
-                f"experts_per_token must be in (0, num_experts = {num_experts}], got {experts_per_token}"
-            )
+            rule = f"must be in (0, num_experts = {num_experts}]"
+            raise ValueError(f"experts_per_token {rule}, got {experts_per_token}")
         self.experts_per_token = experts_per_token
 
     @classmethod
@@ -52,9 +51,6 @@ class ExpertChoiceRouter(Router):
         taken_TE.scatter_(0, token_TE[:tokens_each], True)
         expert_TE = by_preference(probs_TE, self.num_experts)[1]
         return expert_TE, taken_TE.gather(1, expert_TE)
-
-    def balance(self, probs_TE: Tensor, first_choice_T: Tensor) -> Tensor:
-        return probs_TE.sum() * 0.0
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, experts_per_token={self.experts_per_token}"

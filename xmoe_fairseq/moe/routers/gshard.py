@@ -42,16 +42,10 @@ class GShardLayer(RouterKind, RoutedLayer):
     has_own_capacity = True
 
     def __init__(
-        self,
-        model_dim: int,
-        expert_dim: int,
-        num_experts: int,
-        activation: Activation,
-        activation_dropout: float = 0.0,
-        dense_ffn_dim: int | None = None,
-        name: str = "GShard layer",
+        self, model_dim: int, expert_dim: int, num_experts: int, activation: Activation,
+        activation_dropout: float = 0.0, dense_ffn_dim: int | None = None, name: str = "GShard layer",
         side: str = "",
-    ) -> None:
+    ) -> None:  # fmt: skip
         router_flops = 2 * model_dim * num_experts
         super().__init__(model_dim, expert_dim, num_experts, router_flops, dense_ffn_dim, name, side)
         if num_experts < TOP:
@@ -60,28 +54,25 @@ class GShardLayer(RouterKind, RoutedLayer):
             raise ValueError(f"expert_dim must be at least 1, got {expert_dim}")
         from fairscale.nn.moe import MOELayer, Top2Gate  # its imports take a second
 
-        experts = [
-            FeedForward(model_dim, expert_dim, activation, activation_dropout) for _ in range(num_experts)
-        ]
-        self.gshard = MOELayer(
-            Top2Gate(model_dim, num_experts), nn.ModuleList(experts), group=OnlyThisProcess()
-        )
-        for parameter in self.gshard.parameters():
-            parameter.__dict__.pop(
-                "expert", None
-            )  # fairscale's mark for DDP to skip it; here all ranks have all
+        sizes = (model_dim, expert_dim, activation, activation_dropout)
+        experts = nn.ModuleList(FeedForward(*sizes) for _ in range(num_experts))
+        self.gshard = MOELayer(Top2Gate(model_dim, num_experts), experts, group=OnlyThisProcess())
+        for (
+            parameter
+        ) in self.gshard.parameters():  # fairscale's mark for DDP to skip it; here all ranks have all
+            vars(parameter).pop("expert", None)
 
     @classmethod
     def check(cls, config: Any, num_layers: int) -> None:
-        if config.moe_expert_parallel_size != 1:
-            rule = "must be 1 with --moe-router gshard (fairscale exchanges equal numbers of tokens only)"
-            raise ValueError(f"--moe-expert-parallel-size {rule}, got {config.moe_expert_parallel_size}")
-        if config.moe_kernel != AUTO:
-            rule = "must be auto with --moe-router gshard, whose experts are fairscale's"
-            raise ValueError(f"--moe-kernel {rule}, got {config.moe_kernel}")
-        if config.moe_num_experts < TOP:
-            rule = f"must be at least {TOP} with --moe-router gshard"
-            raise ValueError(f"--moe-num-experts {rule}, got {config.moe_num_experts}")
+        size, kernel, experts = config.moe_expert_parallel_size, config.moe_kernel, config.moe_num_experts
+        here = "with --moe-router gshard"
+        if size != 1:
+            why = "(fairscale exchanges equal numbers of tokens only)"
+            raise ValueError(f"--moe-expert-parallel-size must be 1 {here} {why}, got {size}")
+        if kernel != AUTO:
+            raise ValueError(f"--moe-kernel must be auto {here}, whose experts are fairscale's, got {kernel}")
+        if experts < TOP:
+            raise ValueError(f"--moe-num-experts must be at least {TOP} {here}, got {experts}")
 
     def forward_tokens(self, x_TD: Tensor, ids_T: Tensor | None = None) -> tuple[Tensor, Routing]:
         num_tokens = x_TD.size(0)

@@ -61,11 +61,10 @@ class HashRouter(TokenRouter):
         """
         if ids_T is None:
             raise ValueError("a hash router needs the tokens' ids: call the layer with token_ids")
-        if ids_T.numel() and not 0 <= int(ids_T.min()) <= int(ids_T.max()) < self.table_V.numel():
-            raise ValueError(
-                f"token_ids must be from 0 to {self.table_V.numel() - 1}, "
-                f"got {int(ids_T.min())} to {int(ids_T.max())}"
-            )
+        first, last = (int(ids_T.min()), int(ids_T.max())) if ids_T.numel() else (0, 0)
+        if not 0 <= first <= last < self.table_V.numel():
+            rule = f"must be from 0 to {self.table_V.numel() - 1}"
+            raise ValueError(f"token_ids {rule}, got {first} to {last}")
         if not may_overflow(self, x_TD) and (bad := not_finite(x_TD)):
             raise FloatingPointError(f"router input holds NaN or inf in {bad}")
         expert_T = self.table_V[ids_T]

@@ -13,19 +13,15 @@ from torch import nn
 DEFAULT = "threshold"  # the paper's, listed first
 
 
-def _always(config: Any) -> bool:
-    return True
-
-
 @dataclass(frozen=True)
 class Flag:
     """A --moe-* flag of one router or of several."""
 
-    name: str  # of the field, such as moe_topk
+    name: str  # such as moe_topk
     default: Any
     help: str  # the names of the routers that take it are put before
-    rule: str = ""  # "must be ...": what is said where it does not hold
-    holds: Callable[[Any], bool] = _always  # of the configuration
+    rule: str = ""  # "must be ...": what is said of a configuration where it does not hold
+    holds: Callable[[Any], bool] = lambda config: True
     refused_elsewhere: bool = False  # with a router that does not take it; else it is passed over
     unless: tuple[str, ...] = ()  # other flags which, when given, stand in its place
 
@@ -37,9 +33,7 @@ class Place:
     model_dim: int
     num_experts: int
     config: Any  # the model's --moe-* flags, see xmoe_fairseq/flags.py
-    dictionary: Any = (
-        None  # of the tokens that this side reads: len() ids, `count` of each in the training text
-    )
+    dictionary: Any = None  # of the tokens that this side reads: len() ids, `count` of each in the text
     layer: int = 0  # number of the MoE layer in the model; the encoder's come first
 
 
@@ -55,6 +49,8 @@ class RouterKind:
     takes_ones: ClassVar[bool] = False  # --moe-combine ones
     goes_by_ids: ClassVar[bool] = False  # needs `ids_T`
     flags: ClassVar[tuple[Flag, ...]] = ()
+
+    counting: bool = True  # off while a batch runs that does not count in training: a rank's dummy batch
 
     @classmethod
     def check(cls, config: Any, num_layers: int) -> None:
@@ -91,9 +87,8 @@ def register_router(name: str) -> Callable[[Registered], Registered]:
             raise ValueError(f"router {name} must take its arguments by --moe-router-args, not by own flags")
         other = _ROUTERS.get(name, kind)
         if (other.__module__, other.__qualname__) != (kind.__module__, kind.__qualname__):
-            raise ValueError(
-                f"router {name} is registered already, as {other.__module__}.{other.__qualname__}"
-            )
+            where = f"{other.__module__}.{other.__qualname__}"
+            raise ValueError(f"router {name} is registered already, as {where}")
         _ROUTERS[name] = kind
         return kind
 

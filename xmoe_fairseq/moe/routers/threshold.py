@@ -85,16 +85,13 @@ class ThresholdRouter(Router):
         super().__init__(model_dim, num_experts)
         self.fix(threshold)
         if max_experts_per_token < 0 or max_experts_per_token != int(max_experts_per_token):
-            raise ValueError(
-                f"max_experts_per_token must be 0 (no limit) or a whole number, got {max_experts_per_token}"
-            )
+            rule = "must be 0 (no limit) or a whole number"
+            raise ValueError(f"max_experts_per_token {rule}, got {max_experts_per_token}")
         self.max_experts_per_token = max_experts_per_token
-        if target_experts_per_token and not 1 <= target_experts_per_token <= self.limit:
-            raise ValueError(
-                "target_experts_per_token must be 0 (none) or from 1 to the experts that a token may take, "
-                f"{self.limit}, got {target_experts_per_token}"
-            )
         target = target_experts_per_token
+        if target and not 1 <= target <= self.limit:
+            rule = f"must be 0 (none) or from 1 to the experts that a token may take, {self.limit}"
+            raise ValueError(f"target_experts_per_token {rule}, got {target}")
         self.budget = Budget(target, num_experts) if target else None
 
     @classmethod
@@ -110,9 +107,8 @@ class ThresholdRouter(Router):
         except ValueError:
             fits = False
         if not fits:
-            raise ValueError(
-                f"{name} must give each of the {num_layers} MoE layers a number in [0, 1], got {given}"
-            )
+            rule = f"must give each of the {num_layers} MoE layers a number in [0, 1]"
+            raise ValueError(f"{name} {rule}, got {given}")
 
     @classmethod
     def from_config(cls, place: Place) -> "ThresholdRouter":
@@ -151,7 +147,7 @@ class ThresholdRouter(Router):
     def choose(self, logits_TE: Tensor, probs_TE: Tensor) -> tuple[Tensor, Tensor]:
         mass_before_TK, expert_TK = self.candidates(probs_TE)
         if self.budget is not None:
-            chosen_TK = self.budget.take(mass_before_TK)
+            chosen_TK = self.budget.take(mass_before_TK, self.training and self.counting)
         elif self.threshold == 1.0:  # a rounded sum may reach 1 before the last expert
             chosen_TK = torch.ones_like(mass_before_TK, dtype=torch.bool)
         else:
