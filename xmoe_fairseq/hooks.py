@@ -4,25 +4,36 @@ from collections.abc import Mapping
 from typing import Any
 
 from xmoe_fairseq.moe.experts.kernels import AUTO
+from xmoe_fairseq.moe.routers.registry import registered_routers
 from xmoe_fairseq.parallel.shards import join_shards
 from xmoe_fairseq_compat import plugins
+from xmoe_fairseq_compat.errors import CheckpointError
 from xmoe_fairseq_compat.override_rules import refuse
 
 
-def read_whole(state: dict[str, Any], path: Any, overrides: Mapping[str, Any]) -> dict[str, Any]:
+def read_whole(state: dict[str, Any], path: Any, overrides: Mapping[str, Any] | None) -> dict[str, Any]:
     """A checkpoint with all its experts, whichever files they lie in.
 
     Its configuration then says so: fairseq builds the model as the training run had it, and here every
     process that only reads holds all experts, and computes them by whatever kernel suits it.
 
+    Args:
+        overrides: None where no model is built of it, as for an average.
+
     Raises:
-        CheckpointError: a file of experts is missing or damaged.
+        CheckpointError: a file of experts is missing or damaged; or the model's router is not registered.
     """
-    model_cfg: Any = (state.get("cfg") or {}).get("model")
+    cfg: Any = state.get("cfg") or {}
+    model_cfg = cfg.get("model")
     if hasattr(model_cfg, "keys") and "moe_expert_parallel_size" in model_cfg:
         model_cfg["moe_expert_parallel_size"] = 1
-        asked = {**overrides, **(overrides.get("model") or {})}
+        asked = overrides or {}
+        asked = {**asked, **(asked.get("model") or {})}
         model_cfg.update({"moe_kernel": asked.get("moe_kernel", AUTO)})
+        router, user_dir = model_cfg.get("moe_router"), (cfg.get("common") or {}).get("user_dir")
+        if overrides is not None and str(router) not in {"None", *registered_routers()}:
+            missing = f"its router {router} is not registered; add the --user-dir that registers it"
+            raise CheckpointError(path, missing + (f", in training {user_dir}" if user_dir else ""))
     return join_shards(state, path)
 
 

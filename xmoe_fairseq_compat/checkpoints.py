@@ -148,7 +148,7 @@ def let_plugins_complete_a_checkpoint(module: Any) -> None:
     ) -> Any:
         state = plain(path, arg_overrides, *args, **kwargs)
         for complete in plugins.after_load:
-            state = complete(state, path, arg_overrides or {})
+            state = complete(state, path, arg_overrides)
         if any(value is None for value in state["model"].values()):
             for name in state:
                 if plugin := plugins.plugin_of(name):  # loaded, it would have taken the entry out

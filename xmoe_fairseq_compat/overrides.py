@@ -63,6 +63,7 @@ class Asked(dict[str, Any]):
     def __init__(self, overrides: Mapping[str, Any]) -> None:
         super().__init__(overrides)
         self.asked = asked_for(overrides)
+        self.pop("user_dir", None)  # imported by now; the checkpoint's own says what it was trained with
         self.path: Any = None
 
 

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from importlib import metadata
 from typing import Any
 
-# Each gets a checkpoint that fairseq has read, its path and what overrides its configuration; and gives the
-# checkpoint to go on with.
-after_load: list[Callable[[dict[str, Any], Any, dict[str, Any]], dict[str, Any]]] = []
+# Each gets a checkpoint that fairseq has read, its path and what overrides its configuration, None where no
+# model is built of it; and gives the checkpoint to go on with.
+after_load: list[Callable[[dict[str, Any], Any, dict[str, Any] | None], dict[str, Any]]] = []
 # Each gets what --model-overrides changes and the model's settings, as overridden; raises FlagError.
 override_rules: list[Callable[[dict[str, Any], dict[str, Any]], None]] = []
 # Regular expressions: settings of a model that change the number or the sizes of its weights.

@@ -18,12 +18,12 @@ from xmoe_fairseq_compat.override_rules import check_overrides, refuse
 def test_a_checkpoint_is_what_plugins_make_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """let_plugins_complete_a_checkpoint"""
 
-    def complete(state: dict[str, Any], path: Any, overrides: dict[str, Any]) -> dict[str, Any]:
-        return {**state, "model": {"read from": path, **overrides}}
+    def complete(state: dict[str, Any], path: Any, overrides: dict[str, Any] | None) -> dict[str, Any]:
+        return {**state, "model": {"read from": path, **(overrides or {"only": "read"})}}
 
     path = str(checkpoint(tmp_path))
     monkeypatch.setattr(plugins, "after_load", [*plugins.after_load, complete])
-    assert load_checkpoint_to_cpu(path)["model"] == {"read from": path}
+    assert load_checkpoint_to_cpu(path)["model"] == {"read from": path, "only": "read"}
     assert load_checkpoint_to_cpu(path, {"dropout": 0.5})["model"] == {"read from": path, "dropout": 0.5}
 
 

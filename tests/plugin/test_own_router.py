@@ -8,16 +8,18 @@ import pytest
 import torch
 from commands import PLUGIN, run
 from documented import DOCS, example
+from fairseq import checkpoint_utils
+from fairseq.trainer import Trainer
 from torch import Tensor
 from toy import language_model, sentences
 
 from xmoe_fairseq.moe import Routing, TokenRouter, TopKRouter, record_routing, register_router
 from xmoe_fairseq.moe.routers import registry
-from xmoe_fairseq_compat.errors import FlagError
+from xmoe_fairseq.trainer import MoETrainer
+from xmoe_fairseq_compat.errors import CheckpointError, FlagError
 
 OWN = example("extending.md", "## A router", "python")
 COMMANDS = re.split(r"\n(?=fairseq)", example("extending.md", "## A router", "bash").replace("\\\n", ""))
-NAMES = "threshold, base, expert_choice, gshard, hash, topk"
 
 
 @pytest.fixture(autouse=True)
@@ -89,9 +91,29 @@ def test_every_command_opens_it_with_its_user_dir(
     if not own:
         assert "Traceback" not in output
         assert output.splitlines()[-1] == (
-            f"{tool}: error: --moe-router must be one of {NAMES}, got above_average; a router of somebody's"
-            " own needs the --user-dir that registers it"
+            f"{tool}: error: cannot load checkpoint {trained}: its router above_average is not registered; "
+            f"add the --user-dir that registers it, in training {folder / 'own_routers'}"
         )
+
+
+def test_its_weights_can_be_read_without_it(trained: Path) -> None:
+    """As an average of checkpoints does; only a model cannot be built, or with another router."""
+    assert checkpoint_utils.load_checkpoint_to_cpu(str(trained))["model"]
+    with pytest.raises(CheckpointError, match=": its router above_average is not registered; add the --user"):
+        checkpoint_utils.load_model_ensemble([str(trained)], {})
+    other = {"moe_router": "topk", "moe_router_args": ""}
+    assert checkpoint_utils.load_model_ensemble([str(trained)], other)
+
+
+def test_a_dummy_batch_is_told_to_any_router(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Trainer, "_prepare_sample", lambda self, sample, is_dummy: (sample, sample is None))
+    trainer = object.__new__(MoETrainer)
+    for router in ("topk", "gshard"):
+        trainer._model = language_model(moe_router=router)
+        for sample in (None, {}):
+            trainer._prepare_sample(sample)
+            (kind,) = [m for m in trainer._model.modules() if isinstance(m, registry.RouterKind)]
+            assert kind.counting == (sample is not None)
 
 
 def test_hydra_takes_it(folder: Path, corpus: tuple[Path, Path], tmp_path: Path) -> None:
