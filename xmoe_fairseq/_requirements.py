@@ -6,9 +6,11 @@ from pathlib import Path
 import xmoe_fairseq_compat  # patches fairseq, where no start-up line did it and it is not too late
 from xmoe_fairseq_compat.errors import UserError
 
-FAIRSEQ_VERSION = "0.12.2"
-TORCH_MINIMUM = "2.6"  # the first whose torch.load runs no code by default
-SENTENCEPIECE_MINIMUM = "0.2"  # a choice: none older was tried
+FAIRSEQ = "0.12.2"
+MINIMUM = {
+    "torch": "2.6",  # the first whose torch.load runs no code by default
+    "sentencepiece": "0.2",  # a choice: none older was tried
+}
 
 
 class RequirementError(UserError, ImportError):
@@ -17,13 +19,10 @@ class RequirementError(UserError, ImportError):
 
 def check_requirements() -> None:
     """Raise RequirementError where torch, fairseq, sentencepiece or the patches of fairseq will not do."""
-    problem = (
-        torch_problem(installed_version("torch"))
-        or fairseq_problem(installed_version("fairseq"))
-        or sentencepiece_problem(installed_version("sentencepiece"))
-        or compat_problem(xmoe_fairseq_compat.is_active(), Path(__file__).resolve().parents[1])
-    )
-    if problem:
+    for package in ("torch", "fairseq", "sentencepiece"):
+        if problem := version_problem(package, installed_version(package)):
+            raise RequirementError(problem)
+    if problem := compat_problem(xmoe_fairseq_compat.is_active(), Path(__file__).resolve().parents[1]):
         raise RequirementError(problem)
 
 
@@ -34,20 +33,18 @@ def installed_version(package: str) -> str | None:
         return None
 
 
-def torch_problem(version: str | None) -> str | None:
-    return _too_old("torch", version, TORCH_MINIMUM)
+def version_problem(package: str, version: str | None) -> str | None:
+    if package == "fairseq":
+        will_do, needed = version == FAIRSEQ, FAIRSEQ
+        what = f"--no-deps fairseq=={FAIRSEQ}"  # pip refuses fairseq's own list of dependencies
+    else:
+        from packaging.version import Version  # not where torch alone is asked for
 
-
-def sentencepiece_problem(version: str | None) -> str | None:
-    return _too_old("sentencepiece", version, SENTENCEPIECE_MINIMUM)
-
-
-def fairseq_problem(version: str | None) -> str | None:
-    if version == FAIRSEQ_VERSION:
-        return None
-    # --no-deps: pip refuses fairseq's own list of dependencies
-    command = f"python -m pip install --no-deps fairseq=={FAIRSEQ_VERSION}"
-    return f"xmoe_fairseq needs fairseq {FAIRSEQ_VERSION}, found {version or 'none'}; run: {command}"
+        minimum = MINIMUM[package]
+        will_do = version is not None and Version(version).release >= Version(minimum).release
+        needed, what = f"{minimum} or later", f'"{package}>={minimum}"'
+    found = f"xmoe_fairseq needs {package} {needed}, found {version or 'none'}"
+    return None if will_do else f"{found}; run: python -m pip install {what}"
 
 
 def compat_problem(active: bool, folder: Path) -> str | None:
@@ -58,12 +55,3 @@ def compat_problem(active: bool, folder: Path) -> str | None:
         "fairseq was imported before xmoe_fairseq_compat could patch it: xmoe_fairseq must be installed,"
         f" PYTHONPATH alone is not enough; run: python -m pip install --no-deps {what}"
     )
-
-
-def _too_old(package: str, version: str | None, minimum: str) -> str | None:
-    from packaging.version import Version  # not where torch alone is asked for
-
-    if version is not None and Version(version).release >= Version(minimum).release:
-        return None
-    command = f'python -m pip install "{package}>={minimum}"'
-    return f"xmoe_fairseq needs {package} {minimum} or later, found {version or 'none'}; run: {command}"

@@ -19,9 +19,8 @@ def binarised_folders(data: Path, flag: str) -> str:
     """
     first = data / "bin" if (data / "bin").is_dir() else data
     if not any(first.glob("dict*.txt")):
-        raise FlagError(
-            f"{flag} must be a folder of data-prep or fairseq-preprocess, with dict*.txt, got {data}"
-        )
+        rule = "must be a folder of data-prep or fairseq-preprocess, with dict*.txt"
+        raise FlagError(f"{flag} {rule}, got {data}")
     return with_further_shards(first, data)
 
 
@@ -52,12 +51,13 @@ class Batches:
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """Raises FlagError if a batch cannot hold the longest sentence."""
-        dataset = self.task.dataset(self.split)
+        # A batch must hold one sample at least: of a language model a whole block, which has no other limit.
+        block = int(getattr(self.task.cfg, "tokens_per_sample", None) or 0)
         try:
             iterator = self.task.get_batch_iterator(
-                dataset, max_tokens=max(self.max_tokens, longest(self.task)), max_sentences=None,
-                seed=self.seed, max_positions=limits(self.task), ignore_invalid_inputs=True,
-                disable_iterator_cache=True,
+                self.task.dataset(self.split), max_tokens=max(self.max_tokens, block), max_sentences=None,
+                seed=self.seed, max_positions=None if block else self.task.max_positions(),
+                ignore_invalid_inputs=True, disable_iterator_cache=True,
             ).next_epoch_itr(shuffle=True)  # fmt: skip
         except AssertionError as error:
             raise FlagError(f"--max-tokens {self.max_tokens} is too small: {error}") from None
@@ -70,12 +70,3 @@ class Batches:
             if tokens >= self.limit:
                 break
         self.number = number
-
-
-def longest(task: Any) -> int:
-    """A batch must hold one sample at least: for a language model a whole block."""
-    return int(getattr(task.cfg, "tokens_per_sample", None) or 0)
-
-
-def limits(task: Any) -> Any:
-    return task.max_positions() if longest(task) == 0 else None

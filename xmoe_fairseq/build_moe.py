@@ -5,7 +5,7 @@ from fairseq.models.transformer import TransformerConfig
 from torch import nn
 
 from xmoe_fairseq.config import MoEConfig, router_kind
-from xmoe_fairseq.moe import MoELayer, RoutedLayer, TokenRouter
+from xmoe_fairseq.moe import MoELayer, RoutedLayer, Router, TokenRouter
 from xmoe_fairseq.moe.routers.registry import Place
 from xmoe_fairseq.parallel.groups import ExpertParallel
 from xmoe_fairseq.router_args import NAME, read_router_args
@@ -15,14 +15,11 @@ from xmoe_fairseq_compat.errors import FlagError
 def build_moe(
     stack: nn.Module, config: MoEConfig, side: str, parallel: ExpertParallel | None, name: str, number: int
 ) -> RoutedLayer:
-    """
-    Args:
-        number: of the MoE layer in the model; the encoder's come first.
-    """
+    """The `number`-th MoE layer of the model, the encoder's first."""
     cfg: TransformerConfig = stack.cfg
-    model_dim, ffn_dim = getattr(cfg, side).embed_dim, getattr(cfg, side).ffn_embed_dim
+    ffn_dim = getattr(cfg, side).ffn_embed_dim
     common = {
-        "model_dim": model_dim,
+        "model_dim": getattr(cfg, side).embed_dim,
         "expert_dim": ffn_dim // config.moe_ffn_split,
         "num_experts": config.moe_num_experts,
         "activation": utils.get_activation_fn(cfg.activation_fn),
@@ -34,9 +31,10 @@ def build_moe(
     kind = router_kind(config.moe_router)
     if issubclass(kind, RoutedLayer):  # a layer with a router and experts of its own
         return kind(**common, **read_router_args(config.moe_router, kind, config.moe_router_args))
+    place = Place(common["model_dim"], config.moe_num_experts, config, stack.dictionary, number)
     return MoELayer(
         **common,
-        router=build_router(Place(model_dim, config.moe_num_experts, config, stack.dictionary, number)),
+        router=build_router(place),
         capacity_factor=config.moe_capacity_factor,
         eval_capacity_factor=config.moe_eval_capacity_factor,
         min_capacity=config.moe_min_capacity,
@@ -55,6 +53,6 @@ def build_router(place: Place) -> TokenRouter:
     except ValueError as error:
         where = NAME if arguments else f"--moe-router {config.moe_router}"
         raise FlagError(f"{where}: {error}") from error
-    if kind.has_scores:
+    if isinstance(router, Router):
         router.temperature = config.moe_router_temperature
     return router

@@ -4,12 +4,13 @@ from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
-from xmoe_fairseq.flags import MoEConfig, flag, read_field, takers_of_ones
+from xmoe_fairseq.flags import MoEConfig, read_field, takers_of_ones
 from xmoe_fairseq.moe.experts.kernels import kernel_names
 from xmoe_fairseq.moe.layer import COMBINE
+from xmoe_fairseq.moe.routers.base import Router
 from xmoe_fairseq.moe.routers.registry import RouterKind, flags_of_routers, router_named
 from xmoe_fairseq.router_args import read_router_args
-from xmoe_fairseq_compat.errors import FlagError
+from xmoe_fairseq_compat.errors import FlagError, flag
 
 __all__ = ["MoEConfig", "expert_parallel_size", "flag", "read_field", "read_moe_config", "router_kind"]
 
@@ -28,12 +29,12 @@ def read_moe_config(model_cfg: Any, sides: tuple[str, ...]) -> MoEConfig:
     """
     defaults = {f.name: f.default for f in fields(MoEConfig) if f.name != "_name"}
     values = {name: read_field(model_cfg, name, default) for name, default in defaults.items()}
-    config = MoEConfig(**values)
-    for name, default in defaults.items():
-        _check_type(name, values[name], default)
+    for name, value in values.items():
+        _check_type(name, value, defaults[name])
     for name, (rule, holds) in _RULES.items():
-        if not holds(config):
-            raise FlagError(f"{flag(name)} {rule}, got {getattr(config, name)}")
+        if not holds(values[name]):
+            raise FlagError(f"{flag(name)} {rule}, got {values[name]}")
+    config = MoEConfig(**values)
     if config.moe_kernel not in kernel_names():  # not in _RULES: a --user-dir may have registered one since
         raise FlagError(f"--moe-kernel must be one of {', '.join(kernel_names())}, got {config.moe_kernel}")
     kind = router_kind(config.moe_router)
@@ -66,26 +67,20 @@ def _check_type(name: str, value: Any, default: Any) -> None:
         raise FlagError(f"{flag(name)} must be of type {kind.__name__}, got {value!r}")
 
 
-_RULES: dict[str, tuple[str, Callable[[MoEConfig], bool]]] = {
-    "moe_freq": ("must be 0 (dense) or more", lambda c: c.moe_freq >= 0),
-    "moe_num_experts": ("must be in [1, 2^20]", lambda c: 1 <= c.moe_num_experts <= 2**20),
-    "moe_ffn_split": ("must be at least 1", lambda c: c.moe_ffn_split >= 1),
-    # Beyond these, scores overflow or are all the same.
-    "moe_router_temperature": ("must be from 1e-6 to 1e6", lambda c: 1e-6 <= c.moe_router_temperature <= 1e6),
-    "moe_router_init_scale": ("must be from 1e-6 to 1e6", lambda c: 1e-6 <= c.moe_router_init_scale <= 1e6),
-    "moe_capacity_factor": (
-        "must be 0 (dropless) or more",
-        lambda c: 0 <= c.moe_capacity_factor < float("inf"),
-    ),
-    "moe_eval_capacity_factor": (
-        "must be 0 (dropless) or more",
-        lambda c: 0 <= c.moe_eval_capacity_factor < float("inf"),
-    ),
-    "moe_min_capacity": ("must be at least 1", lambda c: c.moe_min_capacity >= 1),
-    "moe_expert_parallel_size": (
-        "must be -1 (= number of ranks) or at least 1",
-        lambda c: c.moe_expert_parallel_size == -1 or c.moe_expert_parallel_size >= 1,
-    ),
+Rule = tuple[str, Callable[[Any], bool]]
+_AT_LEAST_1: Rule = ("must be at least 1", lambda n: n >= 1)
+_SCALE: Rule = ("must be from 1e-6 to 1e6", lambda x: 1e-6 <= x <= 1e6)  # else scores overflow, or are one
+_CAPACITY: Rule = ("must be 0 (dropless) or more", lambda x: 0 <= x < float("inf"))
+_RULES: dict[str, Rule] = {
+    "moe_freq": ("must be 0 (dense) or more", lambda n: n >= 0),
+    "moe_num_experts": ("must be in [1, 2^20]", lambda n: 1 <= n <= 2**20),
+    "moe_ffn_split": _AT_LEAST_1,
+    "moe_router_temperature": _SCALE,
+    "moe_router_init_scale": _SCALE,
+    "moe_capacity_factor": _CAPACITY,
+    "moe_eval_capacity_factor": _CAPACITY,
+    "moe_min_capacity": _AT_LEAST_1,
+    "moe_expert_parallel_size": ("must be -1 (= number of ranks) or at least 1", lambda n: n == -1 or n >= 1),
 }
 
 
@@ -98,10 +93,7 @@ def expert_parallel_size(config: MoEConfig, world_size: int) -> int:
     if not config.moe_freq:
         return 1
     size = world_size if config.moe_expert_parallel_size == -1 else config.moe_expert_parallel_size
-    for what, number in (
-        ("the number of ranks", world_size),
-        ("--moe-num-experts", config.moe_num_experts),
-    ):
+    for what, number in (("the number of ranks", world_size), ("--moe-num-experts", config.moe_num_experts)):
         if number % size:
             raise FlagError(f"--moe-expert-parallel-size must divide {what} {number}, got {size}")
     return size
@@ -109,7 +101,6 @@ def expert_parallel_size(config: MoEConfig, world_size: int) -> int:
 
 def _check_router(config: MoEConfig, kind: type[RouterKind]) -> None:
     """What goes with which router, as the routers declare it."""
-    router = config.moe_router
 
     def refuse(name: str, rule: str) -> None:
         raise FlagError(f"{flag(name)} {rule}, got {getattr(config, name)}")
@@ -118,17 +109,19 @@ def _check_router(config: MoEConfig, kind: type[RouterKind]) -> None:
         if not f.holds(config):
             refuse(f.name, f.rule)
         if f.refused_elsewhere and f not in kind.flags and getattr(config, f.name) != f.default:
-            raise FlagError(f"{flag(f.name)} needs --moe-router {' or '.join(takers)}, got {router}")
+            takes = " or ".join(takers)
+            raise FlagError(f"{flag(f.name)} needs --moe-router {takes}, got {config.moe_router}")
     if config.moe_combine not in COMBINE or config.moe_combine == "ones" and not kind.takes_ones:
         only = f"only --moe-router {takers_of_ones()} take ones"
         refuse("moe_combine", f"must be one of {', '.join(COMBINE)}, and {only}")
+    here = f"with --moe-router {config.moe_router}"
     for name in ("moe_capacity_factor", "moe_eval_capacity_factor"):
         if kind.has_own_capacity and getattr(config, name):
-            refuse(name, f"must be 0 with --moe-router {router}, which has a capacity of its own")
+            refuse(name, f"must be 0 {here}, which has a capacity of its own")
     for name in ("moe_router_temperature", "moe_router_init_scale"):
-        if not kind.has_scores and getattr(config, name) != 1:
-            refuse(name, f"must be 1 with --moe-router {router}, whose scores are not the plugin's")
-    read_router_args(router, kind, config.moe_router_args)
+        if not issubclass(kind, Router) and getattr(config, name) != 1:
+            refuse(name, f"must be 1 {here}, whose scores are not the plugin's")
+    read_router_args(config.moe_router, kind, config.moe_router_args)
 
 
 def _check_side(config: MoEConfig, kind: type[RouterKind], side: str, model_cfg: Any) -> None:
@@ -137,13 +130,12 @@ def _check_side(config: MoEConfig, kind: type[RouterKind], side: str, model_cfg:
     def own(name: str) -> Any:
         return read_field(model_cfg, name, None)
 
-    num_layers, ffn_dim = own(f"{side}_layers"), own(f"{side}_ffn_embed_dim")
-    if ffn_dim % config.moe_ffn_split:
-        rule = f"must divide --{side}-ffn-embed-dim {ffn_dim}"
-        raise FlagError(f"--moe-ffn-split {rule}, got {config.moe_ffn_split}")
-    if config.moe_freq > num_layers:
-        rule = f"must be at most --{side}-layers {num_layers} (0 = dense)"
-        raise FlagError(f"--moe-freq {rule}, got {config.moe_freq}")
+    split, ffn_dim = config.moe_ffn_split, own(f"{side}_ffn_embed_dim")
+    if ffn_dim % split:
+        raise FlagError(f"--moe-ffn-split must divide --{side}-ffn-embed-dim {ffn_dim}, got {split}")
+    freq, most = config.moe_freq, own(f"{side}_layers")
+    if freq > most:
+        raise FlagError(f"--moe-freq must be at most --{side}-layers {most} (0 = dense), got {freq}")
     if side == "decoder" and not kind.is_causal:
         raise FlagError(
             f"--moe-router {config.moe_router} cannot be used in a decoder: its experts choose among all "
@@ -151,6 +143,5 @@ def _check_side(config: MoEConfig, kind: type[RouterKind], side: str, model_cfg:
         )
     for name in ("scale_fc", "quant_noise_pq", "quant_noise_scalar", "base_layers", f"{side}_layers_to_keep"):
         if own(name):
-            raise FlagError(
-                f"{flag(name)} cannot be combined with MoE layers (--moe-freq 0 = dense), got {own(name)}"
-            )
+            rule = "cannot be combined with MoE layers (--moe-freq 0 = dense)"
+            raise FlagError(f"{flag(name)} {rule}, got {own(name)}")

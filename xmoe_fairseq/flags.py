@@ -9,9 +9,6 @@ from fairseq.dataclass import FairseqDataclass
 
 from xmoe_fairseq.moe.experts.kernels import AUTO, kernel_names
 from xmoe_fairseq.moe.routers.registry import DEFAULT, flags_of_routers, registered_routers
-from xmoe_fairseq_compat.errors import flag
-
-__all__ = ["MoEConfig", "flag", "read_field"]
 
 
 def _flag(default: Any, text: str) -> Any:
@@ -36,10 +33,9 @@ class CommonFlags(FairseqDataclass):
     moe_num_experts: int = _flag(32, "number of experts E in an MoE layer, after the split")
     moe_ffn_split: int = _flag(4, "s: an expert is 1/s as wide as the dense FFN (--*-ffn-embed-dim / s)")
     moe_router_temperature: float = _flag(
-        1.0,
-        "divides a router's scores, in training and evaluation; below 1 = more decisive from the start; "
-        "1e-6 to 1e6",
-    )
+        1.0, "divides a router's scores, in training and evaluation; below 1 = more decisive from the start; "
+        "1e-6 to 1e6"
+    )  # fmt: skip
     moe_router_init_scale: float = _flag(1.0, "multiplies a router's initial weight; 1e-6 to 1e6")
     moe_combine: str = _flag(
         "probs", "a chosen expert's output counts as often as it is probable (probs), or once (ones; what "

@@ -27,9 +27,8 @@ def convert_authors_state_dict(state_dict: dict[str, Tensor]) -> dict[str, Tenso
         if match := _ROUTER.fullmatch(name):
             converted[f"{match['layer']}.moe.router.weight"] = value
         elif match := _EXPERT.fullmatch(name):
-            experts[f"{match['layer']}.moe.experts.{match['part']}_{match['kind']}"][int(match["expert"])] = (
-                value
-            )
+            stack = f"{match['layer']}.moe.experts.{match['part']}_{match['kind']}"
+            experts[stack][int(match["expert"])] = value
         else:
             converted[name] = value
     for name, by_id in experts.items():

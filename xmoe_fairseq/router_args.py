@@ -1,9 +1,9 @@
 """--moe-router-args: what a router of a user's own is built with."""
 
-import inspect
 import json
+from inspect import Parameter, signature
 from types import UnionType
-from typing import Any, Union, get_args, get_origin
+from typing import Any, NoReturn, Union, get_args, get_origin
 
 from xmoe_fairseq.moe.routed_layer import RoutedLayer
 from xmoe_fairseq.moe.routers.registry import RouterKind
@@ -21,46 +21,43 @@ def read_router_args(router: str, kind: type[RouterKind], text: Any) -> dict[str
     Raises:
         FlagError: no JSON object of what this router takes.
     """
-    takes = parameters_of(kind)
+
+    def refuse(rule: str, got: Any) -> NoReturn:
+        raise FlagError(f"{NAME}{rule}, got {got}")
+
+    takes, here = parameters_of(kind), f"--moe-router {router}"
     if text and not takes:
         flags = ", ".join(flag(f.name) for f in kind.flags)
-        raise FlagError(
-            f"{NAME} must be empty with --moe-router {router}, which takes {flags or 'none'}, got {text}"
-        )
+        refuse(f" must be empty with {here}, which takes {flags or 'none'}", text)
     given = _read(text) if text else {}
     for name, value in given.items():
         if name not in takes:
-            listed = ", ".join(f"{each} ({_said(takes[each].annotation)})" for each in takes)
-            hint = did_you_mean(name, takes)
-            raise FlagError(f"{NAME} must name what --moe-router {router} takes, {listed}, got {name}{hint}")
-        if not _fits(value, takes[name].annotation):
-            kinds = _said(takes[name].annotation)
-            raise FlagError(f"{NAME}: {name} must be of type {kinds}, got {json.dumps(value)}")
+            listed = ", ".join(f"{each} ({_said(parameter)})" for each, parameter in takes.items())
+            refuse(f" must name what {here} takes, {listed}", f"{name}{did_you_mean(name, takes)}")
+        if not _fits(value, takes[name]):
+            refuse(f": {name} must be of type {_said(takes[name])}", json.dumps(value))
     for name, parameter in takes.items():
         if parameter.default is parameter.empty and name not in given:
-            raise FlagError(
-                f"{NAME} must give {name}, which --moe-router {router} needs, got {text or 'none'}"
-            )
+            refuse(f" must give {name}, which {here} needs", text or "none")
     return given
 
 
-def parameters_of(kind: type[RouterKind]) -> dict[str, inspect.Parameter]:
+def parameters_of(kind: type[RouterKind]) -> dict[str, Parameter]:
     """What `from_config` takes by name; if it takes anything, what the constructor takes beside what it is
     given anyway."""
     _, *own = _signature(kind.from_config)
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in own):
+    if any(parameter.kind is Parameter.VAR_KEYWORD for parameter in own):
         given = OF_LAYER if issubclass(kind, RoutedLayer) else OF_ROUTER
         own = [parameter for parameter in _signature(kind) if parameter.name not in given]
-    by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    by_name = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
     return {parameter.name: parameter for parameter in own if parameter.kind in by_name}
 
 
-def _signature(function: Any) -> list[inspect.Parameter]:
+def _signature(function: Any) -> list[Parameter]:
     try:
-        signature = inspect.signature(function, eval_str=True)
+        return list(signature(function, eval_str=True).parameters.values())
     except NameError:  # of an import for type checkers only
-        signature = inspect.signature(function)
-    return list(signature.parameters.values())
+        return list(signature(function).parameters.values())
 
 
 def _read(text: Any) -> dict[str, Any]:
@@ -69,31 +66,26 @@ def _read(text: Any) -> dict[str, Any]:
     except (TypeError, ValueError, RecursionError):
         given = None
     if not isinstance(given, dict):
-        hydra = (
-            ""
-            if isinstance(text, str)
-            else "; for hydra, quote it once more: \"+model.moe_router_args='{...}'\""
-        )
-        raise FlagError(f"{NAME} must be a JSON object, such as '{{\"factor\": 2.0}}', got {text}{hydra}")
+        hydra = "; for hydra, quote it once more: \"+model.moe_router_args='{...}'\""
+        but = "" if isinstance(text, str) else hydra
+        raise FlagError(f"{NAME} must be a JSON object, such as '{{\"factor\": 2.0}}', got {text}{but}")
     return given
 
 
-def _kinds(annotation: Any) -> tuple[Any, ...]:
-    return get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+def _kinds(parameter: Parameter) -> tuple[Any, ...]:
+    kind = parameter.annotation
+    return get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
 
 
-def _fits(value: Any, annotation: Any) -> bool:
-    return any(_is(value, get_origin(kind) or kind) for kind in _kinds(annotation))
-
-
-def _is(value: Any, kind: Any) -> bool:
-    if not isinstance(kind, type) or kind is inspect.Parameter.empty:
+def _fits(value: Any, parameter: Parameter) -> bool:
+    kinds = {get_origin(kind) or kind for kind in _kinds(parameter)}
+    if kinds & {Parameter.empty, object} or not all(isinstance(kind, type) for kind in kinds):
         return True  # its own rules say
-    if isinstance(value, bool):
-        return kind in (bool, object)
-    return isinstance(value, (int, float) if kind is float else kind)
+    if float in kinds:
+        kinds.add(int)
+    return bool in kinds if isinstance(value, bool) else isinstance(value, tuple(kinds))
 
 
-def _said(annotation: Any) -> str:
-    names = [getattr(kind, "__name__", str(kind)) for kind in _kinds(annotation)]
-    return "any value" if annotation is inspect.Parameter.empty else " or ".join(names)
+def _said(parameter: Parameter) -> str:
+    names = [getattr(kind, "__name__", str(kind)) for kind in _kinds(parameter)]
+    return "any value" if parameter.annotation is Parameter.empty else " or ".join(names)

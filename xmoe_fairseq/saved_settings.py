@@ -39,7 +39,6 @@ def check_saved_settings(path: Any, state: Mapping[str, Any], model_cfg: Any) ->
 
 def counting(saved: Mapping[str, Any]) -> list[str]:
     """Names of the MoE settings in a checkpoint that say what the model is."""
-    names = [f.name for f in fields(MoEConfig) if f.name in saved and f.name not in FREE]
     taken = registered_routers().get(saved.get("moe_router", ""), RouterKind).flags
     idle = [f.name for f in flags_of_routers() if f not in taken or any(map(saved.get, f.unless))]
-    return [name for name in names if name not in idle]
+    return [f.name for f in fields(MoEConfig) if f.name in saved and f.name not in (*FREE, *idle)]

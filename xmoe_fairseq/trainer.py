@@ -29,9 +29,8 @@ class MoETrainer(Trainer):
     def __init__(self, cfg: Any, task: Any, model: nn.Module, criterion: Any, quantizer: Any = None) -> None:
         backend = str(cfg.distributed_training.ddp_backend)
         if backend not in DDP_BACKENDS:  # nobody has tried the others with experts
-            raise FlagError(
-                f"--ddp-backend {backend} cannot be combined with MoE layers: use legacy_ddp or pytorch_ddp"
-            )
+            use = "use legacy_ddp or pytorch_ddp"
+            raise FlagError(f"--ddp-backend {backend} cannot be combined with MoE layers: {use}")
         super().__init__(cfg, task, model, criterion, quantizer)
         if dist.is_initialized():
             introduce()

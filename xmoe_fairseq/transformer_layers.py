@@ -46,7 +46,6 @@ def install_moe_layers(
     Args:
         stack: TransformerEncoderBase or TransformerDecoderBase.
         side: "encoder" or "decoder"; begins the layers' names in errors and statistics.
-        parallel: this rank's place if the experts are shared out among ranks.
         numbers: of the model's MoE layers, from the encoder's first on.
     """
     if not config.has_experts(side):
@@ -93,20 +92,16 @@ class _MoEFeedForward:
         self.moe = moe
         self.fc1 = self.feed_forward
         self.fc2 = self.activation_fn = self.activation_dropout_module = nn.Identity()
-        self._padding_mask: Tensor | None = None
+        self._padding_mask: Tensor | None = None  # of the call that runs
         self._token_ids: Tensor | None = None
 
     def make_generation_fast_(
-        self,
-        name: str = "",
-        retain_dropout: bool = False,
-        retain_dropout_modules: Collection[str] | None = None,
-        **kwargs: Any,
-    ) -> None:
+        self, name: str = "", retain_dropout: bool = False,
+        retain_dropout_modules: Collection[str] | None = None, **kwargs: Any,
+    ) -> None:  # fmt: skip
         """fairseq calls this for evaluation; of --retain-dropout it tells modules of its own only."""
-        if retain_dropout and (
-            retain_dropout_modules is None or self.dropout_module.module_name in retain_dropout_modules
-        ):
+        asked = retain_dropout_modules is None or self.dropout_module.module_name in retain_dropout_modules
+        if retain_dropout and asked:
             self.moe.retain_dropout()
         if hasattr(super(), "make_generation_fast_"):  # a decoder layer's
             super().make_generation_fast_(name=name, **kwargs)
@@ -134,12 +129,9 @@ class MoEEncoderLayer(_MoEFeedForward, TransformerEncoderLayerBase):
         self.can_use_fastpath = False
 
     def forward(
-        self,
-        x: Tensor,
-        encoder_padding_mask: Tensor | None,
-        attn_mask: Tensor | None = None,
+        self, x: Tensor, encoder_padding_mask: Tensor | None, attn_mask: Tensor | None = None,
         token_ids: Tensor | None = None,
-    ) -> Any:
+    ) -> Any:  # fmt: skip
         self._padding_mask, self._token_ids = encoder_padding_mask, token_ids
         return super().forward(x, encoder_padding_mask, attn_mask)
 

@@ -14,14 +14,14 @@ REPO = Path(requirements.__file__).parents[1]
 
 @pytest.mark.parametrize("version", ["2.6.0", "2.13.0+cpu", "2.14.0a0+git1", "3.0"])
 def test_torch_that_will_do(version: str) -> None:
-    assert requirements.torch_problem(version) is None
+    assert requirements.version_problem("torch", version) is None
 
 
 @pytest.mark.parametrize(
     ("version", "found"), [(None, "none"), ("2.5.1", "2.5.1"), ("1.13.1+cu117", "1.13.1+cu117")]
 )
 def test_torch_that_will_not_do(version: str | None, found: str) -> None:
-    problem = requirements.torch_problem(version)
+    problem = requirements.version_problem("torch", version)
     expected = (
         f'xmoe_fairseq needs torch 2.6 or later, found {found}; run: python -m pip install "torch>=2.6"'
     )
@@ -29,7 +29,7 @@ def test_torch_that_will_not_do(version: str | None, found: str) -> None:
 
 
 def test_fairseq() -> None:
-    assert requirements.fairseq_problem("0.12.2") is None
+    assert requirements.version_problem("fairseq", "0.12.2") is None
     command = "python -m pip install --no-deps fairseq==0.12.2"
     for version, found in (
         (None, "none"),
@@ -37,15 +37,15 @@ def test_fairseq() -> None:
         ("0.12.3", "0.12.3"),
         ("1.0.0a0", "1.0.0a0"),
     ):
-        problem = requirements.fairseq_problem(version)
+        problem = requirements.version_problem("fairseq", version)
         assert problem == f"xmoe_fairseq needs fairseq 0.12.2, found {found}; run: {command}"
 
 
 def test_sentencepiece() -> None:
-    assert requirements.sentencepiece_problem("0.2.3") is None
+    assert requirements.version_problem("sentencepiece", "0.2.3") is None
     for version in (None, "0.1.99"):
         assert 'python -m pip install "sentencepiece>=0.2"' in str(
-            requirements.sentencepiece_problem(version)
+            requirements.version_problem("sentencepiece", version)
         )
 
 

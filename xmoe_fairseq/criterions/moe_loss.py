@@ -8,7 +8,7 @@ import torch
 from fairseq.dataclass import FairseqDataclass
 from torch import Tensor, nn
 
-from xmoe_fairseq.criterions.routing_log import log_routing, routing_sums
+from xmoe_fairseq.criterions.routing_log import SIDES, log_side, routing_sums
 from xmoe_fairseq.moe import Routing, moe_layers, record_routing
 from xmoe_fairseq_compat.errors import FlagError
 
@@ -51,9 +51,8 @@ class MoELossMixin:
     ) -> tuple[Tensor, int, dict[str, Any]]:
         """Returns loss, sample size and logging outputs (sums). With reduce=False the loss is per token, and
         the auxiliary losses, which belong to no token, are left out."""
-        decoder = getattr(model, "decoder", None)
-        adaptive = getattr(decoder, "adaptive_softmax", None) is not None
-        if adaptive and model.training and not self.of_adaptive_softmax:
+        adaptive = getattr(getattr(model, "decoder", None), "adaptive_softmax", None)
+        if adaptive is not None and model.training and not self.of_adaptive_softmax:
             raise FlagError("--adaptive-softmax-cutoff needs --criterion moe_adaptive_loss")
         with record_routing(model) as records:
             loss, sample_size, logging_output = super().forward(model, sample, reduce)
@@ -66,18 +65,13 @@ class MoELossMixin:
 
     def auxiliary_loss(self, routings: Iterable[Routing]) -> Tensor | float:
         """A loss that does not count is left out: 0 times one that has overflowed would be NaN."""
-        terms = [
-            coefficient * loss
-            for routing in routings
-            for coefficient, loss in (
-                (self.moe_loss_coeff, routing.load_balance_loss),
-                (self.moe_z_loss_coeff, routing.z_loss),
-            )
-            if coefficient
-        ]
+        weights = {"load_balance_loss": self.moe_loss_coeff, "z_loss": self.moe_z_loss_coeff}
+        used = {name: weight for name, weight in weights.items() if weight}
+        terms = [used[name] * getattr(routing, name) for routing in routings for name in used]
         return torch.stack(terms).sum() if terms else 0.0
 
     @classmethod
     def reduce_metrics(cls, logging_outputs: list[dict[str, Any]]) -> None:
         super().reduce_metrics(logging_outputs)
-        log_routing(logging_outputs)
+        for side in SIDES:
+            log_side(side, logging_outputs)

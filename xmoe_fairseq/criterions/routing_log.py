@@ -24,42 +24,31 @@ Records = list[tuple[RoutedLayer, Routing]]
 
 def routing_sums(layers: list[RoutedLayer], records: Records, device: torch.device) -> dict[str, Tensor]:
     """Logging outputs: (L,) or (L, E) for the L layers of each side."""
-    sums = {}
+    logged = {}
     for side in SIDES:
-        if own := [layer for layer in layers if layer.side == side]:
-            for name, total in side_sums(own, records, device).items():
-                sums[f"moe_{side}_{name}"] = total
-    return sums
+        sums = [layer_sums(layer, records, device) for layer in layers if layer.side == side]
+        for name in sums[0] if sums else ():
+            logged[f"moe_{side}_{name}"] = torch.stack([own[name] for own in sums])
+    return logged
 
 
-def side_sums(layers: list[RoutedLayer], records: Records, device: torch.device) -> dict[str, Tensor]:
-    """Sums of one side's L layers, (L,) or (L, E); 0 for a layer that did not run."""
-    of_layers = [
-        layer_sums(layer, [routing for ran, routing in records if ran is layer], device) for layer in layers
-    ]
-    return {name: torch.stack([sums[name] for sums in of_layers]) for name in of_layers[0]}
-
-
-def layer_sums(layer: RoutedLayer, routings: list[Routing], device: torch.device) -> dict[str, Tensor]:
-    calls = []
-    for stats in (RoutingStats.zeros(layer.num_experts, device), *map(RoutingStats.of, routings)):
-        own = {name: value * stats.tokens for name, value in layer.to_log().items()}
-        calls.append({**own, **vars(stats), **layer.flops(stats)})
-    return {name: torch.stack([call[name] for call in calls]).sum(0) for name in calls[0]}
-
-
-def log_routing(logging_outputs: list[dict[str, Any]]) -> None:
-    for side in SIDES:
-        log_side(side, logging_outputs)
+def layer_sums(layer: RoutedLayer, records: Records, device: torch.device) -> dict[str, Tensor]:
+    """() or (E,); 0 for a layer that did not run."""
+    calls = [RoutingStats.of(routing) for ran, routing in records if ran is layer]
+    stats = sum(calls, RoutingStats.zeros(layer.num_experts, device))
+    own = {name: value * stats.tokens for name, value in layer.to_log().items()}
+    return {**own, **vars(stats), **layer.flops(stats)}
 
 
 def log_side(side: str, logging_outputs: list[dict[str, Any]]) -> None:
     """Log the sums, and ratios that are taken whenever they are shown: of all that was logged by then."""
     prefix = f"moe_{side}_"
     keys = list(dict.fromkeys(key for log in logging_outputs for key in log if key.startswith(prefix)))
+    if not keys:
+        return
     totals = on_host([sum(log[key] for log in logging_outputs if key in log) for key in keys])
     sums = {key.removeprefix(prefix): total for key, total in zip(keys, totals, strict=True)}
-    if not keys or not sums["tokens"].any():
+    if not sums["tokens"].any():
         return
     for name, total in sums.items():
         metrics.log_scalar_sum(f"_{prefix}{name}", total)  # fairseq does not show what begins with _
@@ -69,8 +58,6 @@ def log_side(side: str, logging_outputs: list[dict[str, Any]]) -> None:
 
 def on_host(tensors: list[Tensor]) -> list[Tensor]:
     """In one transfer."""
-    if not tensors:
-        return []
     flat = torch.cat([tensor.double().reshape(-1) for tensor in tensors]).cpu()
     parts = flat.split([tensor.numel() for tensor in tensors])
     return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]

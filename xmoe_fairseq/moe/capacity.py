@@ -8,6 +8,13 @@ import torch
 from xmoe_fairseq.moe.routing import Routing
 
 
+def check_capacities(*values: float) -> None:
+    """Raises ValueError: one of these numbers of an `MoELayer` is below 0, infinite or NaN."""
+    if not all(0 <= value < math.inf for value in values):
+        rule, got = "must be 0 or more, and finite", ", ".join(map(str, values))
+        raise ValueError(f"capacity_factor, eval_capacity_factor and min_capacity {rule}, got {got}")
+
+
 def expert_capacity(num_tokens: int, num_experts: int, capacity_factor: float, min_capacity: int) -> int:
     """Rows that one expert may keep: `max(min_capacity, ceil(T / E * capacity_factor))`, of T."""
     return max(min_capacity, math.ceil(min(num_tokens / num_experts * capacity_factor, num_tokens)))

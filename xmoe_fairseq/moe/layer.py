@@ -1,6 +1,5 @@
 """The MoE layer: route, dispatch, compute, combine."""
 
-import math
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -8,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from xmoe_fairseq.moe.capacity import expert_capacity, keep_within_capacity
+from xmoe_fairseq.moe.capacity import check_capacities, expert_capacity, keep_within_capacity
 from xmoe_fairseq.moe.dispatch.local import LocalDispatcher
 from xmoe_fairseq.moe.dispatch.parallel import ExpertParallelDispatcher
 from xmoe_fairseq.moe.experts.experts import Experts
@@ -67,13 +66,9 @@ class MoELayer(RoutedLayer):
         given, expected = (router.num_experts, router.model_dim), (num_experts, model_dim)
         if given != expected:
             raise ValueError(f"router must be for (num_experts, model_dim) = {expected}, got {given}")
-        capacities = (capacity_factor, eval_capacity_factor, min_capacity)
-        if not all(0 <= value < math.inf for value in capacities):  # NaN is not
-            rule = "must be 0 or more, and finite"
-            got = ", ".join(map(str, capacities))
-            raise ValueError(f"capacity_factor, eval_capacity_factor and min_capacity {rule}, got {got}")
         if combine not in COMBINE:
             raise ValueError(f"combine must be one of {', '.join(COMBINE)}, got {combine}")
+        check_capacities(capacity_factor, eval_capacity_factor, min_capacity)
         flops = router.flops_per_token
         super().__init__(model_dim, expert_dim, num_experts, flops, dense_ffn_dim, name, side)
         self.router = router
@@ -82,9 +77,8 @@ class MoELayer(RoutedLayer):
         if expert_parallel_group is not None:
             self.dispatcher = ExpertParallelDispatcher(expert_parallel_group)
             part = (dist.get_rank(expert_parallel_group), dist.get_world_size(expert_parallel_group))
-        self.experts = Experts(
-            num_experts, model_dim, expert_dim, activation, activation_dropout, part, kernel
-        )
+        sizes = (num_experts, model_dim, expert_dim)
+        self.experts = Experts(*sizes, activation, activation_dropout, part, kernel)
         self.capacity_factor, self.eval_capacity_factor = capacity_factor, eval_capacity_factor
         self.min_capacity, self.combine = min_capacity, combine
         self.output_bias: nn.Parameter | None = None

@@ -13,13 +13,7 @@ class RoutedLayer(nn.Module):
     """Padding takes no part: not in routing, capacity, losses or statistics, and its output is 0.
 
     Args:
-        model_dim: width D of a token.
-        expert_dim: hidden width F of one expert.
-        num_experts: number of experts E.
-        router_flops: of the router, for a token.
-        dense_ffn_dim: width of the FFN that this layer replaces, for counting FLOPs; None = expert_dim.
-        name: what error messages call this layer.
-        side: "encoder" or "decoder", for statistics; "" = neither.
+        router_flops: of the router, for a token. The others are those of `MoELayer`.
     """
 
     def __init__(
@@ -53,19 +47,16 @@ class RoutedLayer(nn.Module):
         if x.shape[-1:] != (self.model_dim,):
             raise ValueError(f"x must be of shape (..., {self.model_dim}), got {tuple(x.shape)}")
         if token_ids is not None and token_ids.shape != x.shape[:-1]:
-            raise ValueError(
-                f"token_ids must be of shape {tuple(x.shape[:-1])}, got {tuple(token_ids.shape)}"
-            )
+            rule = f"must be of shape {tuple(x.shape[:-1])}"
+            raise ValueError(f"token_ids {rule}, got {tuple(token_ids.shape)}")
         x_ND = x.reshape(-1, self.model_dim)
         ids_N = None if token_ids is None else token_ids.reshape(-1)
         if padding_mask is None:
             y_ND, routing = self.forward_tokens(x_ND, ids_N)
             return y_ND.to(x.dtype).view(x.shape), routing
         if padding_mask.shape != x.shape[:-1] or padding_mask.dtype.is_floating_point:
-            raise ValueError(
-                f"padding_mask must be bool of shape {tuple(x.shape[:-1])}, "
-                f"got {padding_mask.dtype} of shape {tuple(padding_mask.shape)}"
-            )
+            got = f"{padding_mask.dtype} of shape {tuple(padding_mask.shape)}"
+            raise ValueError(f"padding_mask must be bool of shape {tuple(x.shape[:-1])}, got {got}")
         (real_T,) = (~padding_mask.bool()).reshape(-1).nonzero(as_tuple=True)
         ids_T = None if ids_N is None else ids_N.index_select(0, real_T)
         y_TD, routing = self.forward_tokens(x_ND.index_select(0, real_T), ids_T)

@@ -7,17 +7,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-def exchange_counts(counts_E: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """(N, E/N): how many rows each of the N ranks has for each of this rank's experts.
-
-    Args:
-        counts_E: how many rows this rank has for each of all experts; E/N experts lie on each rank, in order.
-    """
-    received_E = torch.empty_like(counts_E)
-    dist.all_to_all_single(received_E, counts_E, group=group)
-    return received_E.view(dist.get_world_size(group), -1)
-
-
 def exchange_rows(rows_RD: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> Tensor:
     """Send the first `send[0]` rows to rank 0 of the group, the next `send[1]` to rank 1, ...; zeros allowed.
 

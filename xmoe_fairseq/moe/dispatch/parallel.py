@@ -7,9 +7,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from xmoe_fairseq.moe.dispatch.all_to_all import exchange_counts, exchange_rows
+from xmoe_fairseq.moe.dispatch.all_to_all import exchange_rows
 from xmoe_fairseq.moe.dispatch.local import LocalDispatcher
-from xmoe_fairseq.moe.dispatch.rows import ExpertRows, expert_order
+from xmoe_fairseq.moe.dispatch.rows import ExpertRows
 from xmoe_fairseq.moe.routing import Routing
 
 
@@ -34,7 +34,11 @@ class ExpertParallelDispatcher(LocalDispatcher):
 
     def dispatch(self, x_TD: Tensor, routing: Routing) -> tuple[Tensor, ExpertRows, Sent]:
         out = ExpertRows.of(routing)
-        received_NE = exchange_counts(out.counts_E, self.group)
+        received_E = torch.empty_like(out.counts_E)
+        dist.all_to_all_single(received_E, out.counts_E, group=self.group)
+        received_NE = received_E.view(
+            dist.get_world_size(self.group), -1
+        )  # rank by rank; E/N experts are here
         # to the host, where the sizes of the exchange are set
         send = out.counts_E.view(received_NE.shape).sum(1).tolist()
         receive = received_NE.sum(1).tolist()
@@ -59,4 +63,4 @@ def rows_in_arrival(received_NE: Tensor, num_rows: int) -> ExpertRows:
     num_ranks, num_experts = received_NE.shape
     experts_NE = torch.arange(num_experts, device=received_NE.device).repeat(num_ranks)
     expert_R = experts_NE.repeat_interleave(received_NE.flatten(), output_size=num_rows)
-    return ExpertRows(expert_order(expert_R), None, received_NE.sum(0))
+    return ExpertRows(torch.argsort(expert_R, stable=True), None, received_NE.sum(0))

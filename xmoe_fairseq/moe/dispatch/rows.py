@@ -23,7 +23,7 @@ class ExpertRows:
     @classmethod
     def of(cls, routing: Routing) -> "ExpertRows":
         """Exactly the chosen rows, from the tokens: no capacity slots, no padding to the largest expert."""
-        order_R = expert_order(routing.expert_R)
+        order_R = torch.argsort(routing.expert_R, stable=True)  # within an expert the order stays
         weight_R = None if routing.all_ones else routing.weight_R[order_R]
         return cls(routing.token_R[order_R], weight_R, routing.rows_per_expert())
 
@@ -37,8 +37,3 @@ class ExpertRows:
         if self.weight_R is not None:
             y_RD = y_RD * self.weight_R.unsqueeze(1)
         return y_RD.new_zeros(num_sources, y_RD.size(1)).index_add(0, self.source_R, y_RD)
-
-
-def expert_order(expert_R: Tensor) -> Tensor:
-    """(R,) the order by expert, which keeps the order within an expert."""
-    return torch.argsort(expert_R, stable=True)

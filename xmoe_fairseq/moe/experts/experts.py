@@ -10,12 +10,7 @@ from torch import Tensor, nn
 from xmoe_fairseq.moe.dispatch.rows import ExpertRows
 from xmoe_fairseq.moe.experts.kernels import AUTO, Activation, Call, Stacks, check_kernel, expert_sums
 
-ACTIVATIONS: dict[str, Activation] = {
-    "relu": F.relu,
-    "gelu": F.gelu,
-    "silu": F.silu,
-    "tanh": torch.tanh,
-}
+ACTIVATIONS: dict[str, Activation] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu, "tanh": torch.tanh}
 
 
 class Experts(nn.Module):
@@ -52,15 +47,13 @@ class Experts(nn.Module):
         if num_experts % parts or not 0 <= index < parts:
             raise ValueError(f"part (i, N) must have 0 <= i < N and N divide {num_experts}, got {part}")
         if isinstance(activation, str) and activation not in ACTIVATIONS:
-            raise ValueError(
-                f"activation must be one of {sorted(ACTIVATIONS)} or a function, got {activation!r}"
-            )
+            rule = f"must be one of {sorted(ACTIVATIONS)} or a function"
+            raise ValueError(f"activation {rule}, got {activation!r}")
         check_kernel(kernel)
-        self.kernel = kernel
+        self.kernel, self.num_experts = kernel, num_experts
         self.activation = ACTIVATIONS[activation] if isinstance(activation, str) else activation
         self.activation_dropout = activation_dropout
         self.dropout_in_evaluation = False  # see MoELayer.retain_dropout
-        self.num_experts = num_experts
         held = num_experts // parts
         self.first = index * held  # id of the first expert held here
         self.fc1_weight = nn.Parameter(torch.empty(held, expert_dim, model_dim))

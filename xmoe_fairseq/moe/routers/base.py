@@ -53,7 +53,6 @@ class Router(TokenRouter):
     `temperature` divides the scores: below 1 a router is more decisive.
     """
 
-    has_scores = True
     temperature = 1.0
 
     def __init__(self, model_dim: int, num_experts: int) -> None:
@@ -102,9 +101,9 @@ class Router(TokenRouter):
 
     def balance(self, probs_TE: Tensor, first_choice_T: Tensor) -> Tensor:
         """The auxiliary loss; 0 for a router that needs none."""
-        return (
-            load_balance_loss(probs_TE, first_choice_T) if self.needs_balance_loss else probs_TE.sum() * 0.0
-        )
+        if not self.needs_balance_loss:
+            return probs_TE.sum() * 0.0
+        return load_balance_loss(probs_TE, first_choice_T)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """The checkpoint of a model that was trained with a budget may be used with a fixed t or k."""

@@ -4,7 +4,7 @@ Lepikhin et al. 2020, arXiv 2006.16668. This file only adapts: what routes, drop
 """
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -57,10 +57,10 @@ class GShardLayer(RouterKind, RoutedLayer):
         sizes = (model_dim, expert_dim, activation, activation_dropout)
         experts = nn.ModuleList(FeedForward(*sizes) for _ in range(num_experts))
         self.gshard = MOELayer(Top2Gate(model_dim, num_experts), experts, group=OnlyThisProcess())
-        for (
-            parameter
-        ) in self.gshard.parameters():  # fairscale's mark for DDP to skip it; here all ranks have all
-            vars(parameter).pop("expert", None)
+        for parameter in self.gshard.parameters():
+            vars(parameter).pop(
+                "expert", None
+            )  # fairscale's mark for DDP to skip it; here all ranks have all
 
     @classmethod
     def check(cls, config: Any, num_layers: int) -> None:
@@ -77,7 +77,10 @@ class GShardLayer(RouterKind, RoutedLayer):
     def forward_tokens(self, x_TD: Tensor, ids_T: Tensor | None = None) -> tuple[Tensor, Routing]:
         num_tokens = x_TD.size(0)
         x_SD = fill_up(x_TD, self.num_experts)
-        with fp32_mask_times(x_SD), outputs_of(self.gshard.gate.wg, self.gshard.gate) as outputs:
+        # fairscale multiplies x by an fp32 mask: a half-precision model needs autocast for that.
+        is_half = x_SD.dtype in (torch.float16, torch.bfloat16)
+        cast = torch.autocast(x_SD.device.type, x_SD.dtype) if is_half else nullcontext()
+        with cast, outputs_of(self.gshard.gate.wg, self.gshard.gate) as outputs:
             y_SD = self.gshard(x_SD.unsqueeze(1)).squeeze(1)
         del self.gshard.l_aux  # it would keep this batch's graph until the next one
         logits_SE, (l_aux, combine_SEC, _) = outputs
@@ -121,12 +124,6 @@ def fill_up(x_TD: Tensor, multiple: int) -> Tensor:
         return F.pad(x_TD, (0, 0, 0, multiple))
     missing = -num_tokens % multiple
     return x_TD[torch.arange(num_tokens + missing, device=x_TD.device) % num_tokens] if missing else x_TD
-
-
-def fp32_mask_times(x: Tensor) -> AbstractContextManager[Any]:
-    """fairscale multiplies x by an fp32 mask: a half-precision model needs autocast for that."""
-    half = x.dtype in (torch.float16, torch.bfloat16)
-    return torch.autocast(x.device.type, x.dtype) if half else nullcontext()
 
 
 @contextmanager
