@@ -56,19 +56,30 @@ def parameters_of(kind: type[RouterKind]) -> dict[str, Parameter]:
 def _signature(function: Any) -> list[Parameter]:
     try:
         return list(signature(function, eval_str=True).parameters.values())
-    except NameError:  # of an import for type checkers only
+    except Exception:  # an annotation that cannot be evaluated, as of an import for type checkers only
         return list(signature(function).parameters.values())
 
 
 def _read(text: Any) -> dict[str, Any]:
     try:
-        given = json.loads(text)
+        given = json.loads(text, parse_constant=_no_number, object_pairs_hook=_each_once)
     except (TypeError, ValueError, RecursionError):
         given = None
     if not isinstance(given, dict):
         hydra = "; for hydra, quote it once more: \"+model.moe_router_args='{...}'\""
         but = "" if isinstance(text, str) else hydra
-        raise FlagError(f"{NAME} must be a JSON object, such as '{{\"factor\": 2.0}}', got {text}{but}")
+        rule = "must be a JSON object, each name once, such as '{\"factor\": 2.0}'"
+        raise FlagError(f"{NAME} {rule}, got {text}{but}")
+    return given
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")  # NaN, which passes most rules, and Infinity
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(given := dict(pairs)) < len(pairs):
+        raise ValueError("a name twice, of which one value would be passed over")
     return given
 
 
@@ -78,12 +89,18 @@ def _kinds(parameter: Parameter) -> tuple[Any, ...]:
 
 
 def _fits(value: Any, parameter: Parameter) -> bool:
-    kinds = {get_origin(kind) or kind for kind in _kinds(parameter)}
-    if kinds & {Parameter.empty, object} or not all(isinstance(kind, type) for kind in kinds):
+    return any(_is(value, get_origin(kind) or kind) for kind in _kinds(parameter))
+
+
+def _is(value: Any, kind: Any) -> bool:
+    if not isinstance(kind, type) or kind in (Any, object, Parameter.empty):
         return True  # its own rules say
-    if float in kinds:
-        kinds.add(int)
-    return bool in kinds if isinstance(value, bool) else isinstance(value, tuple(kinds))
+    if isinstance(value, bool):
+        return kind is bool
+    try:
+        return isinstance(value, {float: (int, float), tuple: list}.get(kind, kind))  # JSON has no tuples
+    except TypeError:  # of a Protocol or a TypedDict
+        return True
 
 
 def _said(parameter: Parameter) -> str:
