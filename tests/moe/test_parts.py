@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from tolerances import about, assert_same
-from torch import nn
+from torch import Tensor, nn
 
 from xmoe_fairseq.moe import (
     BaseRouter,
@@ -235,3 +235,28 @@ def test_record_routing_sees_each_call_once_and_leaves_nothing_behind() -> None:
     model[0](torch.randn(3, 4))
     assert len(records) == 3
     assert not model[0]._forward_hooks
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            {"weight_R": torch.ones(4, dtype=torch.bfloat16)},
+            "weight_R .R,. in torch.float32 at least, got .*bf",
+        ),
+        ({"weight_R": torch.ones(4, 1)}, r"weight_R \(R,\) .*, got torch.float32, \(4, 1\)"),
+        ({"weight_R": torch.ones(3)}, r"token_R of the size of weight_R, \(3,\), got \(4,\)"),
+        ({"rank_R": torch.zeros(3)}, r"rank_R of the size of weight_R, \(4,\), got \(3,\)"),
+        ({"probs_TE": torch.ones(1, 3)}, r"probs_TE of shape \(2, 3\), got \(1, 3\)"),
+    ],
+)
+def test_what_a_router_of_somebodys_own_gives_is_looked_at(change: dict[str, Tensor], message: str) -> None:
+    """Each of these was passed over: in training, without a capacity, or but for one kernel."""
+
+    class Own(TopKRouter):
+        def forward(self, x_TD: Tensor, ids_T: Tensor | None = None) -> Routing:
+            return replace(super().forward(x_TD, ids_T), **change)
+
+    layer = MoELayer(8, 4, 3, Own(8, 3, 2), name="layer 7")
+    with pytest.raises(ValueError, match=f"^layer 7: Own must give {message}"):
+        layer(torch.randn(2, 8))

@@ -99,6 +99,8 @@ class MoELayer(RoutedLayer):
             routing: Routing = self.router(x_TD, ids_T)
         except FloatingPointError as error:
             raise FloatingPointError(f"{self.name}: {error}") from None
+        if wrong := check_routing(routing, x_TD.size(0), self.num_experts):
+            raise ValueError(f"{self.name}: {type(self.router).__name__} must give {wrong}")
         return routing
 
     def limit(self, routing: Routing) -> Routing:
@@ -119,6 +121,20 @@ class MoELayer(RoutedLayer):
             f"capacity_factor={self.capacity_factor}, eval_capacity_factor={self.eval_capacity_factor}, "
             f"min_capacity={self.min_capacity}, combine={self.combine}"
         )
+
+
+def check_routing(routing: Routing, num_tokens: int, num_experts: int) -> str:
+    """What of a router of one's own would go wrong unseen, in some kernels only or in evaluation; or ""."""
+    weight_R, sizes = routing.weight_R, (num_tokens, num_experts)
+    if routing.probs_TE.shape != sizes:
+        return f"probs_TE of shape {sizes}, got {tuple(routing.probs_TE.shape)}"
+    for name in ("token_R", "expert_R", "rank_R"):
+        if getattr(routing, name).shape != (weight_R.numel(),):
+            shape = tuple(getattr(routing, name).shape)
+            return f"{name} of the size of weight_R, ({weight_R.numel()},), got {shape}"
+    if weight_R.dim() != 1 or not weight_R.is_floating_point() or weight_R.element_size() < 4:
+        return f"weight_R (R,) in torch.float32 at least, got {weight_R.dtype}, {tuple(weight_R.shape)}"
+    return ""
 
 
 def weigh_one(routing: Routing, x_TD: Tensor) -> Routing:

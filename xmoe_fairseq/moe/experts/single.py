@@ -21,6 +21,9 @@ def refuse(call: Call) -> str:
         return "torch.no_grad(), got grad mode"
     if call.dtype not in (torch.float32, torch.float64):
         return f"torch.float32 or torch.float64, got {call.dtype}"
+    weight_R = call.rows.weight_R
+    if weight_R is not None and weight_R.dtype != call.dtype:
+        return f"weights in {call.dtype}, got {weight_R.dtype}"
     return refuse_modules(call)
 
 
@@ -30,7 +33,9 @@ def expert_sums_single(
 ) -> Tensor:
     """As `expert_sums_plain`, to rounding; without gradients."""
     fc1_weight, fc1_bias, fc2_weight, fc2_bias = stacks
-    expert_R = rows.counts_E.nonzero().view(-1)  # none has more than one row
+    expert_R = rows.counts_E.nonzero().view(-1)
+    if expert_R.numel() < rows.source_R.numel():  # a router may choose an expert twice
+        expert_R = torch.repeat_interleave(rows.counts_E)
     experts, x_D = expert_R.tolist(), x_1D.view(-1)
     inner_RF = fc1_bias.index_select(0, expert_R)
     for expert, inner_F in zip(experts, inner_RF, strict=True):
