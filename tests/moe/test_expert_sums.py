@@ -90,8 +90,9 @@ def test_the_documented_kernel(load: str, weighted: bool, monkeypatch: pytest.Mo
     arguments = (torch.randn(9, 8), rows_of(LOADS[load], weighted), stacks_of(4, torch.float32), F.relu)
     assert_same(values_and_gradients("every", *arguments), values_and_gradients("plain", *arguments))
     assert choose_kernel(Call(*arguments)).name == "loop"
+    exec(code, {})  # a notebook's cell that runs again
     with pytest.raises(ValueError, match="kernel every is registered already"):
-        exec(code, {})
+        kernels.register_kernel("every")(rows_of)
     many = Call(torch.randn(9, 8), rows_of([0] * 9, weighted), stacks_of(9, torch.float32), F.relu)
     with pytest.raises(KernelError, match="needs at most 8 experts, got 9"), use_kernel("every"):
         choose_kernel(many)
@@ -337,6 +338,24 @@ def test_an_impossible_choice_says_why(
     with pytest.raises(KernelError) as error:
         expert_sums(call, name)
     assert str(error.value) == f"kernel {name} (use_kernel, --moe-kernel) {why}"
+
+
+def test_one_token_to_one_expert_twice() -> None:
+    """As a router of somebody's own may choose. `single` counted it once."""
+    for weight_R in (None, torch.tensor([0.5, 0.25, 2.0])):
+        rows = ExpertRows(torch.zeros(3, dtype=torch.long), weight_R, torch.tensor([0, 2, 0, 1]))
+        call = Call(torch.randn(1, 8), rows, stacks_of(4, torch.float32), F.relu)
+        with torch.no_grad():
+            assert choose_kernel(call).name == "single"
+            assert_same(expert_sums(call), expert_sums(call, "plain"))
+
+
+def test_weights_in_another_precision_than_the_rows() -> None:
+    rows = ExpertRows(torch.tensor([0]), torch.tensor([0.5]).double(), torch.tensor([0, 1, 0, 0]))
+    call = Call(torch.randn(1, 8), rows, stacks_of(4, torch.float32), F.relu)
+    with torch.no_grad():
+        assert choose_kernel(call).name == "loop"
+        assert_same(expert_sums(call), expert_sums(call, "plain"))
 
 
 def test_a_kernel_is_forced_in_a_block_in_its_thread_and_blocks_nest() -> None:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from torch import nn
 
 from xmoe_fairseq.moe import Router, TopKRouter, register_router
 from xmoe_fairseq.moe.routers import registry
@@ -44,6 +45,13 @@ def test_one_name_is_one_class() -> None:
     assert router_named("mine") is again
     with pytest.raises(ValueError, match="router topk is registered already, as .*routers.topk.TopKRouter"):
         register_router("topk")(router_named("mine"))
+
+
+def test_what_is_no_router_is_refused() -> None:
+    with pytest.raises(
+        ValueError, match="router mine must be a Router, TokenRouter or RouterKind, got .*Linear"
+    ):
+        register_router("mine")(nn.Linear)
 
 
 def test_flags_from_outside_come_too_late() -> None:

@@ -83,13 +83,18 @@ def register_kernel(
         device: the type of device on which "auto" takes it; "" = on all.
 
     Raises:
-        ValueError: the name is taken.
+        ValueError: the name is another function's.
     """
-    if name in (AUTO, *_KERNELS):
-        raise ValueError(f"kernel {name} is registered already; give yours another name")
 
     def register(compute: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        kernels = [*_KERNELS.values(), Kernel(name, compute, refuses, preference, device)]
+        other = _KERNELS[name].compute if name in _KERNELS else compute
+        if name == AUTO or (other.__module__, other.__qualname__) != (
+            compute.__module__,
+            compute.__qualname__,
+        ):
+            raise ValueError(f"kernel {name} is registered already; give yours another name")
+        kernels = [k for k in _KERNELS.values() if k.name != name]
+        kernels.append(Kernel(name, compute, refuses, preference, device))
         _KERNELS.clear()
         _KERNELS.update({kernel.name: kernel for kernel in sorted(kernels, key=lambda k: -k.preference)})
         return compute

@@ -41,7 +41,7 @@ class ExpertChoiceRouter(Router):
 
     @classmethod
     def from_config(cls, place: Place) -> "ExpertChoiceRouter":
-        return cls(place.model_dim, place.num_experts, experts_per_token(place.config))
+        return cls(place.model_dim, place.num_experts, experts_per_token=experts_per_token(place.config))
 
     def choose(self, logits_TE: Tensor, probs_TE: Tensor) -> tuple[Tensor, Tensor]:
         tokens_each = math.ceil(probs_TE.size(0) * self.experts_per_token / self.num_experts)

@@ -51,7 +51,7 @@ class HashRouter(TokenRouter):
             table_V = random_table(len(place.dictionary), place.num_experts)
         else:
             table_V = balanced_table(place.dictionary.count, place.num_experts)
-        return cls(place.model_dim, place.num_experts, table_V)
+        return cls(place.model_dim, place.num_experts, table_V=table_V)
 
     def forward(self, x_TD: Tensor, ids_T: Tensor | None = None) -> Routing:
         """

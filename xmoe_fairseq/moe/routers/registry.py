@@ -78,10 +78,13 @@ def register_router(name: str) -> Callable[[Registered], Registered]:
     """Class decorator: `--moe-router NAME` builds it.
 
     Raises:
-        ValueError: the name is another class's; or flags from outside this package, for which it is too late.
+        ValueError: the name is another class's; flags from outside this package, for which it is too late;
+            or no `RouterKind`.
     """
 
     def register(kind: Registered) -> Registered:
+        if not issubclass(kind, RouterKind):
+            raise ValueError(f"router {name} must be a Router, TokenRouter or RouterKind, got {kind}")
         if not kind.__module__.startswith(__package__) and not set(kind.flags) <= flags_of_routers().keys():
             raise ValueError(f"router {name} must take its arguments by --moe-router-args, not by own flags")
         other = _ROUTERS.get(name, kind)

@@ -115,7 +115,13 @@ class ThresholdRouter(Router):
         config, each = place.config, layer_thresholds(place.config)
         threshold = each[place.layer] if each else config.moe_threshold
         limit, target = max_experts_per_token(config), config.moe_target_experts_per_token
-        return cls(place.model_dim, place.num_experts, threshold, limit, target)
+        return cls(
+            place.model_dim,
+            place.num_experts,
+            threshold=threshold,
+            max_experts_per_token=limit,
+            target_experts_per_token=target,
+        )
 
     @classmethod
     def after_update(cls, model: nn.Module) -> None:

@@ -45,7 +45,7 @@ class TopKRouter(Router):
 
     @classmethod
     def from_config(cls, place: Place) -> "TopKRouter":
-        return cls(place.model_dim, place.num_experts, experts_per_token(place.config))
+        return cls(place.model_dim, place.num_experts, k=experts_per_token(place.config))
 
     def choose(self, logits_TE: Tensor, probs_TE: Tensor) -> tuple[Tensor, Tensor]:
         expert_TK = by_preference(probs_TE, self.k)[1]
