@@ -12,7 +12,7 @@ from typing import Any
 from xmoe_fairseq._requirements import check_requirements
 from xmoe_fairseq_compat.registry import patch
 
-PLAIN_TORCH = ("_requirements", "interop", "moe")
+PLAIN_TORCH = ("", "_register", "_requirements", "interop", "moe")  # the first: itself, when it is reloaded
 
 
 def register(_: Any = None) -> None:

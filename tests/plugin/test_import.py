@@ -34,9 +34,10 @@ def python(code: str) -> str:
     "first, then",
     [
         ("import xmoe_fairseq, fairseq", LOAD_USER_DIR),
+        ("import xmoe_fairseq, importlib; importlib.reload(xmoe_fairseq)\nimport fairseq", LOAD_USER_DIR),
         (LOAD_USER_DIR, "import xmoe_fairseq"),
     ],
-    ids=["the package first", "fairseq first"],
+    ids=["the package first", "reloaded", "fairseq first"],
 )
 def test_models_and_criterions_are_registered(first: str, then: str) -> None:
     """By the first of the two ways to load the plugin; the second finds it loaded."""
