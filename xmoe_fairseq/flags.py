@@ -82,7 +82,7 @@ class MoEConfig(RouterFlags):
         if name != "moe_router":
             return text
         known = [f"{router} ({kind.description})" for router, kind in registered_routers().items()]
-        return f"{text}: {', '.join(known)}"
+        return f"{text}: {', '.join(known)}".replace("%", "%%")  # argparse formats it
 
     def has_experts(self, side: str) -> bool:
         return bool(self.moe_freq) and not getattr(self, f"no_moe_{side}")

@@ -34,6 +34,8 @@ def check_saved_settings(path: Any, state: Mapping[str, Any], model_cfg: Any) ->
             " xmoe-convert first, or leave the experts out with --moe-freq 0",
         )
     changed = {name: (saved[name], here[name]) for name in counting(saved) if saved[name] != here[name]}
+    if here["moe_router"] not in (saved.get("moe_router"), defaults["moe_router"]):  # asked to be another
+        changed.pop("moe_router_args", None)
     check_left_out(path, {name: both for name, both in changed.items() if both[1] == defaults[name]})
 
 

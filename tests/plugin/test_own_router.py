@@ -1,20 +1,30 @@
 """A router of a user's own, as docs/extending.md has it: trained, evaluated, and missed."""
 
+import json
 import re
 import shlex
 from pathlib import Path
+from typing import Any, TypedDict
 
 import pytest
 import torch
-from commands import PLUGIN, run
+from commands import PLUGIN, TINY_LM, TRAIN, run
 from documented import DOCS, example
 from fairseq import checkpoint_utils
 from fairseq.trainer import Trainer
 from torch import Tensor
 from toy import language_model, sentences
 
-from xmoe_fairseq.moe import Routing, TokenRouter, TopKRouter, record_routing, register_router
+from xmoe_fairseq.moe import (
+    Routing,
+    ThresholdRouter,
+    TokenRouter,
+    TopKRouter,
+    record_routing,
+    register_router,
+)
 from xmoe_fairseq.moe.routers import registry
+from xmoe_fairseq.router_args import read_router_args
 from xmoe_fairseq.trainer import MoETrainer
 from xmoe_fairseq_compat.errors import CheckpointError, FlagError
 
@@ -76,6 +86,8 @@ def test_going_on_asks_for_its_arguments(folder: Path, trained: Path, corpus: tu
     assert asked and shlex.split(asked[1]) == ["--moe-router-args", '{"factor": 3.0}']
     for words in asked.groups():
         assert 'num_updates": "21' in run(*less, *shlex.split(words), "--log-format", "json")
+    other = run(*less, "--moe-router", "topk", succeeds=False)  # whose arguments are not that one's
+    assert "--moe-router-args" not in other or 'num_updates": "21' in other
 
 
 @pytest.mark.parametrize("tool", ["fairseq-generate", "fairseq-eval-lm", "fairseq-validate"])
@@ -132,6 +144,13 @@ def test_hydra_takes_it(folder: Path, corpus: tuple[Path, Path], tmp_path: Path)
 
 
 def test_help_lists_it(folder: Path) -> None:
+    (folder / "percent").mkdir()
+    (folder / "percent/__init__.py").write_text(
+        OWN.replace("the most probable", "100 % of the most probable")
+    )
+    assert "100 % of the" in run(
+        "fairseq-train", "--user-dir", folder / "percent", "--arch", "xmoe_transformer", "--help"
+    )
     output = run(
         "fairseq-train", "--user-dir", folder / "own_routers", "--arch", "xmoe_transformer_lm", "--help"
     )
@@ -175,6 +194,47 @@ def test_arguments_reach_the_constructor() -> None:
         assert language_model(moe_router="own", moe_router_args=text)
 
 
+OBJECT = "--moe-router-args must be a JSON object, each name once, such as '{\"factor\": 2.0}'"
+
+
+def test_any_annotation_will_do() -> None:
+    """Also one that isinstance does not take, or that is no JSON type, or that cannot be evaluated."""
+
+    class Form(TypedDict):
+        size: int
+
+    for annotation, text in (
+        (Any, "true"),
+        (Form, '{"size": 1}'),
+        (tuple[int, ...], "[1]"),
+        ("np.none", "1"),
+    ):
+
+        class Annotated(Own):
+            def __init__(self, model_dim: int, num_experts: int, v: annotation) -> None:
+                super().__init__(model_dim, num_experts, 1)
+
+        assert read_router_args("own", Annotated, f'{{"v": {text}}}') == {"v": json.loads(text)}
+
+
+def test_a_subclass_may_take_more_and_in_another_order() -> None:
+    @register_router("own")
+    class Sharp(ThresholdRouter):
+        def __init__(self, model_dim: int, num_experts: int, sharp: float = 1.0, **more: Any) -> None:
+            super().__init__(model_dim, num_experts, **more)
+            self.sharp = sharp
+
+        @classmethod
+        def from_config(cls, place: registry.Place, sharp: float) -> "Sharp":
+            router = super().from_config(place)
+            router.sharp = sharp
+            return router
+
+    model = language_model(moe_router="own", moe_threshold=0.4, moe_router_args='{"sharp": 2}')
+    router = next(module for module in model.modules() if isinstance(module, Sharp))
+    assert (router.threshold, router.max_experts_per_token, router.sharp) == (0.4, 4, 2)
+
+
 TAKES = "--moe-router own takes, k (int), noise (float or NoneType), hard (any value)"
 
 
@@ -182,9 +242,11 @@ TAKES = "--moe-router own takes, k (int), noise (float or NoneType), hard (any v
     "router, text, message",
     [
         ("own", "", "--moe-router-args must give k, which --moe-router own needs, got none"),
-        ("own", "{k: 2}", "--moe-router-args must be a JSON object, such as '{\"factor\": 2.0}', got {k: 2}"),
-        ("own", "[2]", "--moe-router-args must be a JSON object, such as '{\"factor\": 2.0}', got [2]"),
+        ("own", "{k: 2}", f"{OBJECT}, got {{k: 2}}"),
+        ("own", "[2]", f"{OBJECT}, got [2]"),
         ("own", {"k": 2}, "got {'k': 2}; for hydra, quote it once more: \"+model.moe_router_args='{...}'\""),
+        ("own", '{"k": NaN}', f'{OBJECT}, got {{"k": NaN}}'),  # which no rule like k < 1 would refuse
+        ("own", '{"k": 2, "k": 3}', f'{OBJECT}, got {{"k": 2, "k": 3}}'),
         ("own", '{"k": 2, "nois": 1}', f"must name what {TAKES}, got nois; did you mean noise?"),
         ("own", '{"k": 2.5}', "--moe-router-args: k must be of type int, got 2.5"),
         ("own", '{"k": true}', "--moe-router-args: k must be of type int, got true"),
