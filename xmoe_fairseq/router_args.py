@@ -97,8 +97,9 @@ def _is(value: Any, kind: Any) -> bool:
         return True  # its own rules say
     if isinstance(value, bool):
         return kind is bool
+    kinds: Any = {float: (int, float), tuple: list}.get(kind, kind)  # JSON has no tuples
     try:
-        return isinstance(value, {float: (int, float), tuple: list}.get(kind, kind))  # JSON has no tuples
+        return isinstance(value, kinds)
     except TypeError:  # of a Protocol or a TypedDict
         return True
 

@@ -86,8 +86,8 @@ def test_going_on_asks_for_its_arguments(folder: Path, trained: Path, corpus: tu
     assert asked and shlex.split(asked[1]) == ["--moe-router-args", '{"factor": 3.0}']
     for words in asked.groups():
         assert 'num_updates": "21' in run(*less, *shlex.split(words), "--log-format", "json")
-    other = run(*less, "--moe-router", "topk", succeeds=False)  # whose arguments are not that one's
-    assert "--moe-router-args" not in other or 'num_updates": "21' in other
+    # Another router, asked for: the arguments are not its own.
+    assert 'num_updates": "21' in run(*less, "--moe-router", "topk", "--log-format", "json")
 
 
 @pytest.mark.parametrize("tool", ["fairseq-generate", "fairseq-eval-lm", "fairseq-validate"])
