@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from benchmarks.language_model import HEADS, LENGTH, Models, Shape, inputs_of_shape, random_models
 from benchmarks.subjects import DenseFFN
 from benchmarks.tables import about, write_table
-from benchmarks.timing import add_rounds, forward, in_turn, machine
+from benchmarks.timing import add_common, forward, in_turn, machine
 from xmoe_fairseq.batches import Batches, binarised_folders
 from xmoe_fairseq.convert.models import read_dense, read_sparse
 from xmoe_fairseq.moe import MoELayer, ThresholdRouter, moe_layers, record_routing
@@ -126,25 +126,19 @@ def inputs_of_data(task: Any, batch: int) -> dict[str, Tensor]:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--shape", type=int, nargs="*", metavar="N", help="random weights: layers, D, FFN and experts"
-    )
+    shape = "random weights: layers, D, FFN and experts"
+    parser.add_argument("--shape", type=int, nargs="*", metavar="N", help=shape)
     for name in ("dense", "sparse", "data"):
         parser.add_argument(f"--{name}", type=Path)
     parser.add_argument("--threshold", type=float, metavar="T", help="instead of the checkpoint's own")
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    add_rounds(parser, default=5)
-    parser.add_argument("--out", type=Path, required=True, help="folder")
+    add_common(parser, "decoding", rounds=5)
     args = parser.parse_args()
-    if (args.shape is not None) == bool(args.dense and args.sparse and args.data):
-        parser.error("give --shape, or --dense, --sparse and --data")
+    given = (args.dense, args.sparse, args.data)
+    if (args.shape is not None) == all(given) or (args.shape is not None and args.threshold is not None):
+        parser.error("give --shape, or --dense, --sparse and --data, and with these --threshold")
     if args.threshold is not None and not 0 <= args.threshold <= 1:
         parser.error(f"--threshold must be in [0, 1], got {args.threshold:g}")
     if args.shape is not None:
-        if args.threshold is not None:
-            parser.error(
-                "--threshold goes with checkpoints: with --shape a token takes a quarter of the experts"
-            )
         sizes = args.shape or Shape()
         if len(sizes) != len(Shape()) or min(sizes) < 1 or sizes[1] % HEADS or sizes[2] % sizes[3]:
             rule = f"layers, D (a multiple of {HEADS}), FFN and experts, which divide FFN"
@@ -164,10 +158,7 @@ def main() -> None:
         models = (dense.model, read_sparse(args.sparse, dense.task))
         if args.threshold is not None:
             set_threshold(models[1], args.threshold)
-
-        def make(batch: int) -> dict[str, Tensor]:
-            return inputs_of_data(dense.task, batch)
-
+        make = partial(inputs_of_data, dense.task)
     results: dict[int, list[Row]] = {}
     for threads in args.threads:
         torch.set_num_threads(threads)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
-from benchmarks.gpu_subjects import PADDED, megablocks_layer
+from benchmarks.gpu_subjects import PADDED, BatchOfOne, megablocks_layer
 from benchmarks.subjects import Floor, output_of, transformers_block
 from benchmarks.tables import about, write_table
 from benchmarks.timing import add_rounds, forward, forward_backward, in_turn, leaves_of, machine
@@ -46,16 +46,6 @@ def peers(case: Case) -> dict[str, nn.Module]:
         block = transformers_block(*sizes, way)
         found[f"transformers Mixtral, {way}"] = block and BatchOfOne(block.to(case.device, case.dtype))
     return {name: block for name, block in found.items() if block is not None}
-
-
-class BatchOfOne(nn.Module):
-    def __init__(self, block: nn.Module) -> None:
-        super().__init__()
-        self.block = block
-
-    def forward(self, x_TD: Tensor) -> Tensor:
-        y = self.block(x_TD.unsqueeze(0))
-        return (y[0] if isinstance(y, tuple) else y).view(x_TD.shape)
 
 
 def subjects(case: Case, x: Tensor) -> Iterator[tuple[str, Callable[[], Tensor], list[Tensor]]]:
@@ -157,11 +147,9 @@ def parse(arguments: list[str] | None) -> Case:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", type=torch.device, default="cuda", help="cpu: to try the script")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
-    parser.add_argument("--tokens", type=int, default=16384)
-    parser.add_argument("--model-dim", type=int, default=768)
-    parser.add_argument("--experts", type=int, default=64)
-    parser.add_argument("--expert-dim", type=int, default=384)
-    parser.add_argument("--per-token", type=int, default=8, help="experts of a token")
+    sizes = {"tokens": 16384, "model-dim": 768, "experts": 64, "expert-dim": 384, "per-token": 8}
+    for name, size in sizes.items():
+        parser.add_argument(f"--{name}", type=int, default=size)
     add_rounds(parser, default=20)
     parser.add_argument("--calls", type=int, default=10, help="of one way in a turn, before the host waits")
     parser.add_argument("--compile-backend", default="inductor", help="of torch.compile; none = leave it out")

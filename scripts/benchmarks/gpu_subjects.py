@@ -1,7 +1,7 @@
 """Other ways to execute the same experts, and other people's layers, for a GPU."""
 
+from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -44,23 +44,26 @@ def expert_sums_padded(
     return rows.weighted_sum(y_RD, x_SD.size(0))
 
 
-class MegaBlocks(nn.Module):
-    """MegaBlocks' dropless layer, top-k, ReLU; its load-balance loss is left out."""
+class BatchOfOne(nn.Module):
+    """A block that wants batches and may return a tuple, as a function of (T, D)."""
 
-    def __init__(self, layer: nn.Module, clear_losses: Any) -> None:
+    def __init__(self, block: nn.Module, afterwards: Callable[[], object] = lambda: None) -> None:
         super().__init__()
-        self.layer, self.clear_losses = layer, clear_losses
+        self.block, self.afterwards = block, afterwards
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        y = self.layer(x_TD.unsqueeze(1))
-        self.clear_losses()  # kept for the end of a step, with their graphs
+        y = self.block(x_TD.unsqueeze(0))
+        self.afterwards()
         return (y[0] if isinstance(y, tuple) else y).view(x_TD.shape)
 
 
 def megablocks_layer(
     model_dim: int, num_experts: int, expert_dim: int, per_token: int, device: torch.device, way: str
 ) -> nn.Module | None:
-    """None where MegaBlocks, or what it needs for this way, is not installed."""
+    """MegaBlocks' dropless layer, top-k, ReLU; None where it, or what this way needs, is not installed.
+
+    Its load-balance losses, which it keeps for the end of a step with their graphs, are dropped.
+    """
     try:
         from megablocks.layers.arguments import Arguments
         from megablocks.layers.dmoe import dMoE
@@ -76,4 +79,4 @@ def megablocks_layer(
         layer = dMoE(arguments)
     except (ImportError, AssertionError, RuntimeError):  # asks for grouped_gemm or stk only when built
         return None
-    return MegaBlocks(layer.to(device, torch.bfloat16), clear_load_balancing_loss)
+    return BatchOfOne(layer.to(device, torch.bfloat16), clear_load_balancing_loss)

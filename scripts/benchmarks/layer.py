@@ -1,10 +1,9 @@
 """Times an MoE layer against its floor, the paper's way to execute it, and peers. See benchmark_layer.sh."""
 
 import argparse
+import multiprocessing
 import os
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,17 +23,15 @@ from benchmarks.subjects import (
     training,
     transformers_block,
 )
-from benchmarks.tables import write_report
-from benchmarks.timing import add_rounds, forward, in_turn, machine
+from benchmarks.tables import layer_table, plot, write_table
+from benchmarks.timing import add_common, forward, in_turn, machine
 from xmoe_fairseq.moe import MoELayer, TopKRouter
 
-RUN = Path(__file__).parents[1] / "run.py"
 TOKENS, MODEL_DIM, NUM_EXPERTS, EXPERT_DIM = 2048, 512, 64, 256  # reference point A
 PER_TOKEN = (2, 4, 6, 8, 16)
 GRANULARITY = (8, 32, 64, 128, 256)  # experts, E / 8 of them per token: the FLOPs of a dense FFN of 2,048
 PAPER_CAPACITY = 8.0
 EVERY_SLOT = {"paper's way, capacity 8": PaperStyleExperts, "its slots, no needless copies": SlotExperts}
-SECTIONS = ("cost follows computation", "fine granularity", "against others", "decoding")
 Row = dict[str, Any]
 
 
@@ -52,12 +49,11 @@ def floor_of(layer: MoELayer, x: Tensor) -> tuple[Floor, Tensor]:
 def against_floor(num_experts: int, expert_dim: int, per_token: float, rounds: int) -> Row:
     x = tokens()
     layer = moe_layer(x, num_experts, expert_dim, per_token)
-    floor, rows = floor_of(layer, x)
-    subjects: dict[str, tuple[nn.Module, Tensor]] = {"floor": (floor, rows), "layer": (layer, x)}
+    subjects: dict[str, tuple[nn.Module, Tensor]] = {"floor": floor_of(layer, x), "layer": (layer, x)}
     one_way = {name: forward(output_of(*subject)) for name, subject in subjects.items()}
     both_ways = {name: training(*subject) for name, subject in subjects.items()}
     return {
-        "experts": num_experts, "width": expert_dim, "per token": rows.size(0) / x.size(0),
+        "experts": num_experts, "width": expert_dim, "per token": subjects["floor"][1].size(0) / TOKENS,
         "forward": in_turn(one_way, rounds), "forward + backward": in_turn(both_ways, rounds),
     }  # fmt: skip
 
@@ -109,18 +105,8 @@ def decoding(count: int, rounds: int) -> Row:
 
 
 def peak_memory(what: str) -> float:
-    """MB that one forward + backward adds to a process at its peak; gradients of the parameters included."""
-    output = subprocess.run(
-        [sys.executable, RUN, "benchmarks.layer", "--memory-of", what],
-        check=True,
-        capture_output=True,
-        text=True,
-        env={name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")},
-    )
-    return float(output.stdout)
-
-
-def print_peak_memory(what: str) -> None:
+    """MB that one forward + backward adds to this process at its peak, gradients of parameters included."""
+    torch.manual_seed(1)
     x = tokens()
     layer = moe_layer(x, NUM_EXPERTS, EXPERT_DIM, 6)
     _, rows = floor_of(layer, x)
@@ -128,7 +114,15 @@ def print_peak_memory(what: str) -> None:
     Path("/proc/self/clear_refs").write_text("5")  # Linux: start the high-water mark anew
     before = memory_mark("VmRSS")
     run()
-    print(memory_mark("VmHWM") - before)
+    return memory_mark("VmHWM") - before
+
+
+def anew(what: str) -> float:
+    """`peak_memory` in a process of its own, which gives memory back as a process does by default."""
+    for name in [name for name in os.environ if name.startswith("MALLOC_")]:
+        del os.environ[name]
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(peak_memory, (what,))
 
 
 def memory_mark(name: str) -> float:
@@ -136,23 +130,20 @@ def memory_mark(name: str) -> float:
     return int(line.split()[1]) / 1000
 
 
-def measure(rounds: int, quick: bool, sections: list[str]) -> dict[str, list[Row]]:
-    def jobs() -> Iterator[tuple[str, Callable[[], Row]]]:
-        for per_token in PER_TOKEN[1:3] if quick else PER_TOKEN:
-            yield (
-                "cost follows computation",
-                partial(against_floor, NUM_EXPERTS, EXPERT_DIM, per_token, rounds),
-            )
-        for experts in GRANULARITY[:2] if quick else GRANULARITY:
-            width = NUM_EXPERTS * EXPERT_DIM // experts
-            yield "fine granularity", partial(against_floor, experts, width, experts / 8, rounds)
-        for per_token in (2, 6):
-            yield "against others", partial(against_others, per_token, rounds)
-        for count in (1, 8, 64):
-            yield "decoding", partial(decoding, count, 3 * rounds)
+def jobs(rounds: int) -> dict[str, list[Callable[[], Row]]]:
+    whole = NUM_EXPERTS * EXPERT_DIM
+    return {
+        "cost follows computation":
+            [partial(against_floor, NUM_EXPERTS, EXPERT_DIM, k, rounds) for k in PER_TOKEN],
+        "fine granularity": [partial(against_floor, e, whole // e, e / 8, rounds) for e in GRANULARITY],
+        "against others": [partial(against_others, k, rounds) for k in (2, 6)],
+        "decoding": [partial(decoding, count, 3 * rounds) for count in (1, 8, 64)],
+    }  # fmt: skip
 
+
+def measure(rounds: int, sections: list[str]) -> dict[str, list[Row]]:
     results: dict[str, list[Row]] = {}
-    chosen = [(name, job) for name, job in jobs() if name in (sections or SECTIONS)]
+    chosen = [(name, job) for name in sections for job in jobs(rounds)[name]]
     for name, job in track(chosen, description=f"{torch.get_num_threads()} thread(s)"):
         torch.manual_seed(1)
         results.setdefault(name, []).append(job())
@@ -161,24 +152,20 @@ def measure(rounds: int, quick: bool, sections: list[str]) -> dict[str, list[Row
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    add_rounds(parser, default=5)
-    parser.add_argument("--quick", action="store_true", help="fewer cases")
-    parser.add_argument(
-        "--only", nargs="+", choices=SECTIONS, default=[], metavar="SECTION", help=f"of {SECTIONS}"
-    )
-    parser.add_argument("--out", type=Path, default=Path("runs/benchmark_layer"), help="folder")
-    parser.add_argument("--memory-of", choices=["layer", "dense"], help="print this one's peak only")
+    add_common(parser, "layer", rounds=5)
+    sections = [*jobs(0)]
+    parser.add_argument("--only", nargs="+", choices=sections, default=sections, metavar="SECTION")
     args = parser.parse_args()
     torch.manual_seed(1)
-    if args.memory_of:
-        return print_peak_memory(args.memory_of)
     results: dict[str, Any] = {"machine": machine(), "threads": {}}
     for threads in args.threads:
         torch.set_num_threads(threads)
-        results["threads"][threads] = measure(args.rounds, args.quick, args.only)
-    results["peak memory, MB"] = {what: peak_memory(what) for what in ("layer", "dense")}
-    write_report(results, args.out)
+        results["threads"][threads] = measure(args.rounds, args.only)
+    results["peak memory, MB"] = {what: anew(what) for what in ("layer", "dense")}
+    write_table(results, layer_table(results), args.out)
+    if "cost follows computation" in args.only:
+        plot(results, args.out / "benchmark.png")
+        print(f"{args.out}/benchmark.png")
 
 
 if __name__ == "__main__":

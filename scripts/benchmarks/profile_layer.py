@@ -1,8 +1,7 @@
 """Where the time of an MoE layer goes: a call of a model, forward and backward, by kind of operation."""
 
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from benchmarks.timing import forward
 from xmoe_fairseq.moe import MoELayer, moe_layers
 
 PRODUCTS = "matrix products (mm, addmm), the router's too"
@@ -50,21 +50,18 @@ class LayerCall:
         torch.autograd.backward([y, routing.load_balance_loss], [self.grad_y, None])
 
 
-@contextmanager
-def catch_calls(model: nn.Module) -> Iterator[list[LayerCall]]:
-    """The MoE layers' calls in the `with` block, in order."""
-    calls: list[LayerCall] = []
+def first_call(model: nn.Module, run: Callable[[], object]) -> LayerCall:
+    """Of the first MoE layer, when the model runs."""
+    calls = []
 
     def keep(layer: MoELayer, inputs: tuple[Tensor, ...]) -> None:
         x, *others = inputs
         calls.append(LayerCall(layer, (x.detach(), *others), torch.randn_like(x)))
 
-    hooks = [layer.register_forward_pre_hook(keep) for layer in moe_layers(model)]
-    try:
-        yield calls
-    finally:
-        for hook in hooks:
-            hook.remove()
+    hook = moe_layers(model)[0].register_forward_pre_hook(keep)
+    forward(run)()
+    hook.remove()
+    return calls[0]
 
 
 def time_by_kind(call: LayerCall, rounds: int) -> dict[str, float]:

@@ -85,11 +85,11 @@ def parse() -> argparse.Namespace:
 
 
 def table(rows: list[Row], titles: list[str], dense: list[float]) -> str:
+    digits = dict(zip(titles[1:], (2, 2, 2, 2, 3), strict=True))
     body = [
-        [f"{row['t'][0]:g}", *(mean_and_deviation(row[title], 2) for title in titles[1:5]),
-         mean_and_deviation(row[titles[5]], 3)]
+        [f"{row['t'][0]:g}", *(mean_and_deviation(row[title], n) for title, n in digits.items())]
         for row in rows
-    ]  # fmt: skip
+    ]
     if dense:
         body.append(["dense", mean_and_deviation(dense, 2), "-", "1.00", "1.00", "-"])
     return markdown(titles, body)
@@ -116,7 +116,7 @@ def main() -> None:
     print(text, end="")
     args.out.mkdir(parents=True, exist_ok=True)
     write_atomically(args.out / "sweep.md", text)
-    about = {"runs": list(map(str, args.runs)), "dense": list(map(str, args.dense))}
+    about = {"runs": [*map(str, args.runs)], "dense": [*map(str, args.dense)]}
     write_json(args.out / "sweep.json", Report(about, reference, base, of_runs, [*of_runs.values()]))
     plot(rows, titles, [quality.perplexity for quality in of_dense], args.out / "sweep.png")
     print(f"sweep_threshold: {args.out}/sweep.md, sweep.json, sweep.png")

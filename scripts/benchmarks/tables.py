@@ -12,13 +12,6 @@ from xmoe_fairseq.tables import markdown
 Results = dict[str, Any]
 
 
-def write_report(results: Results, folder: Path) -> None:
-    write_table(results, layer_table(results), folder)
-    if all("cost follows computation" in sections for sections in results["threads"].values()):
-        plot(results, folder / "benchmark.png")
-        print(f"{folder}/benchmark.png")
-
-
 def write_table(results: Results, parts: Iterable[str], folder: Path) -> None:
     """
     Args:

@@ -2,11 +2,13 @@
 
 import os
 import platform
+import re
 import statistics
 import time
 from argparse import ArgumentParser, ArgumentTypeError
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,15 +17,20 @@ from torch import Tensor, nn
 WARM_UP = 2  # rounds
 
 
-def add_rounds(parser: ArgumentParser, default: int) -> None:
-    def rounds(text: str) -> int:
-        if int(text) < 2:
-            raise ArgumentTypeError(f"must be at least 2, for quartiles, got {text}")
-        return int(text)
+def at_least_two(text: str) -> int:
+    if int(text) < 2:
+        raise ArgumentTypeError(f"must be at least 2, for quartiles, got {text}")
+    return int(text)
 
-    parser.add_argument(
-        "--rounds", type=rounds, default=default, help="counted repetitions (default: %(default)s)"
-    )
+
+def add_rounds(parser: ArgumentParser, default: int) -> None:
+    parser.add_argument("--rounds", type=at_least_two, default=default, help=f"counted (default: {default})")
+
+
+def add_common(parser: ArgumentParser, name: str, rounds: int) -> None:
+    add_rounds(parser, rounds)
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--out", type=Path, default=Path(f"runs/benchmark_{name}"), help="folder")
 
 
 @dataclass(frozen=True)
@@ -96,12 +103,9 @@ def leaves_of(module: nn.Module, x: Tensor) -> list[Tensor]:
 
 
 def machine() -> dict[str, Any]:
-    model = platform.processor()
-    try:
-        with open("/proc/cpuinfo") as info:
-            model = next(line.split(":")[1].strip() for line in info if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
+    info = Path("/proc/cpuinfo")
+    named = re.search(r"^model name\s*: (.*)", info.read_text() if info.exists() else "", re.M)
+    model = named[1] if named else platform.processor()
     return {
         "processor": torch.cuda.get_device_name() if torch.cuda.is_available() else model,
         "vector instructions": torch.backends.cpu.get_cpu_capability(),

@@ -3,17 +3,16 @@
 import argparse
 import copy
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 from rich.progress import track
 from torch import nn
 
-from benchmarks.profile_layer import catch_calls, share_outside_products, time_by_kind
+from benchmarks.profile_layer import first_call, share_outside_products, time_by_kind
 from benchmarks.subjects import PaperStyleExperts, SlotExperts, set_experts_per_token
 from benchmarks.tables import about, write_table
-from benchmarks.timing import add_rounds, in_turn, machine
+from benchmarks.timing import add_common, in_turn, machine
 from benchmarks.translation import SIDES, Sample, Setup, batch, build_setup, dropped_share
 from xmoe_fairseq.moe import MoELayer, moe_layers
 from xmoe_fairseq.tables import markdown
@@ -32,7 +31,7 @@ def update(setup: Setup, model: nn.Module, sample: Sample, optimizer: Any) -> Ca
         loss, sample_size, _ = setup.criterion(model, sample)
         optimizer.backward(loss)
         optimizer.multiply_grads(1 / sample_size)
-        optimizer.clip_grad_norm(setup.clip_norm)
+        optimizer.clip_grad_norm(setup.cfg.optimization.clip_norm)
         optimizer.step()
 
     return run
@@ -107,11 +106,9 @@ def training(setup: Setup, per_token: float, sample: Sample) -> Row:
 
 def profiled(setup: Setup, model: nn.Module, sample: Sample) -> Row:
     """The first MoE layer, on what the model hands to it."""
-    with torch.no_grad(), catch_calls(model) as calls:
-        setup.criterion(model, sample)
-    whole = in_turn({"layer": calls[0].run}, 2 * setup.args.rounds)["layer"].milliseconds
-    by_kind = time_by_kind(calls[0], 2 * setup.args.rounds)
-    return {"MoE layer": by_kind, "MoE layer without the profiler, ms": whole}
+    call, rounds = first_call(model, lambda: setup.criterion(model, sample)), 2 * setup.args.rounds
+    whole = in_turn({"layer": call.run}, rounds)["layer"].milliseconds
+    return {"MoE layer": time_by_kind(call, rounds), "MoE layer without the profiler, ms": whole}
 
 
 def measure(setups: list[Setup]) -> Iterator[tuple[int, list[Row]]]:
@@ -141,14 +138,12 @@ def by_threads(results: dict[str, Any]) -> list[tuple[int, Row]]:
 
 
 def profile_table(columns: list[tuple[int, Row]]) -> str:
-    heads = [
-        f"{threads} thread(s), {row['MoE in']}, k = {row['experts per token']:g}" for threads, row in columns
-    ]
+    heads = [f"{n} thread(s), {row['MoE in']}, k = {row['experts per token']:g}" for n, row in columns]
     times = [row["MoE layer"] for _, row in columns]
-    rows = [
-        [kind, *(f"{t[kind]:.1f} ms, {100 * t[kind] / sum(t.values()):.0f} %" for t in times)]
-        for kind in times[0]
+    cells = [
+        {kind: f"{t[kind]:.1f} ms, {100 * t[kind] / sum(t.values()):.0f} %" for kind in t} for t in times
     ]
+    rows = [[kind, *(column[kind] for column in cells)] for kind in times[0]]
     rows.append(["**outside matrix products**", *(f"{100 * share_outside_products(t):.0f} %" for t in times)])
     whole = (f"{row['MoE layer without the profiler, ms']:.1f} ms" for _, row in columns)
     rows.append(["all of it, without the profiler", *whole])
@@ -157,8 +152,7 @@ def profile_table(columns: list[tuple[int, Row]]) -> str:
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    add_rounds(parser, default=5)
+    add_common(parser, "training", rounds=5)
     parser.add_argument("--per-token", type=float, nargs="+", default=[2], help="experts, on average")
     parser.add_argument("--sentences", type=int, default=64, help="in a batch (default: %(default)s)")
     parser.add_argument("--vocabulary", type=int, default=8000)
@@ -166,11 +160,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--moe-in", choices=SIDES, nargs="+", default=["both"], help="encoder = as the paper")
     parser.add_argument("--experts", type=int, default=64, help="in an MoE layer")
     parser.add_argument("--split", type=int, default=8, help="s: an expert's width is 2,048 / s")
-    parser.add_argument(
-        "--capacity", type=float, help="factor of the paper's way (default: s, as in the paper)"
-    )
+    parser.add_argument("--capacity", type=float, help="factor of the paper's way (default: s, as there)")
     parser.add_argument("--flags", default="", help="further flags of fairseq-train, as one word")
-    parser.add_argument("--out", type=Path, default=Path("runs/benchmark_training"), help="folder")
     args = parser.parse_args(arguments)
     if args.split < 1:
         parser.error(f"--split must be at least 1, got {args.split}")

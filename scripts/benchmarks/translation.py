@@ -39,10 +39,6 @@ class Setup:
     criterion: nn.Module
 
     @property
-    def clip_norm(self) -> float:
-        return self.cfg.optimization.clip_norm
-
-    @property
     def shape(self) -> str:
         c, args = self.cfg.model, self.args
         return (

@@ -14,23 +14,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from fairseq.trainer import Trainer
 from fairseq_cli.train import cli_main
 from torch import Tensor
 
+from benchmarks.timing import finish_device
 from experiments.results import write_json
 
 WARM_UP = 5  # updates
-bytes_sent: dict[str, float] = defaultdict(float)
-seconds: dict[str, float] = defaultdict(float)
-updates = {"counted": 0, "tokens": 0.0}
-
-
-def finish_device() -> None:
-    if torch.cuda.is_available():  # else a clock would see the launch only
-        torch.cuda.synchronize()
+bytes_sent, seconds, counted = (defaultdict[str, float](float) for _ in range(3))
 
 
 def timed(what: str, collective: Callable[..., Any], size: Callable[..., float]) -> Callable[..., Any]:
@@ -63,14 +56,13 @@ def ring(tensor: Tensor, op: Any = None, group: Any = None, async_op: bool = Fal
 def count_updates(plain: Callable[..., Any]) -> Callable[..., Any]:
     def train_step(self: Trainer, samples: list[Any], raise_oom: bool = False) -> Any:
         if self.get_num_updates() == WARM_UP:
-            bytes_sent.clear()
-            seconds.clear()
-            updates.update(counted=0, tokens=0.0)
+            for counter in (bytes_sent, seconds, counted):
+                counter.clear()
         start = time.perf_counter()
         output = plain(self, samples, raise_oom)
         seconds["update"] += time.perf_counter() - start
-        updates["counted"] += 1
-        updates["tokens"] += sum(sample["ntokens"] for sample in samples if sample)
+        counted["updates"] += 1
+        counted["tokens"] += sum(sample["ntokens"] for sample in samples if sample)
         return output
 
     return train_step
@@ -83,9 +75,9 @@ def main() -> None:
     Trainer.train_step = count_updates(Trainer.train_step)
     cli_main()
     if not dist.is_initialized() or dist.get_rank() == 0:
-        count = updates["counted"]
+        count = counted["updates"]
         result = {
-            "tokens_per_update": updates["tokens"] / count,
+            "tokens_per_update": counted["tokens"] / count,
             "seconds_per_update": seconds.pop("update") / count,
             "bytes_sent": {what: value / count for what, value in bytes_sent.items()},
             "seconds": {what: value / count for what, value in seconds.items()},
