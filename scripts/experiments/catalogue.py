@@ -27,7 +27,7 @@ class Model:
     label: str
     flags: Flags  # those of its router; they overrule the preset's
     colour: str  # in plots, as matplotlib has them
-    marker: str
+    marker: str = "o"
     # wide: dense, in the preset's wider FFNs; split: its experts are the dense FFN itself.
     kind: Literal["dense", "wide", "sparse", "split"] = "sparse"
     split: int = 1  # s: an expert has 1/s of the dense FFN's width, and there are s times as many
@@ -46,7 +46,8 @@ class Preset:
     experts: int  # of the dense FFN's width; 0: fairseq's own dense model, without the plugin
     batch_tokens: int  # on one device in one forward pass
     update_tokens: int
-    routers: dict[str, Flags] = field(default_factory=dict)  # flags for the models with a router, by its name
+    # Flags for the models with a router, by its name; t as in the paper.
+    routers: dict[str, Flags] = field(default_factory=lambda: {"threshold": {"moe-threshold": 0.9}})
     cpu: bool = False
     paper_capacity: bool = False
     wide_ffn_dim: int = 0  # of a dense model with as many parameters as the sparse ones; 0: there is none
@@ -154,14 +155,9 @@ def in_words(wanted: Any) -> str:
 
 def listing() -> str:
     """Presets and models with what they are, for --help."""
-    sections = [
-        *(
-            (f"PRESET of {task}", {name: str(preset) for name, preset in presets(task).items()})
-            for task in TASKS
-        ),
-        ("MODEL", {name: model.label for name, model in models().items()}),
-    ]
+    sections: dict[str, dict[str, Any]] = {f"PRESET of {task}": presets(task) for task in TASKS}
+    sections["MODEL"] = {name: model.label for name, model in models().items()}
     lines = []
-    for title, entries in sections:
+    for title, entries in sections.items():
         lines += ["", title, *(f"  {name:<16}{about}" for name, about in entries.items())]
     return "\n".join(lines)

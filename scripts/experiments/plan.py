@@ -115,7 +115,9 @@ class Plan:
             flags["moe-capacity-factor"] = method.split
         if size.experts:
             flags |= method.flags
-        flags |= self.batch_flags("--disable-validation" not in more)
+        flags |= self.batch_flags(
+            not (size.flags.get("disable-validation") or "--disable-validation" in more)
+        )
         given = {word.removeprefix("--").partition("=")[0] for word in more if word.startswith("--")}
         words: list[str] = []
         for name, value in flags.items():
