@@ -7,5 +7,5 @@
 # RUNs of scripts/{wmt,lm}/train.sh on the same data; each gets a seconds.json, which scripts/compare.sh shows.
 # Forward pass in evaluation, one thread, all runs in turn. Wants a machine with nothing else to do.
 set -euo pipefail
-. "$(dirname "${BASH_SOURCE[0]}")/benchmarks/environment.sh"
+. "$(dirname "${BASH_SOURCE[0]}")/cpu_environment.sh"
 exec python "$root/scripts/run.py" benchmarks.trained_layers "$@"

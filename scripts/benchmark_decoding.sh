@@ -10,5 +10,5 @@
 # validation text. Figures are medians of ratios, sparse over dense. About 4 minutes on 2 cores that have nothing else
 # to do; expected: docs/dense_to_sparse.md.
 set -euo pipefail
-. "$(dirname "${BASH_SOURCE[0]}")/benchmarks/environment.sh"
+. "$(dirname "${BASH_SOURCE[0]}")/cpu_environment.sh"
 exec python "$root/scripts/run.py" benchmarks.decoding --out "$root/runs/benchmark_decoding" "$@"

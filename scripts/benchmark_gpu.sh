@@ -10,5 +10,5 @@
 # bf16, T 16,384, D 768, 64 experts of width 384, 8 experts per token. Aim: 75 % of the dense products' rate.
 # Measured on an H100: docs/performance.md.
 set -euo pipefail
-. "$(dirname "${BASH_SOURCE[0]}")/benchmarks/environment.sh"
+. "$(dirname "${BASH_SOURCE[0]}")/cpu_environment.sh"
 exec python "$root/scripts/run.py" benchmarks.gpu --out "$root/runs/benchmark_gpu" "$@"

@@ -9,5 +9,5 @@
 # figures are medians of ratios. Hugging Face's block joins in where `pip install transformers` was run.
 # About 5 minutes on 2 cores that have nothing else to do; expected: docs/performance.md.
 set -euo pipefail
-. "$(dirname "${BASH_SOURCE[0]}")/benchmarks/environment.sh"
+. "$(dirname "${BASH_SOURCE[0]}")/cpu_environment.sh"
 exec python "$root/scripts/run.py" benchmarks.layer --out "$root/runs/benchmark_layer" "$@"

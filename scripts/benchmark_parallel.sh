@@ -8,9 +8,8 @@
 # With more ranks than cores (4 on 2) they share, and the time in communication is mostly waiting.
 # Expected on 2 cores: docs/scaling.md.
 set -euo pipefail
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+. "$(dirname "${BASH_SOURCE[0]}")/find_environment.sh"
 folder=${1:-$root/runs/benchmark_parallel}
-. "$root/scripts/find_environment.sh"
 export OMP_NUM_THREADS=1
 UPDATES=${UPDATES:-30}
 backend=gloo device=--cpu

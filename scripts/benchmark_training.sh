@@ -10,6 +10,6 @@
 # 1,600 target tokens per update. Paper's way: capacity factor s. All models take turns in one process; figures are medians.
 # About 4 minutes on 2 cores that have nothing else to do; expected: docs/performance.md.
 set -euo pipefail
-. "$(dirname "${BASH_SOURCE[0]}")/benchmarks/environment.sh"
+. "$(dirname "${BASH_SOURCE[0]}")/cpu_environment.sh"
 export KINETO_LOG_LEVEL=9   # the profiler prints when it starts and stops
 exec python "$root/scripts/run.py" benchmarks.training --out "$root/runs/benchmark_training" "$@"

@@ -10,29 +10,27 @@
 # on where it was stopped. About 2 hours each on 2 cores, an estimate from single runs; mt needs the package sources
 # of Debian or Ubuntu.
 set -euo pipefail
-ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-. "$ROOT/scripts/find_environment.sh"
+. "$(dirname "${BASH_SOURCE[0]}")/cpu_environment.sh"
 case ${1:-} in
-  mt) task=wmt DATA=${DATA:-$ROOT/data/claims-mt} prepare=(prepare_packages_mt.sh de) ;;
-  lm) task=lm DATA=${DATA:-$ROOT/data/claims-lm} prepare=(prepare_docs_lm.sh small) ;;
+  mt) task=wmt DATA=${DATA:-$root/data/claims-mt} prepare=(prepare_packages_mt.sh de) ;;
+  lm) task=lm DATA=${DATA:-$root/data/claims-lm} prepare=(prepare_docs_lm.sh small) ;;
   *) echo "usage: bash scripts/claims.sh mt|lm; got '${1:-}'" >&2; exit 2 ;;
 esac
-OUT=${OUT:-$ROOT/runs/claims-$1}
-export PYTHONWARNINGS=ignore MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=8000000000   # docs/performance.md, Freed memory
+OUT=${OUT:-$root/runs/claims-$1}
 # Few pieces, so that the models' time is in their layers and not in the softmax.
-VOCAB_SIZE=2000 bash "$ROOT/data-prep/${prepare[0]}" "${prepare[@]:1}" "$DATA"
+VOCAB_SIZE=2000 bash "$root/data-prep/${prepare[0]}" "${prepare[@]:1}" "$DATA"
 if [ -n "${MODELS:-}" ]; then IFS=, read -ra models <<<"$MODELS"; else
   models=(dense xmoe-s4 topk-s4 xmoe-s4-budget switch xmoe-s8-budget xmoe-s8 topk-s2 xmoe-s2 split-s8 dense-wide)
 fi
 read -ra seeds <<<"${SEEDS:-1 2 3}"
-python "$ROOT/scripts/run.py" experiments.grid "$task" claims "$DATA" "$OUT" --models "${models[@]}" --seeds "${seeds[@]}"
+python "$root/scripts/run.py" experiments.grid "$task" claims "$DATA" "$OUT" --models "${models[@]}" --seeds "${seeds[@]}"
 runs=("$OUT"/*/scores.best.json)   # also those of other calls
 runs=("${runs[@]%/scores.best.json}")
 first=$OUT/dense-${seeds[0]}; [ -d "$first" ] || first=${runs[0]}
-bash "$ROOT/scripts/benchmark_checkpoints.sh" "$first" "${runs[@]}"
-QUALITY="test ppl" OUT=$OUT bash "$ROOT/scripts/compare.sh" "${runs[@]}"   # BLEU is next to nothing after 1,000 updates
+bash "$root/scripts/benchmark_checkpoints.sh" "$first" "${runs[@]}"
+QUALITY="test ppl" OUT=$OUT bash "$root/scripts/compare.sh" "${runs[@]}"   # BLEU is next to nothing after 1,000 updates
 [ -z "${MODELS:-}" ] || exit 0
 for model in xmoe-s4 split-s8; do
-  bash "$ROOT/scripts/sweep_threshold.sh" "${seeds[@]/#/$OUT/$model-}" --dense "${seeds[@]/#/$OUT/dense-}" \
+  bash "$root/scripts/sweep_threshold.sh" "${seeds[@]/#/$OUT/$model-}" --dense "${seeds[@]/#/$OUT/dense-}" \
     --out "$OUT/sweep-$model"
 done

@@ -5,6 +5,6 @@
 #   SCORES=average5                         those of averaged checkpoints (default: best)
 #   QUALITY="test ppl"                      what the picture shows (default: test BLEU, or test ppl)
 set -euo pipefail
-ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-. "$ROOT/scripts/find_environment.sh"
-exec python "$ROOT/scripts/run.py" experiments.compare "$@" --out "${OUT:-$ROOT/runs/compare}" --scores "${SCORES:-best}" --quality "${QUALITY:-}"
+. "$(dirname "${BASH_SOURCE[0]}")/find_environment.sh"
+exec python "$root/scripts/run.py" experiments.compare "$@" \
+  --out "${OUT:-$root/runs/compare}" --scores "${SCORES:-best}" --quality "${QUALITY:-}"

@@ -7,14 +7,10 @@
 #   bash scripts/demo.sh --compare    the same for a dense model and for top-k routing; about 15 minutes
 #   OUT=folder                        where runs and results go; default: runs/demo. A second call resumes.
 #
-# Translation: 2+2 layers, width 128, FFN 256 cut into s = 4 parts, E = 16 experts (64 wide), threshold 0.5;
-#   1,800 updates of at most 600 tokens. Language model: 2 layers, width 128, FFN 512 cut into s = 4,
-#   E = 16 experts (128 wide), threshold 0.6; 1,900 updates of 8 x 128 = 1,024 tokens. These are the presets `tiny`
-#   (scripts/experiments/presets), without validation.
+# The models are those of the presets `tiny` (scripts/experiments/presets), without validation: 16 experts of a quarter
+# of the dense FFN's width, threshold 0.5 (translation) and 0.6 (language model).
 # Expected: the table in README.md, "The two commands".
 set -euo pipefail
-ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-OUT=${OUT:-$ROOT/runs/demo}
 case ${1:-} in
   "") MODELS="xmoe-s4" ;;
   --compare) MODELS="xmoe-s4 topk-s4 dense" ;;
@@ -24,30 +20,22 @@ esac
 mt_flags=(${MT_UPDATES:+--max-update "$MT_UPDATES" --total-num-update "$MT_UPDATES"})
 lm_flags=(${LM_UPDATES:+--max-update "$LM_UPDATES" --total-num-update "$LM_UPDATES"})
 
-bash "$ROOT/scripts/setup.sh"
-. "$ROOT/scripts/find_environment.sh"
-export OMP_NUM_THREADS=1 PYTHONWARNINGS=ignore
-# Keep freed memory, instead of asking the kernel for new pages in every update (docs/performance.md).
-export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=8000000000
-MT_DATA=$ROOT/data/mt-sample LM_DATA=$ROOT/data/lm-sample
+here=$(dirname "${BASH_SOURCE[0]}")
+bash "$here/setup.sh"
+. "$here/cpu_environment.sh"
+OUT=${OUT:-$root/runs/demo} MT_DATA=$root/data/mt-sample LM_DATA=$root/data/lm-sample
 started=$SECONDS
-bash "$ROOT/data-prep/prepare_mt_sample.sh" "$MT_DATA"
-bash "$ROOT/data-prep/prepare_lm_sample.sh" "$LM_DATA"
-
-COMMON=(--user-dir "$ROOT/xmoe_fairseq" --cpu --num-workers 0)
+bash "$root/data-prep/prepare_mt_sample.sh" "$MT_DATA"
+bash "$root/data-prep/prepare_lm_sample.sh" "$LM_DATA"
 
 experiment() { # MODULE ARGUMENTS...
-  python "$ROOT/scripts/run.py" "experiments.$1" "${@:2}"
+  python "$root/scripts/run.py" "experiments.$1" "${@:2}"
 }
 
 failed() { # WHAT LOG
   echo "demo: $1 failed; the end of $2:" >&2
   tail -n 5 "$2" >&2
   exit 1
-}
-
-logged() { # WHAT LOG COMMAND...
-  "${@:3}" >"$2" 2>&1 || failed "$1" "$2"
 }
 
 train() { # MODEL
@@ -64,31 +52,11 @@ train() { # MODEL
 evaluate() { # MODEL: translations, perplexity and routing statistics, the two tasks side by side
   local mt=$OUT/$1/translation lm=$OUT/$1/language_model mt_pid lm_pid
   echo "[demo] evaluating $1"
-  translate "$mt" & mt_pid=$!
-  score "$mt" "$lm" & lm_pid=$!
-  wait "$mt_pid" && wait "$lm_pid"
-}
-
-translate() { # FOLDER
-  local split
-  for split in test test1; do
-    logged translating "$1/$split.out" fairseq-generate "$MT_DATA/bin" "${COMMON[@]}" --path "$1/checkpoint_last.pt" \
-      -s en -t de --gen-subset "$split" --beam 4 --max-tokens 4000 --remove-bpe sentencepiece
-  done
-}
-
-score() { # TRANSLATION-FOLDER LANGUAGE-MODEL-FOLDER
-  logged "scoring the language model" "$2/evaluate.log" fairseq-eval-lm "$LM_DATA/bin" "${COMMON[@]}" \
-    --path "$2/checkpoint_last.pt" --gen-subset test --tokens-per-sample 128 --context-window 96 --batch-size 32
-  logged "validating the language model" "$2/validate.log" fairseq-validate "$LM_DATA/bin" "${COMMON[@]}" \
-    --task language_modeling --path "$2/checkpoint_last.pt" --valid-subset test --batch-size 8 --log-format json
-  logged "validating the translation model" "$1/validate.log" fairseq-validate "$MT_DATA/bin" "${COMMON[@]}" \
-    --task translation --path "$1/checkpoint_last.pt" --valid-subset test,test1 --max-tokens 2000 --log-format json
-}
-
-count_experts() { # FOLDER DATA SPLIT
-  logged "counting experts" "$1/experts.log" experiment count_experts "$2" --path "$1/checkpoint_last.pt" \
-    --subset "$3" --out "$1/experts.json"
+  experiment score wmt "$mt" --checkpoint last --splits test test1 \
+    --generate="--beam 4 --max-len-a 0 --max-len-b 200 --max-tokens 4000" >"$mt.score.log" 2>&1 & mt_pid=$!
+  experiment score lm "$lm" --checkpoint last --splits test >"$lm.score.log" 2>&1 & lm_pid=$!
+  wait "$mt_pid" || failed "scoring the translation model" "$mt.score.log"
+  wait "$lm_pid" || failed "scoring the language model" "$lm.score.log"
 }
 
 mkdir -p "$OUT"
@@ -98,10 +66,8 @@ trap 'for group in $(jobs -p); do kill -- "-$group" 2>/dev/null || true; done' E
 for model in $MODELS; do train "$model"; done
 for model in $MODELS; do evaluate "$model"; done
 experiment bigram --train "$LM_DATA/bpe/train" --test "$LM_DATA/bpe/test" --dict "$LM_DATA/bin/dict.txt" --out "$OUT/bigram.json"
-count_experts "$OUT/xmoe-s4/translation" "$MT_DATA/bin" test1
-count_experts "$OUT/xmoe-s4/language_model" "$LM_DATA/bin" test
-experiment plot_experts "translation=$OUT/xmoe-s4/translation/experts.json" \
-  "language model=$OUT/xmoe-s4/language_model/experts.json" --out "$OUT/experts.png"
+experiment plot_experts --of translation "$OUT/xmoe-s4/translation/checkpoint_last.pt" "$MT_DATA" test1 \
+  --of "language model" "$OUT/xmoe-s4/language_model/checkpoint_last.pt" "$LM_DATA" test --out "$OUT/experts.png"
 # shellcheck disable=SC2086
 experiment report --runs "$OUT" --models $MODELS --mt-text "$MT_DATA/text"
 echo "[demo] $((SECONDS - started)) s after set-up; picture: $OUT/experts.png; table: $OUT/report.md, $OUT/report.json"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes a dense model sparse in every way that docs/dense_to_sparse.md compares: trains it by plain fairseq-train
 # (unless it is there), converts it by each grouping of neurons, without and with fine-tuning, and makes a table of
-# validation perplexities; then scores all on the test sets by fairseq-generate or fairseq-eval-lm (OUT/scores).
+# validation perplexities and of scores on the test sets (as scripts/{wmt,lm}/score.sh; OUT/dense/scores.*.json).
 #
 #   bash scripts/dense_to_sparse.sh lm data/docs-lm-small OUT [FLAGS]    # bash data-prep/prepare_docs_lm.sh small
 #   bash scripts/dense_to_sparse.sh mt data/packages-en-de OUT [FLAGS]   # bash data-prep/prepare_packages_mt.sh de
@@ -12,21 +12,20 @@
 # hour on two cores; expected: docs/dense_to_sparse.md. What is in OUT already is kept.
 set -euo pipefail
 task=${1:?lm or mt} data=${2:?folder of data-prep} out=${3:?folder}
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-. "$root/scripts/find_environment.sh"
+. "$(dirname "${BASH_SOURCE[0]}")/find_environment.sh"
 tuning=${FINETUNE:-150} split=${SPLIT:-16} calibration=${CALIBRATION:-200000} seed=${SEED:-1}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 experiment() { python "$root/scripts/run.py" "experiments.$1" "${@:2}"; }
 
 case $task in
-  lm) trained=lm ;;
-  mt) trained=wmt ;;
+  lm) search=() ;;
+  mt) task=wmt search=(--generate="--max-tokens 2000") ;;
   *) echo "dense_to_sparse: the first argument must be lm or mt, got $task" >&2; exit 2 ;;
 esac
 dense=$out/dense/checkpoint_last.pt
 if [[ ! -e $dense || -e $out/dense/unfinished ]]; then
   mkdir -p "$out/dense" && touch "$out/dense/unfinished"
-  SEED=$seed experiment train "$trained" dense_to_sparse dense "$data" "$out/dense" "${@:4}"
+  SEED=$seed experiment train "$task" dense_to_sparse dense "$data" "$out/dense" "${@:4}"
   rm "$out/dense/unfinished"
 fi
 for grouping in ${GROUPINGS:-random clustering coactivation}; do
@@ -36,5 +35,11 @@ for grouping in ${GROUPINGS:-random clustering coactivation}; do
       --calibration-tokens "$calibration" --grouping "$grouping" --finetune-updates "$n" --seed "$seed"
   done
 done
+splits=$(cd "$data/bin" && for file in test*.idx; do echo "${file%%.*}"; done | sort -u)
+for checkpoint in "$dense" "$out"/*.pt; do
+  tag=$(basename "$checkpoint" .pt)
+  # shellcheck disable=SC2086
+  [[ $out/dense/scores.${tag#checkpoint_}.json -nt $checkpoint ]] ||
+    experiment score "$task" "$out/dense" --checkpoint "$checkpoint" --splits $splits "${search[@]}"
+done
 experiment compare_conversions "$out"/*.json
-experiment score_conversions "$task" "$data" "$dense" "$out"/*.pt --out "$out/scores"

@@ -15,9 +15,8 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 cd "$work"
 
-measure() { # NAME COMMAND...
-  local name=$1; shift
-  "$PYTHON" - "$lines" "$name" "$@" <<'PYTHON'
+prep() { # NAME SCRIPT ARGUMENTS...
+  "$PYTHON" - "$lines" "$1" "$PYTHON" "$PREP/$2" "${@:3}" <<'PYTHON'
 import resource, subprocess, sys, time
 lines, name, *command = sys.argv[1:]
 start = time.monotonic()
@@ -39,7 +38,6 @@ with open("a.en", "w") as en, open("a.de", "w") as de, open("a.txt", "w") as tex
         print(*reversed(line), file=de)
         print(*line, end="\n\n" if number % 20 == 19 else "\n", file=text)
 PYTHON
-  prep() { local name=$1 script=$2; shift 2; measure "$name" "$PYTHON" "$PREP/$script" "$@"; }
   prep "clean pairs" clean_pairs.py --source a.en --target a.de --source-out b.en --target-out b.de --workers "$WORKERS"
   prep "split documents" lm_documents.py --input a.txt --out-prefix docs --workers "$WORKERS"
   [ -f m.model ] || prep "train sentencepiece" train_spm.py --input b.en --model-prefix m --vocab-size 8000

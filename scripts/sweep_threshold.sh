@@ -7,5 +7,5 @@
 # compare with. Prints a table, mean and standard deviation over RUNs, and writes FOLDER/sweep.md, .json, .png.
 # Each t is one pass over the validation set. Seconds want a machine with nothing else to do.
 set -euo pipefail
-. "$(dirname "${BASH_SOURCE[0]}")/benchmarks/environment.sh"
+. "$(dirname "${BASH_SOURCE[0]}")/cpu_environment.sh"
 exec python "$root/scripts/run.py" benchmarks.sweep --out "$root/runs/sweep" "$@"

@@ -1,13 +1,10 @@
-"""The mean of several checkpoints' parameters, as a checkpoint for fairseq-generate and the like.
-
-    python scripts/run.py experiments.average_checkpoints --inputs a.pt b.pt --output mean.pt
+"""The mean of several checkpoints' parameters, for score.py.
 
 What fairseq's scripts/average_checkpoints.py does, which pip does not install: floats are averaged in fp32
 and kept in the parameter's type; whole numbers, such as hash tables, must agree. The optimizer's state is
 left out. Checkpoints are read with weights_only.
 """
 
-import argparse
 from itertools import permutations
 from pathlib import Path
 from typing import Any
@@ -30,6 +27,11 @@ def load(path: Path) -> dict[str, Any]:
     state: dict[str, Any] = checkpoint_utils.load_checkpoint_to_cpu(str(path))
     check_tensors(state["model"], path)
     return state
+
+
+def write_average(paths: list[Path], output: Path) -> None:
+    mean = average(paths)
+    write_atomically(output, lambda file: torch.save(mean, file))
 
 
 def average(paths: list[Path]) -> dict[str, Any]:
@@ -61,16 +63,3 @@ def average(paths: list[Path]) -> dict[str, Any]:
         for name, total in sums.items()
     }
     return {key: value for key, value in state.items() if key != "last_optimizer_state"} | {"model": mean}
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--inputs", type=Path, nargs="+", required=True)
-    parser.add_argument("--output", type=Path, required=True)
-    args = parser.parse_args()
-    mean = average(args.inputs)
-    write_atomically(args.output, lambda file: torch.save(mean, file))
-
-
-if __name__ == "__main__":
-    main()

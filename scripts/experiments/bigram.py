@@ -9,7 +9,8 @@ number stands beside what fairseq-eval-lm prints. Chen and Goodman 1999, section
 import argparse
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import chain, pairwise
 from pathlib import Path
 
 from experiments.results import check_output, lines, write_json
@@ -25,20 +26,13 @@ def pieces(path: Path) -> Iterator[str]:
 
 
 class Bigram:
-    def __init__(self, stream: Iterator[str], vocab_size: int) -> None:
-        self.pairs: Counter[tuple[str, str]] = Counter()
-        previous = END
-        for piece in stream:
-            self.pairs[previous, piece] += 1
-            previous = piece
-        self.vocab_size = vocab_size
+    def __init__(self, stream: Iterable[str], vocab_size: int) -> None:
+        self.vocab_size, self.pairs = vocab_size, Counter(pairwise(chain([END], stream)))
+        self.followers = Counter(first for first, _ in self.pairs)
+        self.predecessors = Counter(second for _, second in self.pairs)
         self.context_count: Counter[str] = Counter()
-        self.followers: Counter[str] = Counter()
-        self.predecessors: Counter[str] = Counter()
-        for (first, second), count in self.pairs.items():
+        for (first, _), count in self.pairs.items():
             self.context_count[first] += count
-            self.followers[first] += 1
-            self.predecessors[second] += 1
         once, twice = (sum(count == n for count in self.pairs.values()) for n in (1, 2))
         self.discount = once / (once + 2 * twice) if once else 0.5
 
@@ -54,12 +48,9 @@ class Bigram:
         own = max(self.pairs[previous, piece] - self.discount, 0)
         return (own + self.discount * self.followers[previous] * self.unigram(piece)) / seen
 
-    def perplexity(self, stream: Iterator[str]) -> tuple[float, int]:
-        log_sum, count, previous = 0.0, 0, END
-        for piece in stream:
-            log_sum -= math.log(self.probability(piece, previous))
-            count, previous = count + 1, piece
-        return math.exp(log_sum / count), count
+    def perplexity(self, stream: Iterable[str]) -> tuple[float, int]:
+        logs = [math.log(self.probability(piece, last)) for last, piece in pairwise(chain([END], stream))]
+        return math.exp(-sum(logs) / len(logs)), len(logs)
 
 
 def main() -> None:

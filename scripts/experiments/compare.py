@@ -53,7 +53,8 @@ def load(folder: Path, tag: str) -> Run:
     seconds = folder / "seconds.json"
     values[FFN_SECONDS] = read_json(seconds)["ratio"] if seconds.exists() else math.nan
     valid = records(log, "valid")
-    values["updates"] = max(one["num_updates"] for one in [*valid, *records(log, "train_inner")])
+    logged = [*valid, *records(log, "train_inner"), *records(log, "train")]
+    values["updates"] = max((one["num_updates"] for one in logged if "num_updates" in one), default=math.nan)
     values["training seconds"] = values["updates"] * values["s/update"]
     values["parameters (M)"] = parameters(log) / 1e6
     curve = sorted({one["num_updates"]: one["ppl"] for one in valid if "ppl" in one}.items())
@@ -87,21 +88,16 @@ def cell(members: list[Run], column: str) -> str:
     return mean_and_deviation([run.values[column] for run in members], DIGITS.get(column, 2))
 
 
-def parse() -> argparse.Namespace:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument(
-        "--scores", default="best", metavar="best|averageN", help="which scores.*.json of the runs"
+        "--scores", default="best", metavar="TAG", help="best, averageN, ...: scores.TAG.json"
     )
-    parser.add_argument(
-        "--quality", metavar="COLUMN", help="what the picture shows (default: test BLEU, or test ppl)"
-    )
-    return parser.parse_args()
-
-
-def main() -> None:
-    args = parse()
+    shown = "what the picture shows (default: test BLEU, or test ppl)"
+    parser.add_argument("--quality", metavar="COLUMN", help=shown)
+    args = parser.parse_args()
     try:
         runs = [load(folder, args.scores) for folder in args.runs]
     except FileNotFoundError as error:
@@ -118,9 +114,7 @@ def main() -> None:
         ["model", "runs", *columns],
         [[name, str(len(members)), *(cell(members, c) for c in columns)] for name, members in rows.items()],
     )
-    everything = [
-        {"run": str(run.folder), **run.about, "values": run.values, "curve": run.curve} for run in runs
-    ]
+    everything = [{"run": str(r.folder), **r.about, "values": r.values, "curve": r.curve} for r in runs]
     publish(args.out / "compare", table, everything)
     timed = all(not math.isnan(run.values[FFN_SECONDS]) for run in runs)
     draw(rows, (FLOPS, FFN_SECONDS if timed else "training seconds"), quality, args.out / "compare.png")

@@ -8,49 +8,25 @@ from pathlib import Path
 
 from sacrebleu.metrics import BLEU, CHRF
 
-from experiments.plan import LENGTHS
 from experiments.results import lines, read
-from experiments.train import BIN, ROOT
+from experiments.train import BIN
 from xmoe_fairseq_compat.errors import UserError
 
 METRICS = {"bleu": BLEU(), "chrf": CHRF(), "chrf++": CHRF(word_order=2)}
 
 
-def call(words: Sequence[object], log: Path, *, made_from: Path | None = None) -> Path:
-    """Runs a command of this environment, or another; its log, which begins with the command.
-
-    Args:
-        made_from: not again if the same command has run since this file was written.
-    """
+def call(words: Sequence[object], log: Path) -> Path:
+    """Runs a command of this environment, or another; its log, which begins with the command."""
     tool, *rest = map(str, words)
-    command = shlex.join([str(BIN / tool), *rest])
-    if (
-        made_from
-        and log.exists()
-        and log.stat().st_mtime >= made_from.stat().st_mtime
-        and lines(log)[0] == command
-    ):
-        return log
-    print(f"[score] {command}", flush=True)
+    command = [str(BIN / tool), *rest]
+    print(f"[score] {shlex.join(command)}", flush=True)
     partial = log.with_name(log.name + ".partial")
     with partial.open("w", encoding="utf-8") as file:
-        print(command, file=file, flush=True)
-        status = subprocess.run(shlex.split(command), stdout=file, stderr=subprocess.STDOUT).returncode
+        print(shlex.join(command), file=file, flush=True)
+        status = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT).returncode
     if status:
         raise UserError(f"{tool} failed: {lines(partial)[-1]} (all of it: {partial})")
     return partial.replace(log)
-
-
-def of_checkpoint(tool: str, data: Path, checkpoint: Path) -> list[object]:
-    """A stock command on a folder of data-prep, to be continued."""
-    where = ("--user-dir", ROOT / "xmoe_fairseq", "--path", checkpoint)
-    return [tool, data / "bin", *where, "--num-workers", 0]
-
-
-def search(beam: int) -> list[object]:
-    """Flags of fairseq-generate, for detokenised text."""
-    lengths = [word for name, value in LENGTHS.items() for word in ("--" + name.replace("_", "-"), value)]
-    return ["--beam", beam, "--remove-bpe", "sentencepiece", *lengths]
 
 
 def hypotheses(path: Path) -> list[str]:

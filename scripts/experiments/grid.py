@@ -44,13 +44,12 @@ def train_and_score(task: str, preset: str, model: str, seed: int, data: Path, r
         except BlockingIOError:
             print(f"[grid] {run.name}: another process is at it", flush=True)
             return True
-        return all(
-            subprocess.run([*python, *words], stdout=log, stderr=log, env=env).returncode == 0
-            for words in commands
+        return not any(
+            subprocess.run([*python, *c], stdout=log, stderr=log, env=env).returncode for c in commands
         )
 
 
-def parse() -> argparse.Namespace:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("task", choices=TASKS)
     parser.add_argument("preset")
@@ -58,11 +57,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("out", type=Path, help="folder for the runs")
     parser.add_argument("--models", nargs="+", default=[], metavar="MODEL", help=f"of {', '.join(models())}")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3], metavar="SEED")
-    return parser.parse_args()
-
-
-def main() -> None:
-    args = parse()
+    args = parser.parse_args()
     for model in args.models:
         Plan(args.task, args.preset, model.split()[0])
     shards(args.data, args.task)
@@ -73,18 +68,18 @@ def main() -> None:
 
     def one(model: str, seed: int) -> str | None:
         """The name of a run that failed."""
-        run = args.out / folder_name(model, seed)
+        run: Path = args.out / folder_name(model, seed)
         if (run / "scores.best.json").exists():
             return None
         core = cores.get()
         print(f"[grid] {run.name} on core {core}", flush=True)
         try:
-            done = train_and_score(args.task, args.preset, model, seed, args.data, run, core)
+            if train_and_score(args.task, args.preset, model, seed, args.data, run, core):
+                return None
         finally:
             cores.put(core)
-        if not done:
-            print(f"[grid] {run.name} failed: see {run}.log", flush=True)
-        return None if done else run.name
+        print(f"[grid] {run.name} failed: see {run}.log", flush=True)
+        return run.name
 
     with ThreadPoolExecutor(cores.qsize()) as pool:
         names = pool.map(lambda job: one(*job), [(m, seed) for seed in args.seeds for m in args.models])

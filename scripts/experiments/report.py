@@ -2,20 +2,19 @@
 
     python scripts/run.py experiments.report --runs OUT --models xmoe-s4 dense --mt-text data/mt-sample/text
 
-Scores with sacreBLEU on untokenised text, prints the table, the signatures and three translations of the
-first model, and writes report.json and report.md beside the runs.
+Reads what score.py found for the last checkpoints, prints the table, the signatures and three translations of
+the first model, and writes report.json and report.md beside the runs.
 """
 
 import argparse
-import math
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.markdown import Markdown
 
-from experiments.evaluation import hypotheses, last_number, score
-from experiments.results import lines, median_seconds, read_json, record, routing, write_json
+from experiments.evaluation import hypotheses, score
+from experiments.results import lines, median_seconds, read_json, write_json
 from xmoe_fairseq.tables import markdown
 from xmoe_fairseq_compat.files import write_atomically
 
@@ -29,38 +28,27 @@ TITLES = {
 Row = dict[str, Any]
 
 
-def routing_row(folder: Path) -> Row:
-    """Per side, on held-out text."""
-    mt = record(folder / "translation/validate.log", "test1")
-    lm = record(folder / "language_model/validate.log", "test")
-    sides = [routing(stats, side) for stats, side in ((mt, "encoder"), (mt, "decoder"), (lm, "decoder"))]
+def model_row(runs: Path, model: str) -> Row:
+    folders = [runs / model / name for name in ("translation", "language_model")]
+    mt, lm = (read_json(folder / "scores.last.json")["splits"] for folder in folders)
+    sides = [mt["test1"]["routing"].get(side) for side in ("encoder", "decoder")]
+    sides.append(lm["test"]["routing"].get("decoder"))  # a dense model has none
     return {
-        "experts": ", ".join("-" if math.isnan(experts) else f"{experts:.2f}" for experts, _ in sides),
-        "flops": ", ".join(f"{flops:.2f}" for _, flops in sides),
-    }
-
-
-def scored(of: dict[str, list[str]], text: Path) -> tuple[Row, dict[str, str]]:
-    """Scores of translations by test set, and the signatures."""
-    row: Row = {}
-    for split, translations in of.items():
-        scores, signatures = score(translations, lines(text / f"{split}.de"), METRICS)
-        row |= {f"{split}_{name}": value for name, value in scores.items()}
-    return row, signatures
-
-
-def model_row(runs: Path, model: str, text: Path) -> tuple[Row, dict[str, str]]:
-    mt, lm = runs / model / "translation", runs / model / "language_model"
-    row, signatures = scored({split: hypotheses(mt / f"{split}.out") for split in SETS}, text)
-    row["perplexity"] = last_number(lm / "evaluate.log", "Perplexity:")
-    row["seconds"] = ", ".join(f"{median_seconds(folder / 'train.log'):.3f}" for folder in (mt, lm))
-    return {"model": model} | row | routing_row(runs / model), signatures
+        "model": model, **{f"{split}_{name}": mt[split][name] for split in SETS for name in METRICS},
+        "perplexity": lm["test"]["perplexity"],
+        "experts": ", ".join(f"{side['experts']:.2f}" if side else "-" for side in sides),
+        "flops": ", ".join(f"{side['flops'] if side else 1:.2f}" for side in sides),
+        "seconds": ", ".join(f"{median_seconds(folder / 'train.log'):.3f}" for folder in folders),
+    }  # fmt: skip
 
 
 def baseline_rows(runs: Path, text: Path) -> list[Row]:
-    copying, _ = scored({split: lines(text / f"{split}.en") for split in SETS}, text)
+    copying: Row = {"model": "copying the source"}
+    for split in SETS:
+        scores, _ = score(lines(text / f"{split}.en"), lines(text / f"{split}.de"), METRICS)
+        copying |= {f"{split}_{name}": value for name, value in scores.items()}
     bigram = read_json(runs / "bigram.json")["perplexity"]
-    return [{"model": "copying the source"} | copying, {"model": "bigram (Kneser-Ney)", "perplexity": bigram}]
+    return [copying, {"model": "bigram (Kneser-Ney)", "perplexity": bigram}]
 
 
 def cell(row: Row, key: str) -> str:
@@ -70,7 +58,7 @@ def cell(row: Row, key: str) -> str:
 
 def examples(run: Path, text: Path) -> list[tuple[str, str, str]]:
     """(source, reference, translation): a third, half and two thirds through the real test set."""
-    hypothesis = hypotheses(run / "translation/test1.out")
+    hypothesis = hypotheses(run / "score.last/test1.out")
     source, reference = lines(text / "test1.en"), lines(text / "test1.de")
     return [(source[i], reference[i], hypothesis[i]) for i in (len(source) * n // 12 for n in (4, 6, 8))]
 
@@ -78,15 +66,15 @@ def examples(run: Path, text: Path) -> list[tuple[str, str, str]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--runs", type=Path, required=True, help="holds MODEL/translation, MODEL/language_model"
+        "--runs", type=Path, required=True, help="has MODEL/translation, MODEL/language_model"
     )
     parser.add_argument("--models", nargs="+", required=True)
     parser.add_argument("--mt-text", type=Path, required=True, help="folder of {test,test1}.{en,de}")
     args = parser.parse_args()
-    found = [model_row(args.runs, model, args.mt_text) for model in args.models]
-    rows, signatures = [row for row, _ in found], found[0][1]
-    rows += baseline_rows(args.runs, args.mt_text)
-    shown = examples(args.runs / args.models[0], args.mt_text)
+    rows = [model_row(args.runs, model) for model in args.models] + baseline_rows(args.runs, args.mt_text)
+    first = args.runs / args.models[0] / "translation"
+    signatures = {name: read_json(first / "scores.last.json")["signatures"][name] for name in METRICS}
+    shown = examples(first, args.mt_text)
     table = markdown([*TITLES.values()], [[cell(row, key) for key in TITLES] for row in rows])
     console = Console(width=None if Console().is_terminal else 160)
     console.print(Markdown("**Held-out results**\n\n" + table))

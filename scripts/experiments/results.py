@@ -67,17 +67,11 @@ def record(log: Path, group: str) -> dict[str, Any]:
 
 
 def median_seconds(log: Path) -> float:
-    """Of an update; the median, so that a pause or another job on the machine counts little."""
-    seconds = [1 / one["ups"] for one in records(log, "train_inner") if one["ups"] > 0]
-    if not seconds:
-        raise UserError(f"{log}: no training speed; was training cut short?")
-    return float(statistics.median(seconds))
-
-
-def routing(stats: dict[str, Any], side: str) -> tuple[float, float]:
-    """Experts per token, and MoE FLOPs over the dense FFN's; a dense model has none, and 1."""
-    experts = stats.get(f"moe_{side}_experts_per_token", math.nan)
-    return experts, stats.get(f"moe_{side}_flops_vs_dense_ffn", 1.0)
+    """Of an update; the median, so that a pause or another job counts little. NaN: none is logged."""
+    for group in ("train_inner", "train"):  # the latter at the end of an epoch, be it one of few updates
+        if seconds := [1 / one["ups"] for one in records(log, group) if one.get("ups", 0) > 0]:
+            return float(statistics.median(seconds))
+    return math.nan
 
 
 def mean_and_deviation(values: Sequence[float], digits: int) -> str:
@@ -92,9 +86,7 @@ def mean_and_deviation(values: Sequence[float], digits: int) -> str:
 def check_output(output: Path, *inputs: Path) -> None:
     """Raises UserError if the output is one of the inputs, by this name or another."""
     for path in inputs:
-        if output.resolve() == path.resolve() or (
-            output.exists() and path.exists() and output.samefile(path)
-        ):
+        if output.exists() and path.exists() and output.samefile(path):
             raise UserError(f"{output}: is the input {path}, which would be overwritten; name another output")
 
 

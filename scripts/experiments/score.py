@@ -1,66 +1,72 @@
 """Scores a run of train.py with the stock commands, on validation and test sets; writes RUN/scores.best.json.
 
-    bash scripts/wmt|lm/score.sh RUN [--average N] [--splits SPLIT ...]
+    bash scripts/wmt|lm/score.sh RUN [--average N | --checkpoint best|last|FILE.pt] [--splits SPLIT ...]
 
 Translation: BLEU, chrF++ and chrF of detokenised text with sacreBLEU, and perplexity per piece.
 Language models: perplexity per token, and per word (a word is what stands between white space, and the end of
-each line, which is a token too). Both: experts per token and MoE FLOPs. The checkpoint is the best, or the
-mean of the last N, whose scores are scores.averageN.json.
+each line, which is a token too). Both: experts per token and MoE FLOPs. The checkpoint is the best; or the
+mean of the last N, whose scores are scores.averageN.json; or another, whose scores are called as it is.
 """
 
 import argparse
 import re
-import sys
+import shlex
 from pathlib import Path
 from typing import Any
 
 from experiments.catalogue import TASKS, LanguageModelPreset, TranslationPreset
-from experiments.evaluation import call, hypotheses, last_number, of_checkpoint, score, search
-from experiments.plan import Plan
-from experiments.results import lines, read_run, record, routing, write_json
+from experiments.evaluation import call, hypotheses, last_number, score
+from experiments.plan import LENGTHS, Plan
+from experiments.results import lines, read_run, record, write_json
 from experiments.train import ROOT, languages
 from xmoe_fairseq_compat.errors import UserError
 
 METRICS = ("bleu", "chrf++", "chrf")
-SIDES = ("encoder", "decoder")
 
 
 class Scorer:
     """Runs the stock commands for one checkpoint of a run; what they print is kept in RUN/score.TAG/."""
 
-    def __init__(self, run: Path, task: str, average: int, splits: list[str]) -> None:
-        if not (run / "run.json").exists():
-            raise UserError(f"RUN must be a folder of scripts/{task}/train.sh, with run.json, got {run}")
-        about = read_run(run)
-        if about["task"] != task:
-            raise UserError(f"{run} is a run of {about['task']}, not of {task}")
-        self.run, self.task, self.data = run, task, Path(about["data"])
-        self.plan = Plan(task, about["preset"], about["model"])
-        self.splits = splits
-        self.tag = f"average{average}" if average else "best"
-        self.folder = run / f"score.{self.tag}"
-        self.folder.mkdir(exist_ok=True)
-        self.checkpoint = self.mean_of_last(average) if average else run / "checkpoint_best.pt"
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.run, self.task, self.splits = args.run.resolve(), args.task, args.splits
+        self.generate = shlex.split(args.generate)
+        if not (self.run / "run.json").exists():
+            raise UserError(
+                f"RUN must be a folder of scripts/{self.task}/train.sh, with run.json, got {self.run}"
+            )
+        about = read_run(self.run)
+        if about["task"] != self.task:
+            raise UserError(f"{self.run} is a run of {about['task']}, not of {self.task}")
+        self.data, self.plan = Path(about["data"]), Plan(self.task, about["preset"], about["model"])
+        self.checkpoint = self.run / f"checkpoint_{args.checkpoint}.pt"
+        if args.average:
+            self.checkpoint = self.run / f"checkpoint_average{args.average}.pt"
+        elif args.checkpoint.endswith(".pt"):
+            self.checkpoint = Path(args.checkpoint).resolve()
+        self.tag = self.checkpoint.stem.removeprefix("checkpoint_")
+        if args.average:
+            self.average(args.average)
         if not self.checkpoint.exists():
             raise UserError(f"{self.checkpoint}: No such file; has the run been validated yet?")
+        self.folder = self.run / f"score.{self.tag}"
+        self.folder.mkdir(exist_ok=True)
 
-    def mean_of_last(self, number: int) -> Path:
-        """Of checkpoints by epoch or, where there are none, by update."""
+    def average(self, number: int) -> None:
+        """The mean of the last checkpoints by epoch or, where there are none, by update."""
         for pattern in (r"checkpoint(\d+)\.pt", r"checkpoint_\d+_(\d+)\.pt"):
             found = [(int(m[1]), p) for p in self.run.glob("*.pt") if (m := re.fullmatch(pattern, p.name))]
             if len(found) >= number:
                 break
         else:
             raise UserError(f"{self.run} holds fewer than {number} checkpoints to average")
-        inputs = [path for _, path in sorted(found)[-number:]]
-        mean = self.run / f"checkpoint_average{number}.pt"
-        tool = (sys.executable, ROOT / "scripts/run.py", "experiments.average_checkpoints")
-        call([*tool, "--inputs", *inputs, "--output", mean], self.folder / "average.log")
-        return mean
+        from experiments.average_checkpoints import write_average  # takes five seconds
+
+        write_average([path for _, path in sorted(found)[-number:]], self.checkpoint)
 
     def fairseq(self, tool: str, log: str, *flags: object) -> Path:
+        common = ("--user-dir", ROOT / "xmoe_fairseq", "--path", self.checkpoint, "--num-workers", 0)
         device = ["--cpu"] if self.plan.size.cpu else []
-        return call([*of_checkpoint(tool, self.data, self.checkpoint), *device, *flags], self.folder / log)
+        return call([tool, self.data / "bin", *common, *device, *flags], self.folder / log)
 
     def validate(self, splits: list[str], *flags: object) -> dict[str, dict[str, Any]]:
         """What the criterion logs for each split."""
@@ -70,9 +76,13 @@ class Scorer:
 
 
 def routing_of(stats: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """Of the sides that have experts."""
-    sides = {side: routing(stats, side) for side in SIDES if f"moe_{side}_experts_per_token" in stats}
-    return {side: {"experts": experts, "flops": flops} for side, (experts, flops) in sides.items()}
+    """Of the sides that have experts: experts per token, and MoE FLOPs over the dense FFN's."""
+    names = {"experts": "experts_per_token", "flops": "flops_vs_dense_ffn"}
+    return {
+        side: {key: stats[f"moe_{side}_{name}"] for key, name in names.items()}
+        for side in ("encoder", "decoder")
+        if f"moe_{side}_experts_per_token" in stats
+    }
 
 
 def score_translation(run: Scorer, size: TranslationPreset) -> dict[str, Any]:
@@ -82,12 +92,12 @@ def score_translation(run: Scorer, size: TranslationPreset) -> dict[str, Any]:
     side = ("--source-lang", source, "--target-lang", target, "--max-tokens", run.plan.batch_tokens)
     # The checkpoint says --eval-bleu: once is enough.
     stats = run.validate(splits, "--task", "translation", *side, "--model-overrides", "{'eval_bleu': False}")
+    lengths = [word for name, value in LENGTHS.items() for word in ("--" + name.replace("_", "-"), value)]
+    search = ("--beam", size.beam, "--remove-bpe", "sentencepiece", *lengths, *run.generate)
     results: dict[str, Any] = {}
     signatures: dict[str, str] = {}
     for split in splits:
-        output = run.fairseq(
-            "fairseq-generate", f"{split}.out", "--gen-subset", split, *side, *search(size.beam)
-        )
+        output = run.fairseq("fairseq-generate", f"{split}.out", "--gen-subset", split, *side, *search)
         reference = lines(run.data / "text" / f"{split}.{target}")
         scores, signatures = score(hypotheses(output), reference, METRICS)
         perplexity = 2 ** stats[split]["nll_loss"]
@@ -128,16 +138,19 @@ def score_language_model(run: Scorer, size: LanguageModelPreset) -> dict[str, An
 
 
 def main() -> None:
-    usage = "bash scripts/wmt|lm/score.sh RUN [--average N] [--splits SPLIT ...]"
+    usage = __doc__.splitlines()[2].strip()
     parser = argparse.ArgumentParser(prog="score", usage=usage, description=__doc__.splitlines()[0])
     parser.add_argument("task", choices=TASKS)
     parser.add_argument("run", type=Path)
-    parser.add_argument(
-        "--average", type=int, default=0, metavar="N", help="the mean of the last N checkpoints"
-    )
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--average", type=int, metavar="N", help="the mean of the last N checkpoints")
+    which.add_argument("--checkpoint", default="best", help="best, last or a file (default: best)")
     parser.add_argument("--splits", nargs="+", default=[], metavar="SPLIT", help="default: all but train")
+    parser.add_argument("--generate", default="", metavar="FLAGS", help="of fairseq-generate, as one word")
     args = parser.parse_args()
-    run = Scorer(args.run.resolve(), args.task, args.average, args.splits)
+    if args.generate and args.task == "lm":
+        parser.error("--generate goes with translation")
+    run = Scorer(args)
     size: Any = run.plan.size
     scores = (score_translation if args.task == "wmt" else score_language_model)(run, size)
     path = run.run / f"scores.{run.tag}.json"

@@ -6,9 +6,7 @@ Each argument is NAME:RUN:PID of a train.py. Ends when all of them have ended; w
 the caller's `wait` to say.
 """
 
-import json
 import os
-import re
 import sys
 import time
 from pathlib import Path
@@ -16,7 +14,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-RECORD = re.compile(r"\| train_inner \| (\{.*\})")
+from experiments.results import read_json, records
+
 PLAIN_INTERVAL = 30  # seconds between lines where there is no terminal
 
 
@@ -29,48 +28,35 @@ def running(pid: int) -> bool:
     return not (stat.exists() and stat.read_text().rsplit(")", 1)[-1].split()[0] == "Z")
 
 
-def total(run: Path) -> int | None:
-    """Updates that the run is to have; None where it has not begun, or counts epochs."""
-    about = run / "run.json"
-    command = json.loads(about.read_text())["command"] if about.exists() else []
-    return int(command[command.index("--max-update") + 1]) if "--max-update" in command else None
-
-
-def latest(log: Path) -> tuple[int, str]:
-    """Number of updates done and the training perplexity of the last record."""
-    if not log.exists():
-        return 0, ""
-    with log.open("rb") as file:
-        file.seek(max(log.stat().st_size - 8192, 0))
-        records = RECORD.findall(file.read().decode(errors="replace"))
-    if not records:
-        return 0, ""
-    record = json.loads(records[-1])
-    return int(record["num_updates"]), f"perplexity {float(record['ppl']):.1f}"
+def progress(run: Path) -> tuple[int, int | None, str]:
+    """Updates done, updates that the run is to have (None: not begun, or it counts epochs), perplexity."""
+    about, log = run / "run.json", run / "train.log"
+    command = read_json(about)["command"] if about.exists() else []
+    total = int(command[command.index("--max-update") + 1]) if "--max-update" in command else None
+    for last in records(log, "train_inner")[-1:] if log.exists() else []:
+        return int(last["num_updates"]), total, f"perplexity {last['ppl']:.1f}"
+    return 0, total, ""
 
 
 def main(arguments: list[str]) -> None:
-    split = [argument.split(":") for argument in arguments]
-    jobs = [(name, Path(run), int(pid)) for name, run, pid in split]
+    jobs = [(name, Path(run), int(pid)) for name, run, pid in (one.split(":") for one in arguments)]
     console = Console()
     columns = (TextColumn("{task.description:<24}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
                TextColumn("{task.fields[note]}"))  # fmt: skip
-    next_line = 0.0
+    next_line, alive = 0.0, True
     with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
         tasks = [bars.add_task(name, total=None, note="") for name, *_ in jobs]
-        while True:
+        while alive:
+            time.sleep(0.5)
             alive = any(running(pid) for *_, pid in jobs)
             plain = not console.is_terminal and (time.monotonic() > next_line or not alive)
             if plain:
                 next_line = time.monotonic() + PLAIN_INTERVAL
             for task, (name, run, _) in zip(tasks, jobs, strict=True):
-                (done, note), updates = latest(run / "train.log"), total(run)
-                bars.update(task, completed=done, total=updates, note=note)
+                done, total, note = progress(run)
+                bars.update(task, completed=done, total=total, note=note)
                 if plain:
-                    print(f"  {name}: {done} of {updates or '?'} updates {note}", flush=True)
-            if not alive:
-                return
-            time.sleep(0.5)
+                    print(f"  {name}: {done} of {total or '?'} updates {note}", flush=True)
 
 
 if __name__ == "__main__":

@@ -186,14 +186,13 @@ def test_a_file_of_experts_that_holds_something_else(
 @pytest.mark.parametrize("act", ["merge", "shard", "average"])
 def test_a_full_disk_leaves_nothing(act: str, whole: Path, tmp_path: Path) -> None:
     new = tmp_path / "new"
-    sys.argv = ["average", "--inputs", str(whole), "--output", str(new / "checkpoint.pt")]
 
     def write() -> str:
         _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, most))
         with pytest.raises(WriteError) as error:
             if act == "average":
-                average_checkpoints.main()
+                average_checkpoints.write_average([whole], new / "checkpoint.pt")
             else:
                 checkpoint_command.convert(whole, new / "checkpoint.pt", 1 if act == "merge" else 2)
         return str(error.value)

@@ -1,10 +1,15 @@
 """Corpora as data-prep leaves them."""
 
 import shutil
+import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import TextIO
 
 import pytest
+from commands import run as command
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))  # experiments and benchmarks
 
@@ -31,3 +36,26 @@ def lm_data(corpus: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory)
     for split in ("valid", "test"):
         shutil.copy(corpus[1].parent / f"{split}.en", folder / "text" / f"docs.{split}")
     return folder
+
+
+@pytest.fixture
+def with_forks(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Runs a tool's main in this process, and the stock commands that it starts in forks."""
+    from experiments import evaluation, train
+
+    def call(words: list[str], stdout: TextIO, **_: object) -> SimpleNamespace:
+        stdout.write(command(Path(words[0]).name, *words[1:]))
+        return SimpleNamespace(returncode=0)
+
+    def run_logged(words: list[str], log: Path) -> int:
+        log.write_text(command(Path(words[0]).name, *words[1:]))
+        return 0
+
+    monkeypatch.setattr(evaluation, "subprocess", SimpleNamespace(run=call, STDOUT=subprocess.STDOUT))
+    monkeypatch.setattr(train, "run_logged", run_logged)
+
+    def run(main: Callable[[], None], *arguments: object) -> None:
+        monkeypatch.setattr(sys, "argv", ["tool", *map(str, arguments)])
+        main()
+
+    return run

@@ -9,11 +9,11 @@ import pytest
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 ARGUMENTS = {"dense_to_sparse.sh": ["lm", "data", "out"]}
-OTHERS = {"setup.sh", "find_environment.sh", "environment.sh"}  # the set-up itself, and what is sourced
+OTHERS = {"setup.sh", "find_environment.sh", "cpu_environment.sh"}  # the set-up itself, and what is sourced
 NAMES = sorted(
     str(path.relative_to(SCRIPTS))
     for path in SCRIPTS.rglob("*.sh")
-    if path.name not in OTHERS and 'bash "$ROOT/scripts/setup.sh"' not in path.read_text()
+    if path.name not in OTHERS and '/setup.sh"\n' not in path.read_text()
 )
 
 

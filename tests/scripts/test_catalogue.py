@@ -2,7 +2,7 @@
 
 import shlex
 import shutil
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,7 +14,7 @@ from matplotlib.colors import is_color_like
 from matplotlib.lines import Line2D
 
 import xmoe_fairseq  # noqa: F401  (registers the models)
-from experiments import catalogue, train
+from experiments import catalogue, compare, score, train
 from experiments.catalogue import TASKS, models, presets
 from experiments.plan import Plan
 from xmoe_fairseq.config import read_moe_config
@@ -214,25 +214,26 @@ def test_a_model_that_names_no_router_has_the_presets_flags_for_the_default(fold
 
 
 def test_the_documented_baseline_model(
-    folder: Path, lm_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, lm_data: Path, tmp_path: Path, with_forks: Callable[..., None]
 ) -> None:
     heading = "## A baseline model"
     with (folder / "models.toml").open("a") as file:
         file.write("\n" + example("extending.md", heading, "toml"))
-    _, shell_script, *words = shlex.split(example("extending.md", heading, "bash").splitlines()[0])
-    assert shell_script == "scripts/lm/train.sh"
-    *given, data, run = words
+    training, scoring, comparing = map(shlex.split, example("extending.md", heading, "bash").splitlines())
+    assert training[:2] == ["bash", "scripts/lm/train.sh"] and scoring[:2] == ["bash", "scripts/lm/score.sh"]
+    *given, data, run = training[2:]
     assert (data, run) == ("data/lm-sample", "runs/lm-xmoe-s4-ones")
-
-    def fork(words: list[str], log: Path) -> int:
-        log.write_text(command(Path(words[0]).name, *words[1:]))
-        return 0
-
-    monkeypatch.setattr(train, "run_logged", fork)
-    further = ("--max-update", "2", "--batch-size", "2")
-    monkeypatch.setattr(sys, "argv", ["train", "lm", *given, str(lm_data), str(tmp_path / "run"), *further])
+    here = tmp_path / run
     with pytest.raises(SystemExit, match="0"):
-        train.main()
-    saved = command("xmoe-checkpoint", "info", tmp_path / "run/checkpoint_last.pt")
-    assert "2 updates" in saved
+        with_forks(train.main, "lm", *given, lm_data, here, "--max-update", 2, "--batch-size", 2)
+    assert "2 updates" in command("xmoe-checkpoint", "info", here / "checkpoint_last.pt")
     assert Plan("lm", *given).lines()[0].endswith("16 experts x 128")
+
+    assert scoring[2:] == [run]
+    with_forks(score.main, "lm", here)
+    assert comparing[1:] == ["scripts/compare.sh", "runs/lm-xmoe-s4", run]
+    other = shutil.copytree(here, tmp_path / comparing[2])
+    (other / "run.json").write_text((other / "run.json").read_text().replace("xmoe-s4-ones", "xmoe-s4"))
+    with_forks(compare.main, other, here, "--out", tmp_path)
+    names = [row.split(" | ")[0] for row in (tmp_path / "compare.md").read_text().splitlines()[2:]]
+    assert names == [f"| {model} --max-update 2 --batch-size 2" for model in ("xmoe-s4", "xmoe-s4-ones")]

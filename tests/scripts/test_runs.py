@@ -2,41 +2,28 @@
 
 import json
 import math
-import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, TextIO
+from typing import Any
 
 import pytest
 import torch
 from commands import logged, script
-from commands import run as command
 from sacrebleu.metrics import BLEU, CHRF
 from tolerances import assert_same
 
 from benchmarks import sweep, trained_layers
-from experiments import average_checkpoints, compare, evaluation, score, train
+from experiments import average_checkpoints, compare, score, train
 from experiments.plot_runs import Run, styles_of
 from xmoe_fairseq_compat.errors import CheckpointError, UserError
-
-
-def score_with_forks(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
-    """score.py in this process, its commands in forks; lm/score.sh is run as it is below."""
-
-    def call(words: list[str], stdout: TextIO, **_: object) -> SimpleNamespace:
-        stdout.write(command(Path(words[0]).name, *words[1:]))
-        return SimpleNamespace(returncode=0)
-
-    monkeypatch.setattr(evaluation, "subprocess", SimpleNamespace(run=call, STDOUT=subprocess.STDOUT))
-    monkeypatch.setattr(sys, "argv", ["score", *map(str, arguments)])
-    score.main()
-
 
 SMALLER = ("--max-update", 4, "--save-interval-updates", 2, "--log-interval", 1, "--batch-size")
 
 
-def test_translation(mt_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_translation(
+    mt_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, with_forks: Callable[..., None]
+) -> None:
     run = tmp_path / "run"
     output = script("wmt/train.sh", "tiny", "xmoe-s2", mt_data, run, *SMALLER, 16, SEED="3")
     assert "8 experts x 128" in output and "= 600 tokens per update" in output
@@ -46,7 +33,7 @@ def test_translation(mt_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     none = tmp_path / "none"
     message = f"score: RUN must be a folder of scripts/wmt/train.sh, with run.json, got {none}"
     assert message in script("wmt/score.sh", none, succeeds=False)
-    score_with_forks(monkeypatch, "wmt", run)
+    with_forks(score.main, "wmt", run)
     scores = json.loads((run / "scores.best.json").read_text())
     assert scores["checkpoint"] == "checkpoint_best.pt" and set(scores["splits"]) == {"valid", "test"}
     found = [line.split("\t") for line in (run / "score.best/test.out").read_text().splitlines()]
@@ -235,6 +222,21 @@ def test_compare_refuses_what_cannot_be_compared(tmp_path: Path, monkeypatch: py
     head = (tmp_path / "out/compare.md").read_text().splitlines()[0]
     assert "test ppl" in head and "valid ppl" not in head
     assert math.isnan(compare.load(here, "best").values["experts/token"])
+
+
+def test_runs_shorter_than_the_log_interval_can_be_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """fairseq then logs what an epoch took, or not even that."""
+    run = made_up_run(tmp_path / "run", "dense", 1, 30.0)
+    log = "| num. shared model params: 1,500,000\n"
+    (run / "train.log").write_text(log + '| train | {"train_num_updates": "8", "train_ups": "2"}\n')
+    values = compare.load(run, "best").values
+    assert (values["updates"], values["s/update"]) == (8, 0.5)
+    (run / "train.log").write_text(log)
+    monkeypatch.setattr(sys, "argv", ["compare", str(run), "--out", str(tmp_path / "out")])
+    compare.main()
+    assert "| dense | 1 | 30.00 |" in (tmp_path / "out/compare.md").read_text()
 
 
 def test_wide_dense_models_compute_more(tmp_path: Path) -> None:

@@ -7,9 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from commands import DEADLINE
+from toy import language_model
 
+from experiments import plot_experts
 from experiments.bigram import END, Bigram
+from experiments.evaluation import score
+from xmoe_fairseq_compat.errors import UserError
 
 RUN = Path(__file__).parents[2] / "scripts/run.py"
 
@@ -39,29 +44,20 @@ def test_bigram_probabilities_sum_to_one(tmp_path: Path) -> None:
 
 
 def write_run(folder: Path, model: str, dense: bool) -> None:
+    """As train.py and score.py leave it."""
     mt, lm = folder / model / "translation", folder / model / "language_model"
-    mt.mkdir(parents=True)
+    (mt / "score.last").mkdir(parents=True)
     lm.mkdir()
-    for split in ("test", "test1"):  # fairseq prints in order of length
-        (mt / f"{split}.out").write_text(
-            "S-1\tx\nD-1\t-0.5\tzwei Häuser am See\nD-0\t-0.1\tein kleines Haus dort\n"
-        )
-    inner = '| train_inner | {"num_updates": "25", "ups": "4", "ppl": "9"}\n'
-    (mt / "train.log").write_text(inner)
-    (lm / "train.log").write_text(inner * 3)
-    (lm / "evaluate.log").write_text("Loss (base 2): 5.0, Perplexity: 32.00\n")
-    stats = (
-        {}
-        if dense
-        else {
-            f"moe_{s}_{k}": "2.5"
-            for s in ("encoder", "decoder")
-            for k in ("experts_per_token", "flops_vs_dense_ffn")
-        }
-    )
-    for path, group in ((mt, "test1"), (lm, "test")):
-        record = {f"{group}_{key}": value for key, value in stats.items()} | {f"{group}_loss": "1"}
-        (path / "validate.log").write_text(f"| {group} | {json.dumps(record)}\n")
+    side = {"experts": 2.5, "flops": 0.75}
+    split = {"bleu": 100.0, "chrf": 99.0, "routing": {} if dense else {"encoder": side, "decoder": side}}
+    splits = {"test": {**split, "perplexity": 32.0}, "test1": split}
+    for run in (mt, lm):
+        scores = {"splits": splits, "signatures": {"bleu": "tok:13a", "chrf": "c", "chrf++": "d"}}
+        (run / "scores.last.json").write_text(json.dumps(scores))
+        (run / "train.log").write_text('| train_inner | {"num_updates": "25", "ups": "4", "ppl": "9"}\n')
+    # fairseq prints in order of length
+    printed = "S-1\tx\nD-1\t-0.5\tzwei Häuser am See\nD-0\t-0.1\tein kleines Haus dort\n"
+    (mt / "score.last/test1.out").write_text(printed)
 
 
 def test_report_puts_models_beside_baselines(tmp_path: Path) -> None:
@@ -75,34 +71,33 @@ def test_report_puts_models_beside_baselines(tmp_path: Path) -> None:
     (tmp_path / "bigram.json").write_text('{"perplexity": 70.25, "tokens": 10}')
     output = tool("report", "--runs", tmp_path, "--models", "xmoe", "dense", "--mt-text", text)
     rows = {row["model"]: row for row in json.loads((tmp_path / "report.json").read_text())["rows"]}
-    assert rows["xmoe"]["test1_bleu"] == pytest.approx(100)
+    assert (rows["xmoe"]["test1_bleu"], rows["xmoe"]["perplexity"]) == (100, 32)
     assert rows["xmoe"]["experts"] == "2.50, 2.50, 2.50"
     assert rows["xmoe"]["seconds"] == "0.250, 0.250"
-    assert rows["dense"]["experts"] == "-, -, -"
-    assert rows["dense"]["flops"] == "1.00, 1.00, 1.00"
+    assert (rows["dense"]["experts"], rows["dense"]["flops"]) == ("-, -, -", "1.00, 1.00, 1.00")
     assert rows["copying the source"]["test1_chrf"] < 40
     assert rows["bigram (Kneser-Ney)"]["perplexity"] == 70.25
-    assert "tok:13a" in output
-    assert "two houses by the lake" in output
+    assert "tok:13a" in output and "chrf++" not in output
+    assert "reference   zwei Häuser am See\nXMoE        zwei Häuser am See" in output
 
 
-def test_report_says_when_translations_are_missing(tmp_path: Path) -> None:
-    text = tmp_path / "text"
-    text.mkdir()
-    for split in ("test", "test1"):
-        for language in ("en", "de"):
-            (text / f"{split}.{language}").write_text("one\ntwo\nthree\n")
-    write_run(tmp_path, "xmoe", dense=False)
-    with pytest.raises(subprocess.CalledProcessError) as error:
-        tool("report", "--runs", tmp_path, "--models", "xmoe", "--mt-text", text)
-    assert "2 translations of 3: the evaluation was cut short" in error.value.stderr
+def test_missing_translations_are_not_scored() -> None:
+    with pytest.raises(UserError, match="2 translations of 3: the evaluation was cut short"):
+        score(["one", "two"], ["one", "two", "three"], ["bleu"])
 
 
-def test_plot_draws_a_panel_per_layer(tmp_path: Path) -> None:
-    (tmp_path / "a.json").write_text(
-        json.dumps({"encoder.layers.1": [0, 5, 3, 0], "decoder.layers.1": [0, 0, 1, 7]})
-    )
-    tool("plot_experts", f"translation={tmp_path / 'a.json'}", "--out", tmp_path / "out.png")
+def test_a_panel_per_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(1)
+    model = language_model(decoder_layers=4, moe_router="topk", moe_topk=3, moe_num_experts=4)
+    tokens = torch.randint(4, 30, (2, 5))
+    batch = {"net_input": {"src_tokens": tokens, "src_lengths": torch.full((2,), 5)}}
+    monkeypatch.setattr(plot_experts, "open_model", lambda *_: (model, None, None))
+    monkeypatch.setattr(plot_experts, "Batches", lambda *_, **__: [batch, batch])
+    words = ["--of", "LM", "checkpoint", "data", "test", "--out", str(tmp_path / "out.png")]
+    monkeypatch.setattr(sys, "argv", ["plot_experts", *words])
+    plot_experts.main()
+    counts = json.loads((tmp_path / "out.json").read_text())
+    assert counts == dict.fromkeys(("LM: decoder layer 2", "LM: decoder layer 4"), [0, 0, 0, 20, 0])
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -111,11 +106,9 @@ def test_plot_draws_a_panel_per_layer(tmp_path: Path) -> None:
     [
         "bigram --train IN --test b --dict b --out OUT",
         "bigram --train b --test IN --dict b --out OUT",
-        "count_experts . --path IN --out OUT",
-        "plot_experts T=IN --out OUT",
         "bigram --train /dev/null --test b --dict b --out c",
         "bigram --train c --test b --dict b --out c",
-        "plot_experts T=b --out c",
+        "plot_experts --of a b c d --out a",
     ],
 )
 def test_an_input_that_is_the_output_or_wrong_ends_in_one_line(
@@ -161,12 +154,16 @@ def test_conversions_side_by_side(tmp_path: Path) -> None:
     }
     for name, content in reports.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    (tmp_path / "dense").mkdir()
+    for name, perplexity in (("last", 19.0), ("a", 21.0)):
+        found = {"splits": {"test": {"perplexity": perplexity, "routing": {}}}}
+        (tmp_path / f"dense/scores.{name}.json").write_text(json.dumps(found))
     said = tool("compare_conversions", *sorted(tmp_path.glob("*.json"))).splitlines()
-    assert said[0] == "dense: perplexity 20.00"
-    assert said[2].endswith("| fine-tuning | budget 0.5 | budget 1 |")
+    assert said[0] == "dense: perplexity 20.00; test perplexity 19.00"
+    assert said[2].endswith("| fine-tuning | budget 0.5 | budget 1 | test perplexity |")
     assert said[4:] == [
-        "| random | 8 | per layer | none | 30.25 (0.25) | 20.00 (0.25) |",
-        "| random | 8 | per layer | 9 updates of all |  | 20.50 (0.25) |",
+        "| random | 8 | per layer | none | 30.25 (0.25) | 20.00 (0.25) |  |",
+        "| random | 8 | per layer | 9 updates of all |  | 20.50 (0.25) | 21.00 |",
     ]
 
 
