@@ -8,7 +8,7 @@ from typing import Any, TypedDict
 
 import pytest
 import torch
-from commands import PLUGIN, TINY_LM, TRAIN, run
+from commands import PLUGIN, run
 from documented import DOCS, example
 from fairseq import checkpoint_utils
 from fairseq.trainer import Trainer

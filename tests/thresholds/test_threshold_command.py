@@ -216,8 +216,8 @@ def test_a_router_of_one_s_own(checkpoint: Path, data: Path, tmp_path: Path) -> 
     torch.save(state, tmp_path / "own.pt")
     words = ("xmoe-threshold", tmp_path / "own.pt", "--data", data, "--budget", 1.5)
     missing = run(*words, succeeds=False).splitlines()[-1]
-    assert missing.startswith("xmoe-threshold: error: --moe-router must be one of ")
-    assert missing.endswith("a router of somebody's own needs the --user-dir that registers it")
+    assert missing.startswith("xmoe-threshold: error: cannot load checkpoint ")
+    assert ": its router own_threshold is not registered; add the --user-dir that registers it" in missing
     assert run(*words, *PLUGIN, succeeds=False).splitlines()[-1] == missing
     run(*words, "--user-dir", tmp_path / "own_thresholds")
     picked = torch.load(tmp_path / "own.picked.pt", weights_only=True)["cfg"]["model"]
