@@ -31,7 +31,8 @@ def read_whole(state: dict[str, Any], path: Any, overrides: Mapping[str, Any] | 
         asked = {**asked, **(asked.get("model") or {})}
         model_cfg.update({"moe_kernel": asked.get("moe_kernel", AUTO)})
         router, user_dir = model_cfg.get("moe_router"), (cfg.get("common") or {}).get("user_dir")
-        if overrides is not None and str(router) not in {"None", *registered_routers()}:
+        is_own = overrides is not None and "moe_router" not in asked
+        if is_own and str(router) not in {"None", *registered_routers()}:
             missing = f"its router {router} is not registered; add the --user-dir that registers it"
             raise CheckpointError(path, missing + (f", in training {user_dir}" if user_dir else ""))
     return join_shards(state, path)

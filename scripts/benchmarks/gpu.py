@@ -106,7 +106,7 @@ def routing_compiled(case: Case) -> Row:
     graphs = counters["stats"]["unique_graphs"]
     leaves = [x, layer.router.weight]
     timings = {
-        name: forward_backward(lambda way=way: way(x), leaves, grad)
+        name: forward_backward(lambda way=way: way(x), leaves, grad)  # type: ignore[arg-type]
         for name, way in {"eager": route, f"compiled, {graphs} graphs": compiled}.items()
     }
     return {"router and permutation": in_turn(timings, case.rounds, case.calls)}

@@ -62,7 +62,7 @@ class PaperStyleExperts(nn.Module):
         capacity = min(math.ceil(x_SD.size(0) / num_experts * self.capacity_factor), x_SD.size(0))
         expert_R = torch.repeat_interleave(rows.counts_E, output_size=rows.source_R.numel())
         weight_SE = rows.weight_R.new_zeros(x_SD.size(0), num_experts)
-        weight_SE = weight_SE.index_put((rows.source_R, expert_R), rows.weight_R)
+        weight_SE = weight_SE.index_put((rows.source_R, expert_R), rows.weight_R)  # type: ignore[arg-type]
         return self.compute(x_SD, weight_SE, weight_SE.detach().topk(capacity, dim=0).indices)
 
     def compute(self, x_SD: Tensor, weight_SE: Tensor, source_CE: Tensor) -> Tensor:

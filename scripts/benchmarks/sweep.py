@@ -30,7 +30,7 @@ def measure(
 ) -> tuple[Quality, list[Quality]]:
     """A run at each threshold, and what its seconds are given by: the dense model, or the last threshold."""
     data = Path(read_run(run)["data"])
-    meter = open_meter(run / "checkpoint_best.pt", data, lambda _: None)
+    meter = open_meter(run / "checkpoint_best.pt", data)
     found = [meter.measure([t] * len(meter.routers)) for t in args.thresholds]
     run_base = run_dense or partial(meter.seconds, found[-1].thresholds)
     return dense or found[-1], meter.timed(found, dense or found[-1], run_base, args.rounds, args.tokens)

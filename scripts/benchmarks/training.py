@@ -41,7 +41,7 @@ def with_every_slot(model: nn.Module, way: type[PaperStyleExperts], capacity_fac
     """A copy, the same weights and routers, that computes `capacity_factor * T` rows in every MoE layer."""
     other = copy.deepcopy(model)
     for layer in moe_layers(other):
-        layer.experts = way(layer.experts, capacity_factor)
+        layer.experts = way(layer.experts, capacity_factor)  # type: ignore[arg-type]
     return other
 
 
@@ -50,7 +50,7 @@ def calibrate(setup: Setup, model: nn.Module, sample: Sample, per_token: float) 
 
     def set_threshold(layer: MoELayer, inputs: tuple[Any, ...]) -> None:
         x, mask = inputs[:2]
-        set_experts_per_token(layer.router, x[~mask] if mask is not None else x.flatten(0, -2), per_token)
+        set_experts_per_token(layer.router, x[~mask] if mask is not None else x.flatten(0, -2), per_token)  # type: ignore[arg-type]
 
     hooks = [layer.register_forward_pre_hook(set_threshold) for layer in moe_layers(model)]
     with torch.no_grad():
@@ -73,7 +73,7 @@ def check_equal(setup: Setup, ours: nn.Module, sample: Sample) -> None:
         loss.backward()
         grads = {key: p.grad for key, p in model.named_parameters() if ".experts." not in key}
         for layer in moe_layers(model):
-            stacks: Any = layer.experts.stacked() if way is None else map(tuple, layer.experts.stacks)
+            stacks: Any = layer.experts.stacked() if way is None else map(tuple, layer.experts.stacks)  # type: ignore[arg-type]
             for kind, stack in enumerate(stacks):
                 grads[f"{layer.name} {kind}"] = (
                     stack.grad if way is None else torch.stack([weight.grad for weight in stack])
