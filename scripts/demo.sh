@@ -67,7 +67,8 @@ for model in $MODELS; do train "$model"; done
 for model in $MODELS; do evaluate "$model"; done
 experiment bigram --train "$LM_DATA/bpe/train" --test "$LM_DATA/bpe/test" --dict "$LM_DATA/bin/dict.txt" --out "$OUT/bigram.json"
 experiment plot_experts --of translation "$OUT/xmoe-s4/translation/checkpoint_last.pt" "$MT_DATA" test1 \
-  --of "language model" "$OUT/xmoe-s4/language_model/checkpoint_last.pt" "$LM_DATA" test --out "$OUT/experts.png"
+  --of "language model" "$OUT/xmoe-s4/language_model/checkpoint_last.pt" "$LM_DATA" test --out "$OUT/experts.png" \
+  >"$OUT/experts.log" 2>&1 || failed "counting experts" "$OUT/experts.log"
 # shellcheck disable=SC2086
 experiment report --runs "$OUT" --models $MODELS --mt-text "$MT_DATA/text"
 echo "[demo] $((SECONDS - started)) s after set-up; picture: $OUT/experts.png; table: $OUT/report.md, $OUT/report.json"
