@@ -36,9 +36,7 @@ class ExpertParallelDispatcher(LocalDispatcher):
         out = ExpertRows.of(routing)
         received_E = torch.empty_like(out.counts_E)
         dist.all_to_all_single(received_E, out.counts_E, group=self.group)
-        received_NE = received_E.view(
-            dist.get_world_size(self.group), -1
-        )  # rank by rank; E/N experts are here
+        received_NE = received_E.view(dist.get_world_size(self.group), -1)  # of E/N experts, by rank
         # to the host, where the sizes of the exchange are set
         send = out.counts_E.view(received_NE.shape).sum(1).tolist()
         receive = received_NE.sum(1).tolist()
