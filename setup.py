@@ -1,16 +1,22 @@
-"""Metadata and dependencies, and the start-up line that patches fairseq (see xmoe_fairseq_compat)."""
+"""Metadata and dependencies, the start-up line that patches fairseq (see xmoe_fairseq_compat), and the native
+kernel, where there is a torch to compile it for: `pip install --no-build-isolation .`"""
 
+import runpy
+from importlib.util import find_spec
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Distribution, find_packages, setup
 from setuptools.command.build_py import build_py
 
 # `import` must come first in a .pth line. The rest keeps Python quiet where the package has been removed.
 START_UP_LINE = """import sys; exec("try:\\n import xmoe_fairseq_compat\\nexcept ImportError:\\n pass")\n"""
 
 
-class BuildPyAndStartUpLine(build_py):
-    """Also writes the .pth file that lies beside the packages in site-packages."""
+NATIVE = "xmoe_fairseq/moe/native"
+
+
+class BuildPyAndMore(build_py):
+    """Also writes the .pth file that lies beside the packages in site-packages, and compiles the kernel."""
 
     def run(self):
         super().run()
@@ -18,6 +24,17 @@ class BuildPyAndStartUpLine(build_py):
         folder = self.get_finalized_command("install").install_lib if self.editable_mode else self.build_lib
         Path(folder).mkdir(parents=True, exist_ok=True)
         Path(folder, "xmoe_fairseq_compat.pth").write_text(START_UP_LINE)
+        native = runpy.run_path(f"{NATIVE}/build.py")
+        try:
+            print(native["build"](Path("" if self.editable_mode else self.build_lib, NATIVE).absolute()))
+        except native["BuildError"] as error:  # everything works without it
+            print(f"{error}; afterwards run: {native['COMMAND']}")
+
+
+class ForOneTorch(Distribution):
+    def has_ext_modules(self):
+        """Whether a wheel is for one platform."""
+        return find_spec("torch") is not None
 
 
 # For data-prep/prepare_lm.sh: downloads from the Hugging Face hub, and the files that lie there.
@@ -43,7 +60,9 @@ setup(
         ],
     },
     package_dir={"": "."},  # said, so that an editable install is one sys.path entry, not an import hook
-    cmdclass={"build_py": BuildPyAndStartUpLine},
+    package_data={"xmoe_fairseq.moe.native": ["*.cpp", "*.h"]},
+    cmdclass={"build_py": BuildPyAndMore},
+    distclass=ForOneTorch,
     # Not fairseq: pip refuses its metadata (omegaconf<2.1), so it is installed by itself with --no-deps.
     install_requires=[
         "babel",

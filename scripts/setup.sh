@@ -5,7 +5,8 @@
 #     PYTHON=python3.12 bash scripts/setup.sh    with another Python (3.10 to 3.13)
 #     VENV=/some/folder bash scripts/setup.sh    elsewhere
 #
-# The first call takes a few minutes (torch is large, fairseq is compiled), a further one a second or less.
+# The first call takes a few minutes (torch is large, fairseq and the native kernel are compiled), a further one
+# a second or less.
 set -euo pipefail
 
 usage() { sed -n '2,/^set /s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
@@ -112,6 +113,13 @@ install_packages() {
     logged "building fairseq" "${pip[@]}" --build-constraint "$root/constraints.txt" --no-deps "$fairseq"
 }
 
+# C++, for the torch that is there: in an environment that is up to date the sources may have changed.
+build_kernel() {
+    local line
+    line=$("$venv/bin/python" "$root/xmoe_fairseq/moe/native/build.py" 2>&1) || true  # all works without it
+    case $line in *"up to date") ;; *) say "$line" ;; esac
+}
+
 verify() {
     "$venv/bin/python" - >"$log" 2>&1 <<'PYTHON'
 import fairseq.data.data_utils_fast, fairseq.data.token_block_utils_fast, fairseq.libbleu  # compiled
@@ -126,6 +134,7 @@ main() {
     if command -v flock >/dev/null; then exec 9<"${BASH_SOURCE[0]}" && flock 9; fi
     choose_python
     if up_to_date; then
+        build_kernel
         say "$venv is up to date (Python $version)"
         return
     fi
@@ -141,6 +150,7 @@ main() {
         install_packages
         verify || fail "checking failed: $(tail -n 1 "$log") (log: $log)"
     fi
+    build_kernel
     fingerprint >"$stamp"
     rm -f "$unfinished"
     say "done in ${SECONDS} s"

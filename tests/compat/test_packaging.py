@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from xmoe_fairseq.moe.native.build import library_name
+
 REPO = Path(__file__).parents[2]
 PTH = "xmoe_fairseq_compat.pth"
 
@@ -52,6 +54,14 @@ def test_start_up_line_is_installed(kind: str, source: Path, tmp_path: Path) -> 
     assert run_start_up_line(line, tmp_path) == "False", "silent where the package was removed"
     for file in ("xmoe_fairseq/moe/layer.py", "xmoe_fairseq_compat/registry.py"):
         assert (file in wheel.namelist()) == (kind == "wheel")
+
+
+def test_a_wheel_has_the_native_kernel_and_its_source(source: Path, tmp_path: Path) -> None:
+    wheel = build(source, tmp_path, "wheel")
+    folder = "xmoe_fairseq/moe/native"
+    names = {f"{folder}/{name}" for name in ("experts.cpp", "experts.h", library_name())}
+    assert names <= {*wheel.namelist()}
+    assert not wheel.filename.endswith("-any.whl")
 
 
 def test_metadata(source: Path, tmp_path: Path) -> None:

@@ -1,0 +1,50 @@
+"""The native kernel for CPUs: C++ operators `torch.ops.xmoe.*`, compiled by build.py, loaded at first use."""
+
+import logging
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from xmoe_fairseq.moe.native.build import COMMAND, HERE, BuildError, library_name
+
+logger = logging.getLogger(__name__)
+
+
+@cache
+def is_available() -> bool:
+    """Whether the operators are there; if not, the log says once why, and what to do."""
+    try:
+        path = HERE / library_name()
+        if not path.exists():
+            raise BuildError("it has not been compiled for this torch")
+        torch.ops.load_library(str(path))
+    except (BuildError, OSError) as error:
+        logger.warning("no native kernel, experts take longer on the CPU: %s; run: %s", error, COMMAND)
+        return False
+    torch.library.register_fake("xmoe::expert_sums", _expert_sums_shapes)
+    torch.library.register_fake("xmoe::expert_gradients", _expert_gradients_shapes)
+    return True
+
+
+def _expert_sums_shapes(
+    x: Tensor, source: Tensor, weight: Tensor | None, counts: Tensor, fc1_weight: Tensor,
+    fc1_bias: Tensor, fc2_weight: Tensor, fc2_bias: Tensor, activation: int, keep: Tensor | None,
+    scale: float, for_backward: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    inner_RF = x.new_empty(source.size(0) if for_backward else 0, fc1_weight.size(1))
+    return x.new_empty(x.shape, dtype=None if weight is None else weight.dtype), inner_RF
+
+
+def _expert_gradients_shapes(
+    grad_y: Tensor, inner: Tensor, x: Tensor, source: Tensor, weight: Tensor | None, counts: Tensor,
+    fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, fc2_bias: Tensor, activation: int,
+    keep: Tensor | None, scale: float, wanted: list[bool],
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    inputs = (x, weight, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+    return tuple(
+        torch.empty_like(tensor, memory_format=torch.contiguous_format)
+        if tensor is not None and is_wanted
+        else None
+        for tensor, is_wanted in zip(inputs, wanted, strict=True)
+    )

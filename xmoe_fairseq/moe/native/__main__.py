@@ -1,0 +1,3 @@
+from xmoe_fairseq.moe.native.build import main
+
+main()

@@ -1,0 +1,132 @@
+"""Compiles the native kernel for the torch that is installed: `python -m xmoe_fairseq.moe.native`.
+
+scripts/setup.sh and setup.py run this file where the package cannot be imported yet, so it needs the standard
+library only. The compiled library uses torch's C++ interface and none of Python's: one fits every Python. It
+runs on any processor of its kind: the loops are there for several, and which are used is decided when it is
+loaded.
+"""
+
+import fcntl
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+
+HERE = Path(__file__).parent
+COMMAND = "python -m xmoe_fairseq.moe.native"
+# No errno and no traps: nobody reads either, and with them the loops do not become vectors.
+FLAGS = ("-std=c++20", "-O3", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-DNDEBUG")
+
+
+class BuildError(Exception):
+    """What is missing, in one line."""
+
+
+def torch_folder() -> Path:
+    spec = find_spec("torch")
+    if spec is None or spec.origin is None:
+        raise BuildError("there is no torch here to build for")
+    return Path(spec.origin).parent
+
+
+def sources() -> list[Path]:
+    return sorted(HERE.glob("*.cpp"))
+
+
+def library_name() -> str:
+    """Changes with the sources, with torch, and with the machine: `experts-<torch>-<all of it>.so`."""
+    torch_version = torch_folder().joinpath("version.py").read_bytes()
+    made_from = [path.read_bytes() for path in (*sources(), *sorted(HERE.glob("*.h")))]
+    made_from += [torch_version, repr((FLAGS, platform.machine(), sys.platform)).encode()]
+    everything = hashlib.sha256(b"\0".join(made_from)).hexdigest()[:16]
+    return f"experts-{hashlib.sha256(torch_version).hexdigest()[:8]}-{everything}.so"
+
+
+def build(folder: Path = HERE) -> str:
+    """Puts the library into `folder`, unless it is there; one process at a time.
+
+    Returns:
+        What was done, in one line.
+
+    Raises:
+        BuildError: it cannot be built here.
+    """
+    with open(__file__) as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        path = folder / library_name()
+        if path.exists():
+            return "the native kernel is up to date"
+        if (HERE / path.name).exists():  # a wheel is being made
+            shutil.copy(HERE / path.name, path)
+            return "the native kernel was there already"
+        start = time.monotonic()
+        try:
+            with tempfile.TemporaryDirectory(dir=folder) as scratch:
+                made = compile_library(Path(scratch))
+                for old in folder.glob(f"{path.name.rsplit('-', 1)[0]}-*.so"):  # of this torch
+                    old.unlink()
+                made.replace(path)
+        except OSError as error:
+            raise BuildError(f"cannot write to {folder} ({error.strerror})") from None
+        return f"the native kernel was built in {time.monotonic() - start:.0f} s"
+
+
+def compile_library(folder: Path, flags: tuple[str, ...] = ()) -> Path:
+    """The library, which torch has loaded once, in `folder`.
+
+    Args:
+        flags: further ones for the compiler.
+
+    Raises:
+        BuildError: no compiler, or it failed.
+    """
+    compiler = os.environ.get("CXX", "g++")
+    if sys.platform != "linux":
+        raise BuildError(f"the native kernel is for Linux, and this is {sys.platform}")
+    if shutil.which(compiler) is None:
+        raise BuildError(f"no C++ compiler '{compiler}'; install one (Debian: apt-get install g++)")
+    torch = torch_folder()
+    command = [compiler, *FLAGS, *flags]
+    includes = [f"-I{torch / 'include'}", f"-I{torch / 'include/torch/csrc/api/include'}"]
+    compile_one = partial(_compile, [*command, *includes], folder)
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        objects = list(pool.map(compile_one, sources()))
+    library = folder / "experts.so"
+    # Not -fopenmp again: the OpenMP that torch is linked to is the one that must know the threads.
+    links = [f"-L{torch / 'lib'}", "-ltorch_cpu", "-lc10"]
+    _run([compiler, *flags, "-shared", *map(str, objects), *links, "-o", str(library)])
+    if not flags:
+        _run([sys.executable, "-c", f"import torch; torch.ops.load_library({str(library)!r})"])
+    return library
+
+
+def _compile(command: list[str], folder: Path, source: Path) -> Path:
+    made = folder / f"{source.stem}.o"
+    _run([*command, "-c", str(source), "-o", str(made)])
+    return made
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if "error" in line.lower()]
+        raise BuildError(f"{command[0]} failed: {(lines or done.stderr.splitlines() or ['no message'])[0]}")
+
+
+def main() -> None:
+    try:
+        print(build(), flush=True)
+    except BuildError as error:
+        sys.exit(f"the native kernel was not built: {error}")
+
+
+if __name__ == "__main__":
+    main()

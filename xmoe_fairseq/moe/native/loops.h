@@ -1,0 +1,46 @@
+// The loops between the matrix products, for float, double and BFloat16 (whose sums are float).
+//
+// Plain loops: the compiler turns them into vectors, once per kind of processor, and the right kind is chosen
+// when the library is loaded. Sums have one order per kind.
+#pragma once
+#include <c10/util/BFloat16.h>
+#include <cstdint>
+
+namespace xmoe {
+
+template <class T> struct sum_of { using type = T; };
+template <> struct sum_of<c10::BFloat16> { using type = float; };
+template <class T> using Sum = typename sum_of<T>::type;
+
+#define XMOE_LOOPS(T, S)                                                                                     \
+  /* hidden_nF += bias_F; with relu what is negative becomes 0, NaN stays */                                 \
+  void add_bias(T* hidden_nF, const T* bias_F, int64_t n, int64_t F, bool relu);                             \
+  void relu_forward(T* values, int64_t size);                                                                \
+  /* values *= is kept ? scale : 0 */                                                                        \
+  void drop(T* values, const bool* keep, S scale, int64_t size);                                             \
+  /* y_D += weight * (row_D + bias_D) */                                                                     \
+  void add_weighted(S* y_D, const T* row_D, const T* bias_D, S weight, int64_t D);                           \
+  void add(S* y_D, const T* row_D, int64_t D);                                                               \
+  /* bias_grad_D += weight * grad_D, where it is wanted; the sum of grad_D * bias_D */                       \
+  S second_bias(S* bias_grad_D, const T* grad_D, const T* bias_D, S weight, int64_t D);                      \
+  S dot(const T* a_F, const T* b_F, int64_t F);                                                              \
+  void scale(T* to_F, const T* from_F, S by, int64_t F);                                                     \
+  /* grad_F = hidden_F > 0 ? by * grad_F : 0, of hidden_F = relu(...) */                                     \
+  void relu_backward(T* grad_F, const T* hidden_F, S by, int64_t F);
+XMOE_LOOPS(float, float)
+XMOE_LOOPS(double, double)
+XMOE_LOOPS(c10::BFloat16, float)
+#undef XMOE_LOOPS
+
+void convert(float* to, const float* from, int64_t size);
+void convert(double* to, const double* from, int64_t size);
+void convert(c10::BFloat16* to, const float* from, int64_t size);
+void sum_into(float* to, const float* from, int64_t size);
+void sum_into(double* to, const double* from, int64_t size);
+
+// rank_E: how many of p_E come before each: the larger ones, of equals those of lower index. Of bits, which
+// order as the probabilities do and put NaN somewhere: every rank is there once, whatever they are.
+void ranks(int32_t* rank_E, const int32_t* bits_E, int32_t E);
+void ranks(int64_t* rank_E, const int64_t* bits_E, int64_t E);
+
+}  // namespace xmoe
