@@ -81,7 +81,7 @@ def test_without_a_library_the_log_says_what_to_run(
 ) -> None:
     monkeypatch.setattr(native, "HERE", copy)
     with caplog.at_level(logging.WARNING, logger=native.logger.name):
-        assert not native.is_available.__wrapped__()
+        assert native.missing.__wrapped__() == "it has not been compiled for this torch"
     (record,) = caplog.records
     assert record.getMessage() == (
         "no native kernel, experts take longer on the CPU: it has not been compiled for this torch; "

@@ -13,29 +13,36 @@ from torch import Tensor
 from xmoe_fairseq.moe.dispatch.local import ExpertRows
 from xmoe_fairseq.moe.experts.loop import _differentiable
 from xmoe_fairseq.moe.experts.plain import Activation, Stacks
-from xmoe_fairseq.moe.native import is_available
+from xmoe_fairseq.moe.native import missing
 
 ACTIVATIONS: dict[Activation, int] = {F.relu: 0, torch.relu: 0, F.gelu: 1, F.silu: 2}  # as in experts.h
 RELU = 0
 SUMS = {torch.float32: torch.float32, torch.float64: torch.float64, torch.bfloat16: torch.float32}
 
 
-def can_be_native(x_SD: Tensor, rows: ExpertRows, stacks: Stacks, activation: Activation) -> bool:
-    """Whether the C++ operators know these precisions and this activation, and are there."""
-    return (
-        x_SD.is_cpu
-        and x_SD.dtype in SUMS
-        and all(stack.dtype == x_SD.dtype for stack in stacks)
-        and (rows.weight_R is None or rows.weight_R.dtype == SUMS[x_SD.dtype])
-        and activation in ACTIVATIONS
-        and is_available()
-    )
+def refuse_native(
+    x_SD: Tensor, rows: ExpertRows, stacks: Stacks, activation: Activation, dropout: float = 0.0
+) -> str:
+    """What the C++ operators need of a call and what they got, "a CPU, got cuda"; "" = they can."""
+    is_autocast = torch.is_autocast_enabled("cpu")  # then x and the stacks come in its precision
+    dtype = torch.get_autocast_dtype("cpu") if is_autocast else x_SD.dtype
+    if not x_SD.is_cpu:
+        return f"a CPU, got {x_SD.device.type}"
+    if dtype not in SUMS:
+        return f"{', '.join(map(str, SUMS))}, got {dtype}"
+    if not is_autocast and any(stack.dtype != dtype for stack in stacks):
+        return f"experts in x's precision {dtype}, got {stacks.fc1_weight.dtype}"
+    if rows.weight_R is not None and rows.weight_R.dtype != SUMS[dtype]:
+        return f"weights in {SUMS[dtype]}, got {rows.weight_R.dtype}"
+    if activation not in ACTIVATIONS:
+        return f"relu, gelu or silu, got {getattr(activation, '__name__', activation)}"
+    return f"its compiled library, but {reason}" if (reason := missing()) else ""
 
 
 def expert_sums_native(
     x_SD: Tensor, rows: ExpertRows, stacks: Stacks, activation: Activation, dropout: float = 0.0
 ) -> Tensor:
-    """As `expert_sums_plain`, to rounding, gradients of any order too.
+    """As `expert_sums_plain`, to rounding, gradients of any order too, where `refuse_native` says nothing.
 
     Which units dropout takes is drawn by torch's generator, and the same for any number of threads.
     """

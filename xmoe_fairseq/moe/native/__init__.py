@@ -6,25 +6,27 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from xmoe_fairseq.moe.native.build import COMMAND, HERE, BuildError, library_name
+from xmoe_fairseq.moe.native.build import COMMAND, HERE, library_name
 
 logger = logging.getLogger(__name__)
 
 
 @cache
-def is_available() -> bool:
-    """Whether the operators are there; if not, the log says once why, and what to do."""
-    try:
-        path = HERE / library_name()
-        if not path.exists():
-            raise BuildError("it has not been compiled for this torch")
-        torch.ops.load_library(str(path))
-    except (BuildError, OSError) as error:
-        logger.warning("no native kernel, experts take longer on the CPU: %s; run: %s", error, COMMAND)
-        return False
+def missing() -> str:
+    """ "" if the operators are there, else why not; then the log says once what to do."""
+    path = HERE / library_name()
+    reason = "" if path.exists() else "it has not been compiled for this torch"
+    if not reason:
+        try:
+            torch.ops.load_library(str(path))
+        except OSError as error:
+            reason = str(error)
+    if reason:
+        logger.warning(f"no native kernel, experts take longer on the CPU: {reason}; run: {COMMAND}")
+        return reason
     torch.library.register_fake("xmoe::expert_sums", _expert_sums_shapes)
     torch.library.register_fake("xmoe::expert_gradients", _expert_gradients_shapes)
-    return True
+    return ""
 
 
 def _expert_sums_shapes(

@@ -154,6 +154,7 @@ std::tuple<Tensor, Tensor> expert_sums(
     const Tensor& fc1_weight, const Tensor& fc1_bias, const Tensor& fc2_weight, const Tensor& fc2_bias,
     int64_t activation, const std::optional<Tensor>& keep_RF, double scale, bool for_backward) {
   at::AutoDispatchBelowADInplaceOrView below;
+  AloneInFork alone;
   Call call{x_SD, source_R, weight_R, counts_E, fc1_weight, fc1_bias, fc2_weight, fc2_bias,
             Activation(activation), keep_RF, scale};
   call.check();

@@ -192,6 +192,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> expert_gradients(
     const Tensor& fc1_bias, const Tensor& fc2_weight, const Tensor& fc2_bias, int64_t activation,
     const std::optional<Tensor>& keep_RF, double scale, std::array<bool, 6> wanted) {
   at::AutoDispatchBelowADInplaceOrView below;
+  AloneInFork alone;
   Call call{x_SD, source_R, weight_R, counts_E, fc1_weight, fc1_bias, fc2_weight, fc2_bias,
             Activation(activation), keep_RF, scale};
   call.check();

@@ -1,10 +1,9 @@
 #include "shares.h"
 
-#include <ATen/core/TensorBase.h>
+#include <torch/library.h>
 #include <unistd.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cstdlib>
 #include <thread>
 
@@ -18,11 +17,7 @@ constexpr int64_t THREAD_WORK = 1 << 19, WEIGHTS_AS_ROWS = 8, SLACK = 16;
 // Each share has a y of its own, and they are added up.
 constexpr int64_t MOST_SHARES = 16;
 
-// OpenMP's threads are not there any more in a fork of a process that has used them, and it waits for them.
-bool is_fork() {
-  static std::atomic<pid_t> first{getpid()};
-  return first != getpid();
-}
+const pid_t loaded_by = getpid();
 
 // The row at which the next share begins if `row` were the exact place: the nearest start of an expert.
 int64_t snap(int64_t row, const std::vector<int64_t>& start, int64_t slack) {
@@ -35,6 +30,13 @@ int64_t snap(int64_t row, const std::vector<int64_t>& start, int64_t slack) {
 
 }  // namespace
 
+AloneInFork::AloneInFork() : threads(getpid() == loaded_by ? 0 : at::get_num_threads()) {
+  if (threads > 1) at::set_num_threads(1);
+}
+AloneInFork::~AloneInFork() {
+  if (threads > 1) at::set_num_threads(threads);
+}
+
 std::vector<Share> shares_of(const at::Tensor& counts_E, int64_t work) {
   const int64_t E = counts_E.numel();
   const int64_t* counts = counts_E.const_data_ptr<int64_t>();
@@ -45,7 +47,7 @@ std::vector<Share> shares_of(const at::Tensor& counts_E, int64_t work) {
     busy += counts[e] > 0;
   }
   const int64_t R = start[E], total = (R + busy * WEIGHTS_AS_ROWS) * work;
-  const int64_t threads = at::in_parallel_region() || is_fork() ? 1 : at::get_num_threads();
+  const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
   const int64_t num_shares = std::max<int64_t>(std::min({threads, MOST_SHARES, R, total / THREAD_WORK}), 1);
   std::vector<Share> shares(num_shares);
   int64_t e = 0, row = 0;
@@ -88,5 +90,23 @@ at::Tensor matrix(const at::Tensor& of, int64_t first, int64_t rows, int64_t col
   }
   return view;
 }
+
+namespace {
+
+// (N, 4): share, expert, first row, end of each piece; for tests.
+at::Tensor shares(const at::Tensor& counts_E, int64_t work) {
+  std::vector<int64_t> rows;
+  const auto all = shares_of(counts_E, work);
+  for (size_t s = 0; s < all.size(); ++s)
+    for (const auto& piece : all[s].pieces) rows.insert(rows.end(), {int64_t(s), piece.expert, piece.begin, piece.end});
+  at::Tensor pieces_N4 = at::detail::empty_cpu({int64_t(rows.size()) / 4, 4}, at::kLong);
+  std::copy(rows.begin(), rows.end(), pieces_N4.mutable_data_ptr<int64_t>());
+  return pieces_N4;
+}
+
+}  // namespace
+
+TORCH_LIBRARY(xmoe, m) { m.def("shares(Tensor counts, int work) -> Tensor"); }
+TORCH_LIBRARY_IMPL(xmoe, CPU, m) { m.impl("shares", &shares); }
 
 }  // namespace xmoe

@@ -9,6 +9,14 @@
 
 namespace xmoe {
 
+// One thread while it lives, in a fork of the process that loaded the library: OpenMP would wait for the
+// threads that were there before, and are not in the fork.
+struct AloneInFork {
+  AloneInFork();
+  ~AloneInFork();
+  const int threads;
+};
+
 struct Piece {  // of one expert, rows in a row
   int64_t expert, begin, end;
   bool continues;  // has its first rows in the share before

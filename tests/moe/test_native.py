@@ -1,0 +1,310 @@
+"""The experts in C++ equal plain autograd: values and every gradient."""
+
+import multiprocessing
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from tolerances import assert_same
+from torch import Tensor
+
+from xmoe_fairseq.moe import Experts
+from xmoe_fairseq.moe.dispatch.local import ExpertRows
+from xmoe_fairseq.moe.experts.native import expert_sums_native, refuse_native
+from xmoe_fairseq.moe.experts.plain import Activation, Stacks, expert_sums_plain
+from xmoe_fairseq.moe.native import missing
+
+SOURCES = 300
+ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
+LOADS = {
+    "uneven": [300, 1, 0, 280, 7],
+    "one expert has all": [0, 300, 0, 0, 0],
+    "one row": [0, 0, 0, 1, 0],
+    "no rows": [0, 0, 0, 0, 0],
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _library() -> None:
+    assert missing() == ""
+
+
+@pytest.fixture(params=[1, 2, 4])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def stacks_of(
+    num_experts: int, model_dim: int, expert_dim: int, dtype: torch.dtype = torch.float64
+) -> Stacks:
+    experts = Experts(num_experts, model_dim, expert_dim).to(dtype)
+    return Stacks(*(stack.detach() for stack in experts.stacked()))
+
+
+def in_precision(stacks: Stacks, dtype: torch.dtype) -> Stacks:
+    return Stacks(*(stack.to(dtype) for stack in stacks))
+
+
+def rows_of(counts: list[int], sources: int, weighted: bool = True) -> ExpertRows:
+    source_R = torch.cat([torch.randperm(sources)[:count].sort().values for count in counts])
+    weight_R = torch.rand(sum(counts), dtype=torch.float64) if weighted else None
+    return ExpertRows(source_R, weight_R, torch.tensor(counts))
+
+
+def values_and_gradients(
+    compute: Callable[..., Tensor], x_SD: Tensor, rows: ExpertRows, stacks: Stacks, activation: Activation
+) -> list[Tensor]:
+    leaves = [tensor.detach().requires_grad_() for tensor in (x_SD, *stacks)]
+    if rows.weight_R is not None:
+        leaves.append(rows.weight_R.detach().requires_grad_())
+        rows = ExpertRows(rows.source_R, leaves[-1], rows.counts_E)
+    y_SD = compute(leaves[0], rows, Stacks(*leaves[1:5]), activation)
+    direction_SD = torch.linspace(-1, 2, y_SD.numel(), dtype=y_SD.dtype).view(y_SD.shape)
+    y_SD.backward(direction_SD)
+    return [y_SD.detach(), *(leaf.grad for leaf in leaves)]
+
+
+@pytest.mark.parametrize("weighted", [True, False], ids=["weighted", "unweighted"])
+@pytest.mark.parametrize("load", LOADS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_equals_plain_autograd(activation: str, load: str, weighted: bool, threads: int) -> None:
+    rows, x_SD = rows_of(LOADS[load], SOURCES, weighted), torch.randn(SOURCES, 48, dtype=torch.float64)
+    call = x_SD, rows, stacks_of(5, 48, 96), ACTIVATIONS[activation]
+    got = values_and_gradients(expert_sums_native, *call)
+    assert_same(got, values_and_gradients(expert_sums_plain, *call))
+    with torch.no_grad():
+        assert_same(expert_sums_native(*call), got[0])
+
+
+@given(data=st.data())
+def test_any_shape(data: st.DataObject) -> None:
+    """More threads than rows or experts, odd widths, few tokens, none."""
+    sources, model_dim, expert_dim = (data.draw(st.integers(low, 9)) for low in (0, 1, 1))
+    counts = data.draw(st.lists(st.integers(0, sources), min_size=1, max_size=6))
+    rows = rows_of(counts, sources, data.draw(st.booleans()))
+    x_SD = torch.randn(sources, model_dim, dtype=torch.float64)
+    call = x_SD, rows, stacks_of(len(counts), model_dim, expert_dim), F.silu
+    got = values_and_gradients(expert_sums_native, *call)
+    assert_same(got, values_and_gradients(expert_sums_plain, *call), scale=1)
+
+
+@pytest.mark.parametrize("dtype, terms", [(torch.float32, 512), (torch.bfloat16, 1)])
+@pytest.mark.parametrize("activation", ["gelu", "silu"])
+def test_other_precisions(activation: str, dtype: torch.dtype, terms: int, threads: int) -> None:
+    """Sums are taken in fp32, of bf16 too."""
+    rows, stacks = rows_of(LOADS["uneven"], SOURCES), stacks_of(5, 48, 96, dtype)
+    x_SD = torch.randn(SOURCES, 48, dtype=dtype)
+    mine = ExpertRows(rows.source_R, rows.weight_R.float(), rows.counts_E)
+    got = values_and_gradients(expert_sums_native, x_SD, mine, stacks, ACTIVATIONS[activation])
+    assert got[0].dtype == torch.float32
+    exact = values_and_gradients(
+        expert_sums_plain, x_SD.double(), rows, in_precision(stacks, torch.float64), ACTIVATIONS[activation]
+    )
+    assert_same(got, [t.to(own) for t, own in zip(exact, got, strict=True)], terms=terms, dtype=dtype)
+
+
+def small_call() -> tuple[list[Tensor], Callable[..., Tensor]]:
+    rows = rows_of([2, 0, 3], 5)
+    inputs = [torch.randn(5, 3, dtype=torch.float64), rows.weight_R, *stacks_of(3, 3, 4)]
+
+    def compute(x_SD: Tensor, weight_R: Tensor, *stacks: Tensor, **options: float) -> Tensor:
+        torch.manual_seed(3)  # dropout's draw
+        weighted = ExpertRows(rows.source_R, weight_R, rows.counts_E)
+        return expert_sums_native(x_SD, weighted, Stacks(*stacks), F.gelu, **options)
+
+    return [tensor.detach().requires_grad_() for tensor in inputs], compute
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_gradients_and_theirs(dropout: float) -> None:
+    inputs, compute = small_call()
+    assert torch.autograd.gradcheck(lambda *inputs: compute(*inputs, dropout=dropout), inputs)
+    assert torch.autograd.gradgradcheck(lambda *inputs: compute(*inputs, dropout=dropout), inputs)
+
+
+@pytest.mark.parametrize(
+    "frozen", [["x"], ["weight"], ["fc1_weight", "fc1_bias"], ["fc2_weight"], ["fc2_bias"]]
+)
+def test_what_is_frozen_has_no_gradient_and_the_others_have_theirs(frozen: list[str]) -> None:
+    names = ["x", "weight", *Stacks._fields]
+    inputs, compute = small_call()
+    expected = dict(zip(names, torch.autograd.grad(compute(*inputs).square().sum(), inputs), strict=True))
+    for name, tensor in zip(names, inputs, strict=True):
+        tensor.requires_grad_(name not in frozen)
+    compute(*inputs).square().sum().backward()
+    for name, tensor in zip(names, inputs, strict=True):
+        if name in frozen:
+            assert tensor.grad is None
+        else:
+            assert torch.equal(tensor.grad, expected[name])
+
+
+def test_the_same_bits_every_time(threads: int) -> None:
+    rows, x_SD = rows_of(LOADS["uneven"], SOURCES), torch.randn(SOURCES, 48, dtype=torch.float64)
+    stacks = stacks_of(5, 48, 96)
+    first, *others = (values_and_gradients(expert_sums_native, x_SD, rows, stacks, F.relu) for _ in range(5))
+    for other in others:
+        assert all(map(torch.equal, first, other))
+
+
+def test_shares_by_hand() -> None:
+    """Cut between experts where that is about as good, within one where it is not."""
+
+    def shares(counts: list[int], threads: int, work: int = 2**20) -> list[list[int]]:
+        torch.set_num_threads(threads)
+        return torch.ops.xmoe.shares(torch.tensor(counts), work).tolist()
+
+    assert shares([32, 0, 33, 30, 33], 2) == [[0, 0, 0, 32], [0, 2, 32, 65], [1, 3, 65, 95], [1, 4, 95, 128]]
+    assert shares([10, 90], 2) == [[0, 0, 0, 10], [0, 1, 10, 50], [1, 1, 50, 100]]
+    assert shares([9], 3) == [[0, 0, 0, 3], [1, 0, 3, 6], [2, 0, 6, 9]]
+    assert shares([1, 0, 1], 4) == [[0, 0, 0, 1], [1, 2, 1, 2]]
+    assert shares([8, 8], 2, work=100) == [[0, 0, 0, 8], [0, 1, 8, 16]]  # too little work for two
+    assert shares([0, 0], 2) == []
+
+
+def test_strided_and_expanded_inputs() -> None:
+    rows = rows_of([4, 1, 0, 7], 9)
+    stacks = Stacks(*(stack.mT.contiguous().mT for stack in stacks_of(4, 8, 16)))
+    x_SD = torch.randn(8, 9, dtype=torch.float64).t().requires_grad_()
+    y_SD = expert_sums_native(x_SD, rows, stacks, F.relu)
+    expected_SD = expert_sums_plain(x_SD, rows, stacks, F.relu)
+    assert_same(y_SD, expected_SD)
+    got, expected = (
+        torch.autograd.grad(y.sum(), x_SD)[0] for y in (y_SD, expected_SD)
+    )  # an expanded gradient
+    assert_same(got, expected)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_dropout_takes_its_share_and_scales_the_rest(activation: str, threads: int) -> None:
+    """Experts whose hidden units are all activation(1), and whose outputs are those units."""
+    units = 64
+    stacks = Stacks(
+        torch.zeros(2, units, units),
+        torch.ones(2, units),
+        torch.eye(units).repeat(2, 1, 1),
+        torch.zeros(2, units),
+    )
+    rows = ExpertRows(torch.arange(200), None, torch.tensor([150, 50]))
+    x_SD = torch.zeros(200, units, requires_grad=True)
+
+    def compute(dropout: float) -> Tensor:
+        torch.manual_seed(7)
+        return expert_sums_native(x_SD, rows, stacks, ACTIVATIONS[activation], dropout)
+
+    y_SD, kept = compute(0.25), ACTIVATIONS[activation](torch.ones(())) / 0.75
+    assert_same(y_SD, torch.where(y_SD == 0, 0.0, kept))
+    assert abs((y_SD == 0).double().mean() - 0.25) < 0.02
+    assert torch.equal(y_SD, compute(0.25))
+    with torch.no_grad():
+        assert torch.equal(y_SD, compute(0.25))
+    torch.set_num_threads(1)
+    assert torch.equal(y_SD, compute(0.25))  # whatever the number of threads
+    assert not compute(1.0).any()
+
+
+def test_dropout_has_the_gradients_of_what_it_kept() -> None:
+    """relu keeps no mask: what was taken is 0 in its output."""
+    rows, x_SD, stacks = rows_of([5, 7], 9), torch.randn(9, 8, dtype=torch.float64), stacks_of(2, 8, 16)
+
+    def with_mask(*arguments: object) -> Tensor:
+        torch.manual_seed(7)
+        keeps = iter(torch.empty(12, 16, dtype=torch.bool).bernoulli_(0.6).split([5, 7]))
+        return expert_sums_plain(*arguments[:3], lambda inner: F.relu(inner) * next(keeps) / 0.6)
+
+    def native(*arguments: object) -> Tensor:
+        torch.manual_seed(7)
+        return expert_sums_native(*arguments, 0.4)
+
+    call = x_SD, rows, stacks, F.relu
+    assert_same(values_and_gradients(native, *call), values_and_gradients(with_mask, *call))
+
+
+def test_inference_mode() -> None:
+    stacks, rows = stacks_of(2, 8, 16), rows_of([5, 7], 9)
+    with torch.inference_mode():
+        x_SD = torch.randn(9, 8, dtype=torch.float64)
+        y_SD = expert_sums_native(x_SD, rows, stacks, F.gelu)
+        assert y_SD.is_inference()
+        assert_same(y_SD, expert_sums_plain(x_SD, rows, stacks, F.gelu))
+
+
+def test_nan_and_inf_stay_where_they_are() -> None:
+    stacks, rows = stacks_of(2, 8, 16), rows_of([9, 9], 9)
+    x_SD = torch.randn(9, 8, dtype=torch.float64)
+    x_SD[3, 2], x_SD[5, 0] = torch.nan, torch.inf
+    got = values_and_gradients(expert_sums_native, x_SD, rows, stacks, F.relu)
+    expected = values_and_gradients(expert_sums_plain, x_SD, rows, stacks, F.relu)
+    for mine, plain in zip(got, expected, strict=True):
+        assert torch.equal(mine.isfinite(), plain.isfinite())
+        assert_same(mine.nan_to_num(0, 0, 0), plain.nan_to_num(0, 0, 0))
+
+
+def test_what_is_refused() -> None:
+    stacks, rows, x_SD = stacks_of(2, 8, 16), rows_of([5, 7], 9), torch.randn(9, 8, dtype=torch.float64)
+    assert refuse_native(x_SD, rows, stacks, F.relu) == ""
+    assert refuse_native(x_SD.to("meta"), rows, stacks, F.relu) == "a CPU, got meta"
+    assert "relu, gelu or silu, got tanh" in refuse_native(x_SD, rows, stacks, torch.tanh)
+    assert "got torch.float16" in refuse_native(
+        x_SD.half(), rows, in_precision(stacks, torch.float16), F.relu
+    )
+    assert "weights in torch.float32, got torch.float64" in refuse_native(
+        x_SD.float(), rows, in_precision(stacks, torch.float32), F.relu
+    )
+    assert "experts in x's precision" in refuse_native(x_SD.float(), rows, stacks, F.relu)
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # to which the caller casts
+        unweighted = ExpertRows(rows.source_R, None, rows.counts_E)
+        assert refuse_native(x_SD, unweighted, stacks, F.relu) == ""
+
+
+@pytest.mark.parametrize("broken", ["a source that is not there", "fewer rows than counts", "negative count"])
+def test_what_would_read_outside_its_memory_is_an_error(broken: str) -> None:
+    rows, x_SD = rows_of([5, 7], 9), torch.randn(9, 8, dtype=torch.float64)
+    source_R, counts_E = rows.source_R.clone(), rows.counts_E.clone()
+    if broken == "a source that is not there":
+        source_R[3] = 9
+    else:
+        counts_E += torch.tensor([1, 0] if broken == "fewer rows than counts" else [-6, 6])
+    with pytest.raises((RuntimeError, IndexError)):
+        expert_sums_native(x_SD, ExpertRows(source_R, rows.weight_R, counts_E), stacks_of(2, 8, 16), F.relu)
+
+
+def test_schemas_and_shapes() -> None:
+    """For torch.compile: what is changed in place (nothing), and the shapes without computing."""
+    rows, stacks, x_SD = rows_of([5, 7], 9), stacks_of(2, 8, 16), torch.randn(9, 8, dtype=torch.float64)
+    call = x_SD, rows.source_R, rows.weight_R, rows.counts_E, *stacks, 1, None, 1.0
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(torch.ops.xmoe.expert_sums.default, (*call, True), test_utils=tests)
+    _, inner_RF = torch.ops.xmoe.expert_sums(*call, True)
+    torch.library.opcheck(
+        torch.ops.xmoe.expert_gradients.default, (x_SD, inner_RF, *call, [True] * 6), test_utils=tests
+    )
+
+
+def sums_in_two_threads(x_SD: Tensor, rows: ExpertRows, stacks: Stacks) -> Tensor:
+    torch.set_num_threads(2)
+    with torch.no_grad():
+        y_SD = expert_sums_native(x_SD, rows, stacks, F.relu)
+    assert torch.get_num_threads() == 2
+    torch.set_num_threads(1)  # with more, any large operator of torch's hangs in a fork
+    return y_SD
+
+
+def test_a_fork_of_a_process_that_has_used_threads() -> None:
+    """OpenMP's threads are not in it, and it would wait for them."""
+    rows, x_SD = rows_of(LOADS["uneven"], SOURCES), torch.randn(SOURCES, 48, dtype=torch.float64)
+    call = x_SD, rows, stacks_of(5, 48, 96)
+    expected = sums_in_two_threads(*call)
+    child = multiprocessing.get_context("fork").Process(
+        target=lambda: assert_same(sums_in_two_threads(*call), expected), daemon=True
+    )
+    child.start()
+    child.join(60)
+    child.kill()
+    assert child.exitcode == 0, "it hangs" if child.exitcode is None else child.exitcode
