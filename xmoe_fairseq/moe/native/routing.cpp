@@ -1,0 +1,187 @@
+// Which experts each token takes, straight into order of expert; and the way back through softmax.
+#include <ATen/Dispatch.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+#include <optional>
+
+#include "loops.h"
+#include "shares.h"
+
+namespace xmoe {
+
+namespace {
+
+using at::Tensor;
+
+constexpr int64_t BINS = 1024, TOKENS = BINS, TAKEN = BINS + 1;  // of moe/budget.py
+constexpr int64_t COMPARED = 512;    // experts, of which to compare all with all is quicker than to sort them
+constexpr int64_t THREAD_WORK = 1 << 18;  // comparisons
+
+template <class T> struct bits_of;
+template <> struct bits_of<float> { using type = int32_t; };
+template <> struct bits_of<double> { using type = int64_t; };
+
+// A share's tokens: their choices, and how often each expert is among those that are taken.
+struct Choices {
+  std::vector<int32_t> expert_NK, taken_N;
+  std::vector<int64_t> counts_E, histogram_C;
+};
+
+// Experts from the most probable to the least, of equals the lower id first.
+template <class I>
+void by_preference(int32_t* expert_E, const I* bits_E, I* rank_E, int64_t E) {
+  if (E > COMPARED) {
+    std::iota(expert_E, expert_E + E, 0);
+    std::stable_sort(expert_E, expert_E + E, [&](int32_t a, int32_t b) { return bits_E[a] > bits_E[b]; });
+    return;
+  }
+  ranks(rank_E, bits_E, I(E));
+  for (int64_t e = 0; e < E; ++e) expert_E[rank_E[e]] = e;
+}
+
+template <class T>
+void choose(Choices& to, const T* probs_NE, int64_t N, int64_t E, T threshold, int64_t limit, bool count) {
+  using I = typename bits_of<T>::type;
+  to.expert_NK.resize(N * limit);
+  to.taken_N.resize(N);
+  to.counts_E.assign(E, 0);
+  to.histogram_C.assign(count ? BINS + 2 : 0, 0);
+  std::vector<I> rank_E(E);
+  std::vector<int32_t> expert_E(E);
+  for (int64_t n = 0; n < N; ++n, probs_NE += E) {
+    by_preference(expert_E.data(), reinterpret_cast<const I*>(probs_NE), rank_E.data(), E);
+    int64_t taken = 0;
+    double sum = 0;
+    for (int64_t k = 0; k < limit; ++k) {
+      const T mass_before = T(sum);
+      const bool takes = k == 0 || mass_before < threshold || threshold >= 1;  // a rounded sum may reach 1
+      taken += takes;
+      if (!takes && !count) break;
+      if (count && k) {  // NaN: an overflow on its way to the loss scaler
+        const T place = std::isnan(mass_before) ? T(BINS) : mass_before * BINS;
+        ++to.histogram_C[std::min<int64_t>(int64_t(place), BINS - 1)];
+      }
+      sum += probs_NE[expert_E[k]];
+    }
+    to.taken_N[n] = taken;
+    for (int64_t k = 0; k < taken; ++k) ++to.counts_E[to.expert_NK[n * limit + k] = expert_E[k]];
+    if (count) to.histogram_C[TAKEN] += taken - 1;
+  }
+  if (count) to.histogram_C[TOKENS] += N;
+}
+
+Tensor numbers(int64_t size) { return Tensor(at::detail::empty_cpu({size}, at::kLong)); }
+
+template <class T>
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> route_as(
+    const Tensor& probs_TE, double threshold, int64_t limit, const std::optional<Tensor>& histogram_C) {
+  const int64_t tokens = probs_TE.size(0), E = probs_TE.size(1);
+  const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
+  const int64_t shares = std::max<int64_t>(std::min({threads, tokens, tokens * E * E / THREAD_WORK}), 1);
+  const auto first = [&](int64_t share) { return tokens * share / shares; };
+  const T* probs = probs_TE.const_data_ptr<T>();
+  std::vector<Choices> choices(shares);
+  in_threads(shares, [&](int64_t s) {
+    choose(choices[s], probs + first(s) * E, first(s + 1) - first(s), E, T(threshold), limit,
+           histogram_C.has_value());
+  });
+  auto counts_E = numbers(E);
+  int64_t* counts = counts_E.mutable_data_ptr<int64_t>();
+  int64_t R = 0;
+  std::vector<std::vector<int64_t>> next(shares, std::vector<int64_t>(E));  // row of each share's next one
+  for (int64_t e = 0; e < E; ++e) {
+    const int64_t begin = R;
+    for (int64_t s = 0; s < shares; ++s) {
+      next[s][e] = R;
+      R += choices[s].counts_E[e];
+    }
+    counts[e] = R - begin;
+  }
+  auto token_R = numbers(R), expert_R = numbers(R), rank_R = numbers(R), first_T = numbers(tokens);
+  auto weight_R = room({R}, probs_TE);
+  auto *token = token_R.mutable_data_ptr<int64_t>(), *expert = expert_R.mutable_data_ptr<int64_t>(),
+       *rank = rank_R.mutable_data_ptr<int64_t>(), *best = first_T.mutable_data_ptr<int64_t>();
+  T* weight = weight_R.mutable_data_ptr<T>();
+  in_threads(shares, [&](int64_t s) {
+    for (int64_t t = first(s), n = 0; t < first(s + 1); ++t, ++n) {
+      const int32_t* choice = choices[s].expert_NK.data() + n * limit;
+      best[t] = choice[0];
+      for (int64_t k = 0; k < choices[s].taken_N[n]; ++k) {
+        const int64_t r = next[s][choice[k]]++;
+        token[r] = t, expert[r] = choice[k], rank[r] = k, weight[r] = probs[t * E + choice[k]];
+      }
+    }
+  });
+  if (histogram_C) {
+    int64_t* histogram = histogram_C->mutable_data_ptr<int64_t>();
+    for (const auto& share : choices)
+      for (int64_t c = 0; c < BINS + 2; ++c) histogram[c] += share.histogram_C[c];
+  }
+  return {token_R, expert_R, rank_R, weight_R, counts_E, first_T};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> route(
+    const Tensor& probs_TE, double threshold, int64_t limit, const std::optional<Tensor>& histogram_C) {
+  at::AutoDispatchBelowADInplaceOrView below;
+  AloneInFork alone;
+  TORCH_CHECK(probs_TE.dim() == 2 && 1 <= limit && limit <= probs_TE.size(1),
+              "probs must be (T, E) and limit in [1, E]");
+  TORCH_CHECK(!histogram_C || (histogram_C->scalar_type() == at::kLong && histogram_C->is_contiguous() &&
+                               histogram_C->numel() == BINS + 2),
+              "histogram must be int64, of ", BINS + 2);
+  const auto probs = probs_TE.contiguous();
+  return AT_DISPATCH_FLOATING_TYPES(probs.scalar_type(), "xmoe::route", [&] {
+    return route_as<scalar_t>(probs, threshold, limit, histogram_C);
+  });
+}
+
+// The gradient of the scores, of probs = softmax(scores) and of those that became weights.
+Tensor route_backward(const std::optional<Tensor>& grad_probs_TE, const std::optional<Tensor>& grad_weight_R,
+                      const Tensor& probs_TE, const Tensor& token_R, const Tensor& expert_R) {
+  at::AutoDispatchBelowADInplaceOrView below;
+  AloneInFork alone;
+  const int64_t tokens = probs_TE.size(0), E = probs_TE.size(1), R = token_R.numel();
+  TORCH_CHECK(probs_TE.is_contiguous() && expert_R.numel() == R &&
+                  (!grad_weight_R || grad_weight_R->numel() == R),
+              "these are not of one routing");
+  auto grad_TE = room({tokens, E}, probs_TE);
+  if (grad_probs_TE) {
+    grad_TE.copy_(*grad_probs_TE);
+  } else {
+    grad_TE.zero_();
+  }
+  AT_DISPATCH_FLOATING_TYPES(probs_TE.scalar_type(), "xmoe::route_backward", [&] {
+    auto* grad = grad_TE.mutable_data_ptr<scalar_t>();
+    const auto* probs = probs_TE.const_data_ptr<scalar_t>();
+    if (grad_weight_R) {
+      const auto weights = grad_weight_R->contiguous();
+      const auto* weight = weights.const_data_ptr<scalar_t>();
+      const auto *token = token_R.const_data_ptr<int64_t>(), *expert = expert_R.const_data_ptr<int64_t>();
+      for (int64_t r = 0; r < R; ++r) grad[token[r] * E + expert[r]] += weight[r];
+    }
+    at::parallel_for(0, tokens, 1 + (1 << 15) / (E + 1), [&](int64_t begin, int64_t end) {
+      for (int64_t t = begin; t < end; ++t) softmax_backward(grad + t * E, probs + t * E, E);
+    });
+  });
+  return grad_TE;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(xmoe, m) {
+  m.def(
+      "route(Tensor probs, float threshold, int limit, Tensor(a!)? histogram) -> "
+      "(Tensor token, Tensor expert, Tensor rank, Tensor weight, Tensor counts, Tensor first)");
+  m.def("route_backward(Tensor? grad_probs, Tensor? grad_weight, Tensor probs, Tensor token, Tensor expert) "
+        "-> Tensor");
+}
+TORCH_LIBRARY_IMPL(xmoe, CPU, m) {
+  m.impl("route", &route);
+  m.impl("route_backward", &route_backward);
+}
+
+}  // namespace xmoe

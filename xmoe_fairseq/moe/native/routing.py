@@ -1,0 +1,65 @@
+"""Softmax and the choice of routers that go by probabilities alone, in C++: straight into order of expert."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Chosen(NamedTuple):
+    """R rows in order of expert, and within an expert of token."""
+
+    probs_TE: Tensor  # differentiable, as
+    weight_R: Tensor  # that of each row
+    token_R: Tensor
+    expert_R: Tensor
+    rank_R: Tensor  # 0 = the token's first choice
+    counts_E: Tensor  # rows of each expert
+    first_T: Tensor  # each token's first choice
+
+
+def choose_experts(
+    logits_TE: Tensor, limit: int, threshold: float = 1.0, counts_C: Tensor | None = None
+) -> Chosen:
+    """A token takes its most probable experts, of equals the lower id first, while their mass is below t.
+
+    One at least, `limit` at most: `limit=k` alone is top-k. For a CPU, in fp32 or fp64, where `missing()`
+    says nothing.
+
+    Args:
+        logits_TE: scores, finite unless a loss scaler will see to it.
+        limit: in [1, E].
+        threshold: t in [0, 1].
+        counts_C: of a `Budget` (see its `count`), to which what t allows and might have allowed is added.
+    """
+    return Chosen(*_Choose.apply(logits_TE, limit, threshold, counts_C))  # type: ignore[no-untyped-call]
+
+
+class _Choose(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, logits_TE: Tensor, limit: int, threshold: float, counts_C: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        probs_TE = torch.softmax(logits_TE, dim=1)
+        token_R, expert_R, rank_R, weight_R, counts_E, first_T = torch.ops.xmoe.route(
+            probs_TE, threshold, limit, counts_C
+        )
+        ctx.save_for_backward(probs_TE, token_R, expert_R)
+        ctx.mark_non_differentiable(token_R, expert_R, rank_R, counts_E, first_T)
+        ctx.set_materialize_grads(False)
+        return probs_TE, weight_R, token_R, expert_R, rank_R, counts_E, first_T
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad_probs_TE: Tensor | None, grad_weight_R: Tensor | None, *_: None
+    ) -> tuple[Tensor | None, None, None, None]:
+        probs_TE, token_R, expert_R = ctx.saved_tensors
+        if grad_probs_TE is None and grad_weight_R is None:
+            return None, None, None, None
+        if not torch.is_grad_enabled():
+            grad_TE = torch.ops.xmoe.route_backward(grad_probs_TE, grad_weight_R, probs_TE, token_R, expert_R)
+            return grad_TE, None, None, None
+        grad_TE = torch.zeros_like(probs_TE) if grad_probs_TE is None else grad_probs_TE
+        if grad_weight_R is not None:
+            grad_TE = grad_TE.index_put((token_R, expert_R), grad_weight_R, accumulate=True)
+        return probs_TE * (grad_TE - (grad_TE * probs_TE).sum(1, keepdim=True)), None, None, None
