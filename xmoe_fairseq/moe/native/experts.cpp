@@ -72,7 +72,7 @@ Tensor added_up(const Tensor& sums_NSD, at::ScalarType dtype) {
     using Sum = xmoe::Sum<scalar_t>;
     auto* sums = sums_NSD.mutable_data_ptr<Sum>();
     auto* y = y_SD.mutable_data_ptr<scalar_t>();
-    at::parallel_for(0, S, 1 + (1 << 15) / (D * shares + 1), [&](int64_t begin, int64_t end) {
+    in_parts(S, 1 + (1 << 15) / (D * shares + 1), [&](int64_t begin, int64_t end) {
       const int64_t from = begin * D, size = (end - begin) * D;
       for (int64_t s = 1; s < shares; ++s) sum_into(sums + from, sums + s * S * D + from, size);
       if (convert_it) convert(y + from, sums + from, size);

@@ -80,8 +80,7 @@ template <class T>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> route_as(
     const Tensor& probs_TE, double threshold, int64_t limit, const std::optional<Tensor>& histogram_C) {
   const int64_t tokens = probs_TE.size(0), E = probs_TE.size(1);
-  const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
-  const int64_t shares = std::max<int64_t>(std::min({threads, tokens, tokens * E * E / THREAD_WORK}), 1);
+  const int64_t shares = std::max<int64_t>(std::min({free_threads(), tokens, tokens * E * E / THREAD_WORK}), 1);
   const auto first = [&](int64_t share) { return tokens * share / shares; };
   const T* probs = probs_TE.const_data_ptr<T>();
   std::vector<Choices> choices(shares);
@@ -163,7 +162,7 @@ Tensor route_backward(const std::optional<Tensor>& grad_probs_TE, const std::opt
       const auto *token = token_R.const_data_ptr<int64_t>(), *expert = expert_R.const_data_ptr<int64_t>();
       for (int64_t r = 0; r < R; ++r) grad[token[r] * E + expert[r]] += weight[r];
     }
-    at::parallel_for(0, tokens, 1 + (1 << 15) / (E + 1), [&](int64_t begin, int64_t end) {
+    in_parts(tokens, 1 + (1 << 15) / (E + 1), [&](int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; ++t) softmax_backward(grad + t * E, probs + t * E, E);
     });
   });

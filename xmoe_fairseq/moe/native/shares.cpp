@@ -47,8 +47,7 @@ std::vector<Share> shares_of(const at::Tensor& counts_E, int64_t work) {
     busy += counts[e] > 0;
   }
   const int64_t R = start[E], total = (R + busy * WEIGHTS_AS_ROWS) * work;
-  const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
-  const int64_t num_shares = std::max<int64_t>(std::min({threads, MOST_SHARES, R, total / THREAD_WORK}), 1);
+  const int64_t num_shares = std::max<int64_t>(std::min({free_threads(), MOST_SHARES, R, total / THREAD_WORK}), 1);
   std::vector<Share> shares(num_shares);
   int64_t e = 0, row = 0;
   for (int64_t s = 0; s < num_shares; ++s) {
@@ -65,18 +64,29 @@ std::vector<Share> shares_of(const at::Tensor& counts_E, int64_t work) {
   return shares;
 }
 
+#ifdef XMOE_STD_THREADS  // ThreadSanitizer does not understand OpenMP's barriers: torch has one thread then
+int64_t free_threads() { return 4; }
 void in_threads(int64_t shares, const std::function<void(int64_t)>& compute) {
-#ifdef XMOE_STD_THREADS  // ThreadSanitizer does not understand OpenMP's barriers
   std::vector<std::thread> threads;
   for (int64_t s = 0; s < shares; ++s) threads.emplace_back(compute, s);
   for (auto& thread : threads) thread.join();
+}
+void in_parts(int64_t size, int64_t grain, const std::function<void(int64_t, int64_t)>& compute) {
+  const int64_t parts = (size + grain - 1) / grain;
+  in_threads(parts, [&](int64_t p) { compute(p * grain, std::min(size, (p + 1) * grain)); });
+}
 #else
+int64_t free_threads() { return at::in_parallel_region() ? 1 : at::get_num_threads(); }
+void in_threads(int64_t shares, const std::function<void(int64_t)>& compute) {
   if (shares == 1) return compute(0);  // not in a parallel region: a product may use threads of its own
   at::parallel_for(0, shares, 1, [&](int64_t begin, int64_t end) {
     for (int64_t s = begin; s < end; ++s) compute(s);
   });
-#endif
 }
+void in_parts(int64_t size, int64_t grain, const std::function<void(int64_t, int64_t)>& compute) {
+  at::parallel_for(0, size, grain, compute);
+}
+#endif
 
 at::Tensor matrix(const at::Tensor& of, int64_t first, int64_t rows, int64_t columns, bool transposed) {
   auto view = at::detail::make_tensor<c10::TensorImpl>(

@@ -17,6 +17,9 @@ struct AloneInFork {
   const int threads;
 };
 
+// That may be started here.
+int64_t free_threads();
+
 struct Piece {  // of one expert, rows in a row
   int64_t expert, begin, end;
   bool continues;  // has its first rows in the share before
@@ -34,6 +37,9 @@ std::vector<Share> shares_of(const at::Tensor& counts_E, int64_t work);
 
 // Runs `compute(share)` for 0, ..., shares - 1, a thread each, none of which starts further ones.
 void in_threads(int64_t shares, const std::function<void(int64_t)>& compute);
+
+// Runs `compute(begin, end)` for parts of 0, ..., size - 1 of at least `grain`.
+void in_parts(int64_t size, int64_t grain, const std::function<void(int64_t, int64_t)>& compute);
 
 inline at::Tensor room(at::IntArrayRef sizes, const at::Tensor& like) {
   return at::Tensor(at::detail::empty_cpu(sizes, like.scalar_type()));
