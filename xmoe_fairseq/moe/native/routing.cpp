@@ -18,8 +18,8 @@ namespace {
 using at::Tensor;
 
 constexpr int64_t BINS = 1024, TOKENS = BINS, TAKEN = BINS + 1;  // of moe/budget.py
-constexpr int64_t COMPARED = 512;    // experts, of which to compare all with all is quicker than to sort them
-constexpr int64_t THREAD_WORK = 1 << 18;  // comparisons
+// Experts, of which to compare all with all is quicker than to sort them; comparisons worth a thread.
+constexpr int64_t COMPARED = 512, THREAD_WORK = 1 << 18;
 
 template <class T> struct bits_of;
 template <> struct bits_of<float> { using type = int32_t; };
@@ -80,7 +80,8 @@ template <class T>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> route_as(
     const Tensor& probs_TE, double threshold, int64_t limit, const std::optional<Tensor>& histogram_C) {
   const int64_t tokens = probs_TE.size(0), E = probs_TE.size(1);
-  const int64_t shares = std::max<int64_t>(std::min({free_threads(), tokens, tokens * E * E / THREAD_WORK}), 1);
+  const int64_t worth = tokens * E * E / THREAD_WORK;
+  const int64_t shares = std::max<int64_t>(std::min({free_threads(), tokens, worth}), 1);
   const auto first = [&](int64_t share) { return tokens * share / shares; };
   const T* probs = probs_TE.const_data_ptr<T>();
   std::vector<Choices> choices(shares);

@@ -46,8 +46,8 @@ std::vector<Share> shares_of(const at::Tensor& counts_E, int64_t work) {
     start[e + 1] = start[e] + counts[e];
     busy += counts[e] > 0;
   }
-  const int64_t R = start[E], total = (R + busy * WEIGHTS_AS_ROWS) * work;
-  const int64_t num_shares = std::max<int64_t>(std::min({free_threads(), MOST_SHARES, R, total / THREAD_WORK}), 1);
+  const int64_t R = start[E], worth = (R + busy * WEIGHTS_AS_ROWS) * work / THREAD_WORK;
+  const int64_t num_shares = std::max<int64_t>(std::min({free_threads(), MOST_SHARES, R, worth}), 1);
   std::vector<Share> shares(num_shares);
   int64_t e = 0, row = 0;
   for (int64_t s = 0; s < num_shares; ++s) {
@@ -108,7 +108,8 @@ at::Tensor shares(const at::Tensor& counts_E, int64_t work) {
   std::vector<int64_t> rows;
   const auto all = shares_of(counts_E, work);
   for (size_t s = 0; s < all.size(); ++s)
-    for (const auto& piece : all[s].pieces) rows.insert(rows.end(), {int64_t(s), piece.expert, piece.begin, piece.end});
+    for (const auto& [expert, begin, end, continues] : all[s].pieces)
+      rows.insert(rows.end(), {int64_t(s), expert, begin, end});
   at::Tensor pieces_N4 = at::detail::empty_cpu({int64_t(rows.size()) / 4, 4}, at::kLong);
   std::copy(rows.begin(), rows.end(), pieces_N4.mutable_data_ptr<int64_t>());
   return pieces_N4;

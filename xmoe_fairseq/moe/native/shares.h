@@ -47,6 +47,7 @@ inline at::Tensor room(at::IntArrayRef sizes, const at::Tensor& like) {
 
 // Rows `first` on of a contiguous matrix or stack of them, (rows, columns), or transposed; no dispatch, which
 // takes longer than a small product.
-at::Tensor matrix(const at::Tensor& of, int64_t first, int64_t rows, int64_t columns, bool transposed = false);
+at::Tensor matrix(const at::Tensor& of, int64_t first, int64_t rows, int64_t columns,
+                  bool transposed = false);
 
 }  // namespace xmoe
