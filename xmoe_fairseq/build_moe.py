@@ -1,7 +1,9 @@
 """One MoE layer as the flags describe it."""
 
+import torch.nn.functional as F
 from fairseq import utils
 from fairseq.models.transformer import TransformerConfig
+from fairseq.modules import gelu
 from torch import nn
 
 from xmoe_fairseq.config import MoEConfig, router_kind
@@ -18,11 +20,13 @@ def build_moe(
     """The `number`-th MoE layer of the model, the encoder's first."""
     cfg: TransformerConfig = stack.cfg
     ffn_dim = getattr(cfg, side).ffn_embed_dim
+    activation = utils.get_activation_fn(cfg.activation_fn)
     common = {
         "model_dim": getattr(cfg, side).embed_dim,
         "expert_dim": ffn_dim // config.moe_ffn_split,
         "num_experts": config.moe_num_experts,
-        "activation": utils.get_activation_fn(cfg.activation_fn),
+        # fairseq's wrapper casts to fp32, in which torch's computes anyway; the native kernel knows torch's.
+        "activation": F.gelu if activation is gelu else activation,
         "activation_dropout": float(cfg.activation_dropout or cfg.relu_dropout or 0.0),
         "dense_ffn_dim": ffn_dim,
         "name": name,

@@ -1,6 +1,7 @@
 """What the flags build: which layers, of what size, and with which of fairseq's own settings."""
 
 import torch
+import torch.nn.functional as F
 from fairseq import utils
 from fairseq.criterions.cross_entropy import CrossEntropyCriterion
 from tolerances import assert_same
@@ -66,7 +67,9 @@ def test_small_experts_partition_the_dense_ffn() -> None:
 
 def test_fairseqs_own_flags_reach_the_experts() -> None:
     layer = language_model(activation_fn="gelu", activation_dropout=0.25).decoder.layers[1].moe
-    assert layer.experts.activation is utils.get_activation_fn("gelu")
+    inner = torch.randn(1000)
+    assert layer.experts.activation is F.gelu  # which fairseq's is, and the native kernel knows
+    assert torch.equal(F.gelu(inner), utils.get_activation_fn("gelu")(inner))
     assert layer.experts.activation_dropout == 0.25
     assert language_model(relu_dropout=0.125).decoder.layers[1].moe.experts.activation_dropout == 0.125
 
