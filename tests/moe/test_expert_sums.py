@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from xmoe_fairseq.moe import Experts, MoELayer, TopKRouter, use_kernel
-from xmoe_fairseq.moe.experts import Call, ExpertRows, Stacks, kernels
+from xmoe_fairseq.moe.experts import Call, ExpertRows, Stacks, kernels, native
 from xmoe_fairseq.moe.experts import chunks as expert_chunks
 from xmoe_fairseq.moe.experts.chunks import compute
 from xmoe_fairseq.moe.experts.kernels import KernelError, choose_kernel, expert_sums
@@ -27,6 +27,13 @@ LOADS = {
     "no rows": [0, 0, 0, 0],
 }
 FAST = ["loop", *(["grouped"] if hasattr(F, "grouped_mm") else [])]
+
+
+@pytest.fixture(params=["native", "loop"])
+def on_cpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What "auto" takes there: with the native kernel's library, and without."""
+    monkeypatch.setattr(native, "missing", lambda: "" if request.param == "native" else "it is gone")
+    return str(request.param)
 
 
 @pytest.fixture
@@ -83,13 +90,15 @@ def test_equals_plain_autograd(
 
 @pytest.mark.parametrize("weighted", [True, False], ids=["weighted", "unweighted"])
 @pytest.mark.parametrize("load", LOADS)
-def test_the_documented_kernel(load: str, weighted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_documented_kernel(
+    load: str, weighted: bool, on_cpu: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(kernels, "_KERNELS", dict(kernels._KERNELS))
     code = example("extending.md", "## A kernel for the experts", "python")
     exec(code, {})
     arguments = (torch.randn(9, 8), rows_of(LOADS[load], weighted), stacks_of(4, torch.float32), F.relu)
     assert_same(values_and_gradients("every", *arguments), values_and_gradients("plain", *arguments))
-    assert choose_kernel(Call(*arguments)).name == "loop"
+    assert choose_kernel(Call(*arguments)).name == on_cpu
     exec(code, {})  # a notebook's cell that runs again
     with pytest.raises(ValueError, match="kernel every is registered already"):
         kernels.register_kernel("every")(rows_of)
@@ -206,8 +215,9 @@ def test_the_loop_gives_the_same_bits_every_time(threads: int, request: pytest.F
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_autocast_computes_in_its_precision_and_leaves_fp32_gradients() -> None:
-    experts, x_SD = Experts(4, MODEL_DIM, EXPERT_DIM), torch.randn(9, 8)
+@pytest.mark.parametrize("kernel", ["native", "loop"])
+def test_autocast_computes_in_its_precision_and_leaves_fp32_gradients(kernel: str) -> None:
+    experts, x_SD = Experts(4, MODEL_DIM, EXPERT_DIM, kernel=kernel), torch.randn(9, 8)
     rows = rows_of([4, 1, 0, 7], True)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = experts(x_SD, rows)
@@ -264,23 +274,30 @@ def call_of(x_SD: Any, stacks: Stacks | None = None, **more: Any) -> Call:
     )
 
 
-def test_which_kernel_is_chosen() -> None:
-    """By device, precision, size, dropout and grad mode."""
-    one, two = torch.ones(1, 8), torch.ones(2, 8)
+def test_which_kernel_is_chosen(on_cpu: str) -> None:
+    """By device, precision, size, activation, dropout and grad mode."""
+    one, two, has_library = torch.ones(1, 8), torch.ones(2, 8), on_cpu == "native"
 
     def chosen(call: Call) -> str:
         return choose_kernel(call).name
 
+    for_one = "native" if has_library else "single"
     with torch.no_grad():
-        assert chosen(call_of(one)) == chosen(call_of(one.double())) == "single"
-        assert chosen(call_of(two)) == chosen(call_of(one[:0])) == "loop"
-        assert chosen(call_of(one.bfloat16())) == "loop"  # sums are fp32
+        assert chosen(call_of(one)) == chosen(call_of(one.double())) == for_one
+        assert chosen(call_of(one, activation=torch.tanh)) == "single"
+        assert chosen(call_of(two)) == chosen(call_of(one[:0])) == on_cpu
+        assert chosen(call_of(one.bfloat16())) == on_cpu  # sums are fp32
         with torch.autocast("cpu", torch.bfloat16):
+            assert chosen(call_of(one)) == on_cpu
+        with torch.autocast("cpu", torch.float16):
             assert chosen(call_of(one)) == "loop"
-        assert chosen(call_of(one, dropout=0.1)) == chosen(call_of(one, activation=nn.ReLU())) == "plain"
-    assert chosen(call_of(one)) == "loop"  # gradients
-    assert chosen(call_of(two, dropout=0.1)) == chosen(call_of(two, activation=nn.ReLU())) == "plain"
-    assert chosen(call_of(two.bfloat16())) == "loop"  # grouped products could, but are for GPUs
+    assert chosen(call_of(one)) == on_cpu  # gradients
+    assert chosen(call_of(two, activation=torch.tanh)) == chosen(call_of(two.half())) == "loop"
+    for call in (call_of(one, dropout=0.1), call_of(two.bfloat16(), dropout=0.1)):
+        assert chosen(call) == ("native" if has_library else "plain")
+    assert chosen(call_of(one, dropout=0.1, activation=torch.tanh)) == "plain"
+    assert chosen(call_of(two, activation=nn.ReLU())) == "plain"
+    assert chosen(call_of(two.bfloat16())) == on_cpu  # grouped products could, but are for GPUs
 
 
 @pytest.fixture
@@ -308,6 +325,7 @@ def stacks_like(*shape: int) -> Stacks:
 
 
 IMPOSSIBLE = [
+    ("native", call_of(torch.ones(2, 8), activation=torch.tanh), "needs relu, gelu or silu, got tanh"),
     ("single", call_of(torch.ones(1, 8)), "needs torch.no_grad(), got grad mode"),
     ("single", call_of(torch.ones(2, 8)), "needs one token, got 2"),
     ("loop", call_of(torch.ones(2, 8), dropout=0.1), "needs experts without dropout, got 0.1"),
@@ -330,6 +348,21 @@ IMPOSSIBLE = [
 ]
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_without_its_library_the_native_kernel_is_not_to_be_had_but_its_calls_are_computed(
+    dropout: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native, "missing", lambda: "it is gone")
+    call = Call(torch.randn(9, 8), rows_of([4, 0, 2], True), stacks_of(3, torch.float32), F.relu, dropout)
+    assert expert_sums(call).shape == (9, 8)
+    with pytest.raises(KernelError) as error:
+        expert_sums(call, "native")
+    assert str(error.value) == (
+        "kernel native (use_kernel, --moe-kernel) needs its compiled library, but it is gone; "
+        "run: python -m xmoe_fairseq.moe.native"
+    )
+
+
 @pytest.mark.parametrize("name, call, why", IMPOSSIBLE, ids=[f"{name} {why}" for name, _, why in IMPOSSIBLE])
 def test_an_impossible_choice_says_why(
     name: str, call: Call, why: str, monkeypatch: pytest.MonkeyPatch
@@ -341,13 +374,13 @@ def test_an_impossible_choice_says_why(
 
 
 def test_one_token_to_one_expert_twice() -> None:
-    """As a router of somebody's own may choose. `single` counted it once."""
+    """As a router of somebody's own may choose."""
     for weight_R in (None, torch.tensor([0.5, 0.25, 2.0])):
         rows = ExpertRows(torch.zeros(3, dtype=torch.long), weight_R, torch.tensor([0, 2, 0, 1]))
         call = Call(torch.randn(1, 8), rows, stacks_of(4, torch.float32), F.relu)
         with torch.no_grad():
-            assert choose_kernel(call).name == "single"
-            assert_same(expert_sums(call), expert_sums(call, "plain"))
+            for name in ("native", "single"):
+                assert_same(expert_sums(call, name), expert_sums(call, "plain"))
 
 
 def test_weights_in_another_precision_than_the_rows() -> None:
@@ -358,7 +391,7 @@ def test_weights_in_another_precision_than_the_rows() -> None:
         assert_same(expert_sums(call), expert_sums(call, "plain"))
 
 
-def test_a_kernel_is_forced_in_a_block_in_its_thread_and_blocks_nest() -> None:
+def test_a_kernel_is_forced_in_a_block_in_its_thread_and_blocks_nest(on_cpu: str) -> None:
     call = call_of(torch.ones(2, 8))
 
     def chosen(name: str = "auto") -> str:
@@ -367,11 +400,21 @@ def test_a_kernel_is_forced_in_a_block_in_its_thread_and_blocks_nest() -> None:
     with use_kernel("plain"):
         assert chosen() == chosen("loop") == "plain"
         with ThreadPoolExecutor(1) as pool:
-            assert pool.submit(chosen).result() == "loop"
+            assert pool.submit(chosen).result() == on_cpu
         with use_kernel("auto"):
-            assert chosen("plain") == "loop"
+            assert chosen("plain") == on_cpu
         assert chosen() == "plain"
-    assert chosen() == "loop" and chosen("plain") == "plain"
+    assert chosen() == on_cpu and chosen("plain") == "plain"
+
+
+def test_compiled_code_has_no_native_kernel() -> None:
+    """In which the choice would have to look for a file."""
+    experts, x_SD, rows = Experts(4, MODEL_DIM, EXPERT_DIM), torch.randn(9, 8), rows_of([4, 1, 0, 7], True)
+    compiled = torch.compile(lambda x_SD: experts(x_SD, rows), backend="eager")
+    with torch.no_grad():
+        assert_same(compiled(x_SD), experts(x_SD, rows))
+    with use_kernel("native"), pytest.raises(Exception, match="needs eager mode, got torch.compile"):
+        torch.compile(lambda x_SD: experts(x_SD, rows), backend="eager", fullgraph=True)(x_SD)
 
 
 @pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="torch < 2.10")
@@ -393,16 +436,16 @@ def test_a_layer_has_a_kernel_and_an_unknown_one_is_refused() -> None:
     assert "kernel=single" in repr(layer)
     with torch.no_grad(), pytest.raises(KernelError, match="needs one token, got 3"):
         layer(torch.ones(3, 8))
-    known = "kernel must be one of auto, single, grouped, loop, plain.*, got fast"
+    known = "kernel must be one of auto, native, single, grouped, loop, plain.*, got fast"
     with pytest.raises(ValueError, match=known):
         MoELayer(8, 4, 6, TopKRouter(8, 6, 2), kernel="fast")
     with pytest.raises(ValueError, match=known), use_kernel("fast"):
         pass
 
 
-def test_which_kernel_runs_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_which_kernel_runs_is_said_once(on_cpu: str, caplog: pytest.LogCaptureFixture) -> None:
     kernels._say.cache_clear()
     caplog.set_level("INFO")
     for _ in range(2):
         expert_sums(call_of(torch.ones(2, 8)))
-    assert caplog.messages == ["experts are computed by kernel loop (cpu, torch.float32)"]
+    assert caplog.messages == [f"experts are computed by kernel {on_cpu} (cpu, torch.float32)"]

@@ -12,9 +12,9 @@ from tolerances import assert_same
 from torch import Tensor
 
 from xmoe_fairseq.moe import Experts
-from xmoe_fairseq.moe.dispatch.local import ExpertRows
-from xmoe_fairseq.moe.experts.native import expert_sums_native, refuse_native
-from xmoe_fairseq.moe.experts.plain import Activation, Stacks, expert_sums_plain
+from xmoe_fairseq.moe.experts import Activation, Call, ExpertRows, Stacks
+from xmoe_fairseq.moe.experts.native import expert_sums_native, refuse
+from xmoe_fairseq.moe.experts.plain import expert_sums_plain
 from xmoe_fairseq.moe.native import missing
 
 SOURCES = 300
@@ -248,19 +248,17 @@ def test_nan_and_inf_stay_where_they_are() -> None:
 
 def test_what_is_refused() -> None:
     stacks, rows, x_SD = stacks_of(2, 8, 16), rows_of([5, 7], 9), torch.randn(9, 8, dtype=torch.float64)
-    assert refuse_native(x_SD, rows, stacks, F.relu) == ""
-    assert refuse_native(x_SD.to("meta"), rows, stacks, F.relu) == "a CPU, got meta"
-    assert "relu, gelu or silu, got tanh" in refuse_native(x_SD, rows, stacks, torch.tanh)
-    assert "got torch.float16" in refuse_native(
-        x_SD.half(), rows, in_precision(stacks, torch.float16), F.relu
-    )
-    assert "weights in torch.float32, got torch.float64" in refuse_native(
-        x_SD.float(), rows, in_precision(stacks, torch.float32), F.relu
-    )
-    assert "experts in x's precision" in refuse_native(x_SD.float(), rows, stacks, F.relu)
+    call = Call(x_SD, rows, stacks, F.relu)
+    assert refuse(call) == ""
+    assert refuse(call._replace(x_SD=x_SD.to("meta"))) == "a CPU, got meta"
+    assert refuse(call._replace(activation=torch.tanh)) == "relu, gelu or silu, got tanh"
+    half = call._replace(x_SD=x_SD.half(), stacks=in_precision(stacks, torch.float16))
+    assert refuse(half).endswith("got torch.float16")
+    single = call._replace(x_SD=x_SD.float(), stacks=in_precision(stacks, torch.float32))
+    assert refuse(single) == "weights in torch.float32, got torch.float64"
+    assert "experts in x's precision" in refuse(call._replace(x_SD=x_SD.float()))
     with torch.autocast("cpu", dtype=torch.bfloat16):  # to which the caller casts
-        unweighted = ExpertRows(rows.source_R, None, rows.counts_E)
-        assert refuse_native(x_SD, unweighted, stacks, F.relu) == ""
+        assert refuse(call._replace(rows=ExpertRows(rows.source_R, None, rows.counts_E))) == ""
 
 
 @pytest.mark.parametrize("broken", ["a source that is not there", "fewer rows than counts", "negative count"])

@@ -29,7 +29,25 @@ def test_a_checkpoint_opens_with_auto_again_unless_it_is_asked_for_another(
     assert torch.load(checkpoint, weights_only=True)["cfg"]["model"]["moe_kernel"] == "plain"
     assert opened() == opened({"moe_threshold": 0.5}) == ["auto"]
     assert opened({"moe_kernel": "loop"}) == opened({"model": {"moe_kernel": "loop"}}) == ["loop"]
-    assert "kernel loop" in train(corpus, tmp_path, "--max-update", 2)  # goes on, with another
+    output = train(corpus, tmp_path, "--max-update", 2)  # goes on, with another
+    assert "experts are computed by kernel" in output and "kernel plain" not in output
+
+
+ELSEWHERE = """
+from pathlib import Path
+import xmoe_fairseq
+from xmoe_fairseq.moe import native
+native.HERE = Path(__file__).parent
+"""
+
+
+def test_without_the_native_library_one_line_says_so(corpus: tuple[Path, Path], tmp_path: Path) -> None:
+    user_dir = tmp_path / "elsewhere"
+    user_dir.mkdir()
+    (user_dir / "__init__.py").write_text(ELSEWHERE)
+    output = train(corpus, tmp_path, "--user-dir", user_dir, "--max-update", 2)
+    assert output.count("no native kernel") == output.count("python -m xmoe_fairseq.moe.native") == 1
+    assert output.count("experts are computed by kernel loop (cpu, torch.float32)") == 1
 
 
 def test_a_call_that_the_kernel_cannot_take_ends_with_one_line(

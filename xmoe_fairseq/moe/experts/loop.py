@@ -1,4 +1,4 @@
-"""Weighted sums of what experts make of rows, a few experts at a time: the fast path of a CPU.
+"""Weighted sums of what experts make of rows, a few experts at a time: a CPU's fast path without native.py.
 
 A chunk of rows is gathered, computed, weighted and added to the output while it lies in the cache; of all R
 rows nothing but the hidden layer is kept. The gradients are worked out in gradients.py because
@@ -102,7 +102,7 @@ class _ExpertLoop(torch.autograd.Function):
         rows = ExpertRows(source_R, weight_R, counts_E)
         call = Call(x_SD, rows, Stacks(*parameters), ctx.activation)
         if torch.is_grad_enabled():  # create_graph=True
-            return *_differentiable(call, grad_y_SD), *[None] * 4
+            return *differentiable(call, grad_y_SD), *[None] * 4
         grads = Gradients.wanted(call, ctx.needs_input_grad)
         busy = {expert for share in ctx.shares for chunk in share for expert in chunk.experts}
         grads.clear(set(range(call.stacks.fc1_weight.size(0))) - busy)
@@ -113,7 +113,7 @@ class _ExpertLoop(torch.autograd.Function):
         return grad_x_SD if grads.x else None, grads.weight_R, *grads[2:], *[None] * 4
 
 
-def _differentiable(call: Call, grad_y_SD: Tensor) -> list[Tensor | None]:
+def differentiable(call: Call, grad_y_SD: Tensor) -> list[Tensor | None]:
     """Gradients of x, the weights, and the stacks that can be differentiated again: in plain autograd."""
     inputs = [call.x_SD, call.rows.weight_R, *call.stacks]
     # Views: the weights themselves depend on x, whose gradient by that way is not this function's.

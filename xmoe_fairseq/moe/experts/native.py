@@ -10,39 +10,41 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from xmoe_fairseq.moe.dispatch.local import ExpertRows
-from xmoe_fairseq.moe.experts.loop import _differentiable
-from xmoe_fairseq.moe.experts.plain import Activation, Stacks
+from xmoe_fairseq.moe.dispatch.rows import ExpertRows
+from xmoe_fairseq.moe.experts.kernels import Activation, Call, Stacks, register_kernel
+from xmoe_fairseq.moe.experts.loop import differentiable
 from xmoe_fairseq.moe.native import missing
+from xmoe_fairseq.moe.native.build import COMMAND
 
 ACTIVATIONS: dict[Activation, int] = {F.relu: 0, torch.relu: 0, F.gelu: 1, F.silu: 2}  # as in experts.h
 RELU = 0
 SUMS = {torch.float32: torch.float32, torch.float64: torch.float64, torch.bfloat16: torch.float32}
 
 
-def refuse_native(
-    x_SD: Tensor, rows: ExpertRows, stacks: Stacks, activation: Activation, dropout: float = 0.0
-) -> str:
-    """What the C++ operators need of a call and what they got, "a CPU, got cuda"; "" = they can."""
-    is_autocast = torch.is_autocast_enabled("cpu")  # then x and the stacks come in its precision
-    dtype = torch.get_autocast_dtype("cpu") if is_autocast else x_SD.dtype
-    if not x_SD.is_cpu:
-        return f"a CPU, got {x_SD.device.type}"
+def refuse(call: Call) -> str:
+    """What the C++ operators cannot take; last, and so only where they could, that they are not there."""
+    if not call.x_SD.is_cpu:
+        return f"a CPU, got {call.x_SD.device.type}"
+    dtype, rows, stacks = call.dtype, call.rows, call.stacks
+    if torch.compiler.is_compiling():
+        return "eager mode, got torch.compile or torch.export"
     if dtype not in SUMS:
         return f"{', '.join(map(str, SUMS))}, got {dtype}"
-    if not is_autocast and any(stack.dtype != dtype for stack in stacks):
+    if not torch.is_autocast_enabled("cpu") and any(stack.dtype != dtype for stack in stacks):
         return f"experts in x's precision {dtype}, got {stacks.fc1_weight.dtype}"
     if rows.weight_R is not None and rows.weight_R.dtype != SUMS[dtype]:
         return f"weights in {SUMS[dtype]}, got {rows.weight_R.dtype}"
-    if activation not in ACTIVATIONS:
-        return f"relu, gelu or silu, got {getattr(activation, '__name__', activation)}"
-    return f"its compiled library, but {reason}" if (reason := missing()) else ""
+    if not any(call.activation is known for known in ACTIVATIONS):
+        return f"relu, gelu or silu, got {getattr(call.activation, '__name__', call.activation)}"
+    reason = missing()
+    return f"its compiled library, but {reason}; run: {COMMAND}" if reason else ""
 
 
+@register_kernel("native", refuse, preference=40, device="cpu")
 def expert_sums_native(
     x_SD: Tensor, rows: ExpertRows, stacks: Stacks, activation: Activation, dropout: float = 0.0
 ) -> Tensor:
-    """As `expert_sums_plain`, to rounding, gradients of any order too, where `refuse_native` says nothing.
+    """As `expert_sums_plain`, to rounding, gradients of any order too.
 
     Which units dropout takes is drawn by torch's generator, and the same for any number of threads.
     """
@@ -87,7 +89,8 @@ class _ExpertSums(torch.autograd.Function):
             rows, activation = ExpertRows(source_R, weight_R, counts_E), ctx.activation
             if ctx.scale != 1:
                 activation = _dropped(ctx, inner_RF > 0 if keep_RF is None else keep_RF, counts_E)
-            return *_differentiable(x_SD, rows, Stacks(*stacks), activation, grad_y_SD), *[None] * 6
+            call = Call(x_SD, rows, Stacks(*stacks), activation)
+            return *differentiable(call, grad_y_SD), *[None] * 6
         grads = torch.ops.xmoe.expert_gradients(
             grad_y_SD, inner_RF, x_SD, source_R, weight_R, counts_E, *stacks, ctx.number, keep_RF, ctx.scale,
             ctx.needs_input_grad[:6],
