@@ -78,16 +78,6 @@ KINDS void sum_into(double* R to, const double* R from, int64_t size) {
   for (int64_t i = 0; i < size; ++i) to[i] += from[i];
 }
 
-#define XMOE_SOFTMAX(T)                                                                                      \
-  KINDS void softmax_backward(T* R grad_E, const T* R probs_E, int64_t E) {                                  \
-    T sum = 0;                                                                                               \
-    _Pragma("omp simd reduction(+ : sum)")                                                                   \
-    for (int64_t e = 0; e < E; ++e) sum += grad_E[e] * probs_E[e];                                           \
-    for (int64_t e = 0; e < E; ++e) grad_E[e] = probs_E[e] * (grad_E[e] - sum);                              \
-  }
-XMOE_SOFTMAX(float)
-XMOE_SOFTMAX(double)
-
 #define XMOE_RANKS(I)                                                                                        \
   KINDS void ranks(I* R rank_E, const I* R bits_E, I E) {                                                    \
     for (I e = 0; e < E; ++e) rank_E[e] = 0;                                                                 \

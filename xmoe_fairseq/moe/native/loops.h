@@ -38,10 +38,6 @@ void convert(c10::BFloat16* to, const float* from, int64_t size);
 void sum_into(float* to, const float* from, int64_t size);
 void sum_into(double* to, const double* from, int64_t size);
 
-// grad_E = probs_E * (grad_E - the sum of grad_E * probs_E)
-void softmax_backward(float* grad_E, const float* probs_E, int64_t E);
-void softmax_backward(double* grad_E, const double* probs_E, int64_t E);
-
 // rank_E: how many of p_E come before each: the larger ones, of equals those of lower index. Of bits, which
 // order as the probabilities do and put NaN somewhere: every rank is there once, whatever they are.
 void ranks(int32_t* rank_E, const int32_t* bits_E, int32_t E);

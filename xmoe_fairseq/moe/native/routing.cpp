@@ -1,6 +1,7 @@
 // Which experts each token takes, straight into order of expert; and the way back through softmax.
 #include <ATen/Dispatch.h>
 #include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/_softmax_backward_data_cpu_dispatch.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -44,7 +45,8 @@ void by_preference(int32_t* expert_E, const I* bits_E, I* rank_E, int64_t E) {
 }
 
 template <class T>
-void choose(Choices& to, const T* probs_NE, int64_t N, int64_t E, T threshold, int64_t limit, bool count) {
+void choose(Choices& to, const T* probs_NE, int64_t N, int64_t E, double t, int64_t limit, bool count) {
+  const T threshold = T(t);
   using I = typename bits_of<T>::type;
   to.expert_NK.resize(N * limit);
   to.taken_N.resize(N);
@@ -58,7 +60,7 @@ void choose(Choices& to, const T* probs_NE, int64_t N, int64_t E, T threshold, i
     double sum = 0;
     for (int64_t k = 0; k < limit; ++k) {
       const T mass_before = T(sum);
-      const bool takes = k == 0 || mass_before < threshold || threshold >= 1;  // a rounded sum may reach 1
+      const bool takes = k == 0 || mass_before < threshold || t >= 1;  // a rounded sum may reach 1
       taken += takes;
       if (!takes && !count) break;
       if (count && k) {  // NaN: an overflow on its way to the loss scaler
@@ -86,7 +88,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> route_as(
   const T* probs = probs_TE.const_data_ptr<T>();
   std::vector<Choices> choices(shares);
   in_threads(shares, [&](int64_t s) {
-    choose(choices[s], probs + first(s) * E, first(s + 1) - first(s), E, T(threshold), limit,
+    choose(choices[s], probs + first(s) * E, first(s + 1) - first(s), E, threshold, limit,
            histogram_C.has_value());
   });
   auto counts_E = numbers(E);
@@ -154,20 +156,16 @@ Tensor route_backward(const std::optional<Tensor>& grad_probs_TE, const std::opt
   } else {
     grad_TE.zero_();
   }
-  AT_DISPATCH_FLOATING_TYPES(probs_TE.scalar_type(), "xmoe::route_backward", [&] {
-    auto* grad = grad_TE.mutable_data_ptr<scalar_t>();
-    const auto* probs = probs_TE.const_data_ptr<scalar_t>();
-    if (grad_weight_R) {
+  if (grad_weight_R) {
+    AT_DISPATCH_FLOATING_TYPES(probs_TE.scalar_type(), "xmoe::route_backward", [&] {
       const auto weights = grad_weight_R->contiguous();
+      auto* grad = grad_TE.mutable_data_ptr<scalar_t>();
       const auto* weight = weights.const_data_ptr<scalar_t>();
       const auto *token = token_R.const_data_ptr<int64_t>(), *expert = expert_R.const_data_ptr<int64_t>();
       for (int64_t r = 0; r < R; ++r) grad[token[r] * E + expert[r]] += weight[r];
-    }
-    in_parts(tokens, 1 + (1 << 15) / (E + 1), [&](int64_t begin, int64_t end) {
-      for (int64_t t = begin; t < end; ++t) softmax_backward(grad + t * E, probs + t * E, E);
     });
-  });
-  return grad_TE;
+  }
+  return at::cpu::_softmax_backward_data(grad_TE, probs_TE, 1, probs_TE.scalar_type());
 }
 
 }  // namespace
