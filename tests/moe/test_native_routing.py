@@ -1,6 +1,8 @@
 """The choice of experts in C++ is the plain routers' choice."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -9,10 +11,14 @@ from hypothesis import strategies as st
 from tolerances import assert_same
 from torch import Tensor
 
-from xmoe_fairseq.moe import ThresholdRouter, TopKRouter
+from xmoe_fairseq.moe import MoELayer, RoutingStats, ThresholdRouter, TopKRouter
+from xmoe_fairseq.moe.dispatch.rows import ExpertRows
 from xmoe_fairseq.moe.native import missing
+from xmoe_fairseq.moe.native import routing as native_routing
 from xmoe_fairseq.moe.native.routing import Chosen, choose_experts
-from xmoe_fairseq.moe.routing import Routing, count
+from xmoe_fairseq.moe.routing import count
+
+T = TypeVar("T")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -36,14 +42,13 @@ def router_of(num_experts: int, **options: float) -> ThresholdRouter | TopKRoute
     return router
 
 
-def assert_same_rows(chosen: Chosen, routing: Routing) -> None:
-    order_R = torch.argsort(routing.expert_R, stable=True)
-    for name in ("token_R", "expert_R", "rank_R"):
-        assert torch.equal(getattr(chosen, name), getattr(routing, name)[order_R]), name
-    assert torch.equal(chosen.weight_R, routing.weight_R[order_R])
-    assert torch.equal(chosen.probs_TE, routing.probs_TE)
-    assert torch.equal(chosen.counts_E, routing.rows_per_expert())
-    assert torch.equal(chosen.first_T, routing.probs_TE.argmax(dim=1))
+def assert_same_rows(chosen: Chosen, plain: Chosen) -> None:
+    order_R = torch.argsort(plain.expert_R, stable=True)
+    for name in ("token_R", "expert_R", "rank_R", "weight_R"):
+        assert torch.equal(getattr(chosen, name), getattr(plain, name)[order_R]), name
+    assert torch.equal(chosen.probs_TE, plain.probs_TE)
+    assert torch.equal(chosen.counts_E, count(plain.expert_R, plain.probs_TE.size(1)))
+    assert torch.equal(chosen.first_T, plain.first_T)
 
 
 def scores(tokens: int, num_experts: int, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -58,9 +63,9 @@ def test_equals_the_plain_routers(
     options: dict[str, float], num_experts: int, dtype: torch.dtype, threads: int
 ) -> None:
     logits_TE = scores(300, num_experts, dtype)
-    routing = router_of(num_experts, **options).to(dtype)(logits_TE)
+    plain = router_of(num_experts, **options).to(dtype).choose_plainly(logits_TE)
     chosen = choose_experts(logits_TE, options.get("k", num_experts), options.get("threshold", 1.0))
-    assert_same_rows(chosen, routing)
+    assert_same_rows(chosen, plain)
 
 
 @given(data=st.data())
@@ -69,11 +74,11 @@ def test_any_limit_and_threshold(data: st.DataObject) -> None:
     limit, threshold = data.draw(st.integers(1, num_experts)), data.draw(st.floats(0, 1))
     logits_TE = scores(tokens, num_experts)
     router = router_of(num_experts, threshold=threshold, max_experts_per_token=limit)
-    routing = router(logits_TE)
+    plain = router.choose_plainly(logits_TE)
     chosen = choose_experts(logits_TE, limit, threshold)
     assert chosen.rank_R.numel() == 0 or chosen.rank_R.max() < limit
     if tokens:
-        assert_same_rows(chosen, routing)
+        assert_same_rows(chosen, plain)
     else:
         assert chosen.counts_E.tolist() == [0] * num_experts and chosen.token_R.numel() == 0
 
@@ -83,13 +88,13 @@ def test_counts_for_a_budget(limit: int, threads: int) -> None:
     options = {"max_experts_per_token": limit, "target_experts_per_token": 2}
     router, logits_TE = router_of(32, **options).float(), scores(900, 32, torch.float32)
     router.train()
-    routing = router(logits_TE)
+    plain = router.choose_plainly(logits_TE)
     expected_C = router.budget.pop_counts()
     counts_C = torch.zeros_like(expected_C)
     for times in (1, 2):  # they add up
         chosen = choose_experts(logits_TE, limit or 32, router.budget.threshold.item(), counts_C)
         assert torch.equal(counts_C, times * expected_C)
-    assert_same_rows(chosen, routing)
+    assert_same_rows(chosen, plain)
 
 
 def test_gradients_and_theirs() -> None:
@@ -130,3 +135,86 @@ def test_nan_takes_each_expert_once_at_most() -> None:
         assert pair_R.unique().numel() == pair_R.numel()
         assert torch.equal(chosen.counts_E, count(chosen.expert_R, 8))
         assert chosen.weight_R[chosen.token_R == 1].isnan().all()
+
+
+def in_both_ways(compute: Callable[[], T], monkeypatch: pytest.MonkeyPatch) -> tuple[T, T]:
+    got = compute()
+    with monkeypatch.context() as patched:
+        patched.setattr(native_routing, "missing", lambda: "it is gone")
+        return got, compute()
+
+
+@pytest.mark.parametrize(
+    "options", [{"threshold": 0.6}, {"target_experts_per_token": 2.5}, {"k": 2}], ids=str
+)
+@pytest.mark.parametrize("layer_options", [{}, {"combine": "ones"}, {"capacity_factor": 2.0}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_layer_computes_the_same_bits(
+    options: dict[str, Any], layer_options: dict[str, Any], dtype: torch.dtype, threads: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    kind = TopKRouter if "k" in options else ThresholdRouter
+    layer = MoELayer(16, 8, 12, kind(16, 12, **options), **layer_options).to(dtype)
+    x_TD = torch.randn(700, 16, dtype=dtype).mul_(3).requires_grad_()
+
+    def compute() -> list[Tensor]:
+        y_TD, routing = layer(x_TD)
+        loss = y_TD.square().sum() + routing.load_balance_loss + routing.z_loss
+        grads = torch.autograd.grad(loss, [x_TD, *layer.parameters()])
+        stats = vars(RoutingStats.of(routing)).values()
+        budget = getattr(layer.router, "budget", None)
+        counted = [] if budget is None else [budget.pop_counts()]
+        return [y_TD, *grads, *stats, routing.combine_weights(), *counted]
+
+    for mine, plain in zip(*in_both_ways(compute, monkeypatch), strict=True):
+        assert torch.equal(mine, plain)
+
+
+def test_who_chooses_in_cpp() -> None:
+    """A router whose class changes nothing of a choice. Not another's own choice, wherever it comes from."""
+
+    class Renamed(ThresholdRouter):
+        pass
+
+    class Mixed:
+        def combine_weight(self, logits_TE: Tensor, probs_TE: Tensor) -> Tensor:
+            return probs_TE / 2
+
+    class Half(Mixed, Renamed):
+        pass
+
+    class Few(TopKRouter):
+        def choose(self, logits_TE: Tensor, probs_TE: Tensor) -> tuple[Tensor, Tensor]:
+            expert_TK, chosen_TK = super().choose(logits_TE, probs_TE)
+            chosen_TK[1:, 1:] = False
+            return expert_TK, chosen_TK
+
+    class One(ThresholdRouter):
+        limit = 1
+
+    x_TD = torch.randn(9, 4)
+    for router in (Renamed(4, 6), TopKRouter(4, 6, 2)):
+        assert router(x_TD).counts_in_order is not None
+        assert router.to(torch.bfloat16)(x_TD.bfloat16()).counts_in_order is not None  # scores are fp32
+    for router in (Half(4, 6), Few(4, 6, 2), One(4, 6)):
+        assert router(x_TD).counts_in_order is None
+    assert Few(4, 6, 2)(x_TD).token_R.numel() == 10 and One(4, 6)(x_TD).token_R.numel() == 9
+
+
+def test_what_stands_in_the_place_of_rows_in_order_is_sorted() -> None:
+    layer, x_TD = MoELayer(4, 3, 6, TopKRouter(4, 6, 2)), torch.randn(9, 4)
+    routing = layer.router(x_TD)
+    turned = replace(routing, expert_R=5 - routing.expert_R)
+    assert turned.counts_in_order is None
+    assert torch.equal(turned.rows_per_expert(), routing.rows_per_expert().flip(0))
+    rows = ExpertRows.of(turned)
+    assert torch.equal(rows.counts_E, turned.rows_per_expert())
+    order_R = torch.argsort(turned.expert_R, stable=True)
+    assert torch.equal(rows.source_R, turned.token_R[order_R])
+
+
+def test_nan_is_an_error_as_before() -> None:
+    x_TD = torch.randn(3, 4)
+    x_TD[1, 2] = torch.nan
+    with pytest.raises(FloatingPointError, match="router input holds NaN or inf in 1 of 3 tokens"):
+        ThresholdRouter(4, 6)(x_TD)

@@ -57,24 +57,25 @@ class Budget(nn.Module):
         # A rounded sum may reach 1 before the last expert.
         taken_TK = (mass_before_TK < self.threshold) | (self.threshold >= 1)
         if counting:
-            self.count(mass_before_TK)[TAKEN] += taken_TK[:, 1:].sum()
-            self._forwards += 1
-            if self._forwards == MANY and not self._steps:
-                warnings.warn(
-                    f"target_experts_per_token={self.target}: {MANY} forward passes in training, and t is "
-                    "still where it began; call xmoe_fairseq.moe.step_budgets(model) after each update",
-                    stacklevel=3,
-                )
+            counts_C = self.counts(mass_before_TK.device)
+            # The first choice is taken anyway. NaN: an overflow on its way to the loss scaler.
+            bin_N = (mass_before_TK[:, 1:].nan_to_num(1.0) * BINS).long().clamp_(max=BINS - 1).reshape(-1)
+            counts_C.scatter_add_(0, bin_N, torch.ones_like(bin_N))
+            counts_C[TOKENS] += mass_before_TK.size(0)
+            counts_C[TAKEN] += taken_TK[:, 1:].sum()
         return taken_TK
 
-    def count(self, mass_before_TK: Tensor) -> Tensor:
-        """(COUNTS,) what has been counted by now."""
+    def counts(self, device: torch.device) -> Tensor:
+        """(COUNTS,) what has been counted by now; one forward pass in training is going to add to it."""
         if self._counts_C is None:
-            self._counts_C = mass_before_TK.new_zeros(COUNTS, dtype=torch.long)
-        # The first choice is taken anyway. NaN: an overflow on its way to the loss scaler.
-        bin_N = (mass_before_TK[:, 1:].nan_to_num(1.0) * BINS).long().clamp_(max=BINS - 1).reshape(-1)
-        self._counts_C.scatter_add_(0, bin_N, torch.ones_like(bin_N))
-        self._counts_C[TOKENS] += mass_before_TK.size(0)
+            self._counts_C = torch.zeros(COUNTS, dtype=torch.long, device=device)
+        self._forwards += 1
+        if self._forwards == MANY and not self._steps:
+            warnings.warn(
+                f"target_experts_per_token={self.target}: {MANY} forward passes in training, and t is "
+                "still where it began; call xmoe_fairseq.moe.step_budgets(model) after each update",
+                stacklevel=3,
+            )
         return self._counts_C
 
     def pop_counts(self) -> Tensor:

@@ -13,7 +13,8 @@ class Routing:
     """R routed (token, expert) pairs of T tokens and E experts.
 
     Everything behind the router (capacity, dispatch, experts, combine) follows these rows and
-    nothing else, so a pair that is not listed here costs nothing.
+    nothing else, so a pair that is not listed here costs nothing. Rows of one expert are in order of token;
+    how those of several lie among each other is the router's affair.
     """
 
     token_R: Tensor  # index into this rank's non-padding tokens
@@ -25,6 +26,9 @@ class Routing:
     load_balance_of: Callable[[], Tensor]  # the losses, worked out when they are asked for: in generation
     z_loss_of: Callable[[], Tensor]  # nobody asks, and they would take a third of the router's time
     all_ones: bool = False  # every weight_R is 1 and takes no gradient: no need to multiply
+    # expert_R and its counts (E,), where the rows are in order of expert, and within one of token: no need to
+    # sort. They hold for this very tensor, not for what `replace` puts in its place.
+    in_order: tuple[Tensor, Tensor] | None = None
 
     @cached_property
     def load_balance_loss(self) -> Tensor:
@@ -58,7 +62,13 @@ class Routing:
 
     def rows_per_expert(self) -> Tensor:
         """(E,) number of rows that each expert computes."""
-        return count(self.expert_R, self.num_experts)
+        counts_E = self.counts_in_order
+        return count(self.expert_R, self.num_experts) if counts_E is None else counts_E
+
+    @property
+    def counts_in_order(self) -> Tensor | None:
+        """(E,) number of rows of each expert, if all rows of expert 0 come first, then those of 1, ..."""
+        return self.in_order[1] if self.in_order and self.in_order[0] is self.expert_R else None
 
 
 def count(expert_N: Tensor, num_experts: int) -> Tensor:

@@ -23,9 +23,11 @@ class ExpertRows:
     @classmethod
     def of(cls, routing: Routing) -> "ExpertRows":
         """Exactly the chosen rows, from the tokens: no capacity slots, no padding to the largest expert."""
-        order_R = torch.argsort(routing.expert_R, stable=True)  # within an expert the order stays
-        weight_R = None if routing.all_ones else routing.weight_R[order_R]
-        return cls(routing.token_R[order_R], weight_R, routing.rows_per_expert())
+        token_R, weight_R = routing.token_R, None if routing.all_ones else routing.weight_R
+        if routing.counts_in_order is None:
+            order_R = torch.argsort(routing.expert_R, stable=True)  # within an expert the order stays
+            token_R, weight_R = token_R[order_R], None if weight_R is None else weight_R[order_R]
+        return cls(token_R, weight_R, routing.rows_per_expert())
 
     def weighted_sum(self, y_RD: Tensor, num_sources: int) -> Tensor:
         """(S, D) `y_s = sum of weight_r * y_r` over the rows r of source s; 0 for a source without rows.

@@ -5,17 +5,30 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from xmoe_fairseq.moe.native import missing
+
 
 class Chosen(NamedTuple):
-    """R rows in order of expert, and within an expert of token."""
+    """R rows, as a `Routing` has them."""
 
     probs_TE: Tensor  # differentiable, as
     weight_R: Tensor  # that of each row
     token_R: Tensor
     expert_R: Tensor
     rank_R: Tensor  # 0 = the token's first choice
-    counts_E: Tensor  # rows of each expert
     first_T: Tensor  # each token's first choice
+    counts_E: Tensor | None = None  # rows of each expert; None = they are not in order of expert
+
+
+def can_choose(logits_TE: Tensor) -> bool:
+    """Whether `choose_experts` takes them. In compiled code it does not: it would have to look for a file."""
+    return (
+        not torch.compiler.is_compiling()
+        and type(logits_TE) is Tensor
+        and logits_TE.is_cpu
+        and logits_TE.dtype in (torch.float32, torch.float64)
+        and not missing()
+    )
 
 
 def choose_experts(
@@ -23,8 +36,8 @@ def choose_experts(
 ) -> Chosen:
     """A token takes its most probable experts, of equals the lower id first, while their mass is below t.
 
-    One at least, `limit` at most: `limit=k` alone is top-k. For a CPU, in fp32 or fp64, where `missing()`
-    says nothing.
+    One at least, `limit` at most: `limit=k` alone is top-k. Rows come in order of expert, and within an
+    expert of token. For what `can_choose`.
 
     Args:
         logits_TE: scores, finite unless a loss scaler will see to it.
@@ -47,7 +60,7 @@ class _Choose(torch.autograd.Function):
         ctx.save_for_backward(probs_TE, token_R, expert_R)
         ctx.mark_non_differentiable(token_R, expert_R, rank_R, counts_E, first_T)
         ctx.set_materialize_grads(False)
-        return probs_TE, weight_R, token_R, expert_R, rank_R, counts_E, first_T
+        return probs_TE, weight_R, token_R, expert_R, rank_R, first_T, counts_E
 
     @staticmethod
     def backward(

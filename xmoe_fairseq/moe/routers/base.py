@@ -7,13 +7,14 @@ mass of the threshold router would be wrong in its second digit.
 
 import math
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xmoe_fairseq.moe.losses import load_balance_loss, z_loss
+from xmoe_fairseq.moe.native.routing import Chosen
 from xmoe_fairseq.moe.routers.registry import RouterKind
 from xmoe_fairseq.moe.routing import Routing
 
@@ -54,6 +55,7 @@ class Router(TokenRouter):
     """
 
     temperature = 1.0
+    deciding: ClassVar[tuple[str, ...]] = ()  # methods by which `choose` goes
 
     def __init__(self, model_dim: int, num_experts: int) -> None:
         super().__init__(model_dim, num_experts, 2 * model_dim * num_experts)
@@ -71,20 +73,36 @@ class Router(TokenRouter):
             logits_TE = self.score(x_TD)
             if not may_hold_nan:
                 check_scores(x_TD, logits_TE)
-            probs_TE = torch.softmax(logits_TE, dim=-1)
-            expert_TK, chosen_TK = self.choose(logits_TE.detach(), probs_TE.detach())
-            token_R, rank_R = chosen_TK.nonzero(as_tuple=True)
-            expert_R = expert_TK[token_R, rank_R]
+            chosen = self.choose_natively(logits_TE) or self.choose_plainly(logits_TE)
+            counts_E, first_T = chosen.counts_E, chosen.first_T
             return Routing(
-                token_R=token_R,
-                expert_R=expert_R,
-                rank_R=rank_R,
-                weight_R=self.combine_weight(logits_TE, probs_TE)[token_R, expert_R],
-                probs_TE=probs_TE,
-                rows_wanted=token_R.numel(),
-                load_balance_of=partial(self.balance, probs_TE, expert_TK[:, 0]),
+                token_R=chosen.token_R,
+                expert_R=chosen.expert_R,
+                rank_R=chosen.rank_R,
+                weight_R=chosen.weight_R,
+                probs_TE=chosen.probs_TE,
+                rows_wanted=chosen.token_R.numel(),
+                load_balance_of=partial(self.balance, chosen.probs_TE, first_T),
                 z_loss_of=partial(z_loss, logits_TE),
+                in_order=None if counts_E is None else (chosen.expert_R, counts_E),
             )
+
+    def choose_natively(self, logits_TE: Tensor) -> Chosen | None:
+        """The same in C++, for a router that goes by probabilities alone; None = it cannot."""
+        return None
+
+    def choose_plainly(self, logits_TE: Tensor) -> Chosen:
+        probs_TE = torch.softmax(logits_TE, dim=-1)
+        expert_TK, chosen_TK = self.choose(logits_TE.detach(), probs_TE.detach())
+        token_R, rank_R = chosen_TK.nonzero(as_tuple=True)
+        expert_R = expert_TK[token_R, rank_R]
+        weight_R = self.combine_weight(logits_TE, probs_TE)[token_R, expert_R]
+        return Chosen(probs_TE, weight_R, token_R, expert_R, rank_R, expert_TK[:, 0])
+
+    def chooses_as(self, kind: type["Router"]) -> bool:
+        """Whether the class is `kind`, or has from it all that decides about a token's experts."""
+        decide = ("choose", "combine_weight", *kind.deciding)
+        return all(getattr(type(self), name) is getattr(kind, name) for name in decide)
 
     def score(self, x_TD: Tensor) -> Tensor:
         dtype = torch.promote_types(x_TD.dtype, torch.float32)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xmoe_fairseq.moe.budget import Budget, step_budgets
+from xmoe_fairseq.moe.native.routing import Chosen, can_choose, choose_experts
 from xmoe_fairseq.moe.routers.base import Router, by_preference
 from xmoe_fairseq.moe.routers.registry import Flag, Place, register_router
 
@@ -73,6 +74,7 @@ class ThresholdRouter(Router):
     description = "XMoE: those that reach a probability of t together"
     takes_ones = True
     flags = FLAGS
+    deciding = ("candidates", "limit")
 
     def __init__(
         self,
@@ -160,6 +162,14 @@ class ThresholdRouter(Router):
             chosen_TK = mass_before_TK < self.threshold
         chosen_TK[:, 0] = True
         return expert_TK, chosen_TK
+
+    def choose_natively(self, logits_TE: Tensor) -> Chosen | None:
+        if not (can_choose(logits_TE) and self.chooses_as(ThresholdRouter)):
+            return None
+        if self.budget is None:
+            return choose_experts(logits_TE, self.limit, self.threshold)
+        counts_C = self.budget.counts(logits_TE.device) if self.training and self.counting else None
+        return choose_experts(logits_TE, self.limit, self.budget.threshold.item(), counts_C)
 
     def extra_repr(self) -> str:
         limit = self.max_experts_per_token or "none"

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from xmoe_fairseq.moe.native.routing import Chosen, can_choose, choose_experts
 from xmoe_fairseq.moe.routers.base import Router, by_preference
 from xmoe_fairseq.moe.routers.registry import Flag, Place, register_router
 
@@ -50,6 +51,10 @@ class TopKRouter(Router):
     def choose(self, logits_TE: Tensor, probs_TE: Tensor) -> tuple[Tensor, Tensor]:
         expert_TK = by_preference(probs_TE, self.k)[1]
         return expert_TK, torch.ones_like(expert_TK, dtype=torch.bool)
+
+    def choose_natively(self, logits_TE: Tensor) -> Chosen | None:
+        is_native = can_choose(logits_TE) and self.chooses_as(TopKRouter)
+        return choose_experts(logits_TE, self.k) if is_native else None
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, k={self.k}"
