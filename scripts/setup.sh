@@ -5,8 +5,8 @@
 #     PYTHON=python3.12 bash scripts/setup.sh    with another Python (3.10 to 3.13)
 #     VENV=/some/folder bash scripts/setup.sh    elsewhere
 #
-# The first call takes a few minutes (torch is large, fairseq and the native kernel are compiled), a further one
-# a second or less.
+# The first call takes a few minutes (torch is large; fairseq and the experts' C++ are compiled),
+# a further one a second or less.
 set -euo pipefail
 
 usage() { sed -n '2,/^set /s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
