@@ -23,7 +23,7 @@ from textio import DataError, in_chunks, normalize, run
 
 Pair = tuple[str, str]
 BABEL_NAMES = {"zh": "zh_Hans"}
-PSEUDO_CODES = {"XA", "XB", "XXX", "ZZ", "mul", "root", "und", "zxx"}  # and CLDR's for what is unknown
+PSEUDO_CODES = {"XA", "XB", "XXX", "ZZ", "mul", "root", "und", "zxx"}  # CLDR's: tests, unknown, several, none
 SPLITS = ("train", "valid", "test")
 # Choices:
 MOST_NAMES = 4  # in a list

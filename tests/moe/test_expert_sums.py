@@ -1,10 +1,11 @@
 """Every kernel equals plain autograd: values and every gradient; and which one is chosen."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
+import expert_calls
 import pytest
 import torch
 import torch.nn.functional as F
@@ -61,17 +62,8 @@ def rows_of(counts: list[int], weighted: bool, dtype: torch.dtype = torch.float3
     return ExpertRows(source_R, weight_R, torch.tensor(counts))
 
 
-def values_and_gradients(
-    kernel: str, x_SD: Tensor, rows: ExpertRows, stacks: Stacks, activation: Callable
-) -> list[Tensor]:
-    leaves = [tensor.detach().requires_grad_() for tensor in (x_SD, *stacks)]
-    if rows.weight_R is not None:
-        leaves.append(rows.weight_R.detach().requires_grad_())
-        rows = ExpertRows(rows.source_R, leaves[-1], rows.counts_E)
-    y_SD = expert_sums(Call(leaves[0], rows, Stacks(*leaves[1:5]), activation), kernel)
-    direction = torch.linspace(-1, 2, y_SD.numel(), dtype=y_SD.dtype).view(y_SD.shape)
-    y_SD.backward(direction)
-    return [y_SD.detach(), *(leaf.grad for leaf in leaves)]
+def values_and_gradients(kernel: str, *call: Any) -> list[Tensor]:
+    return expert_calls.values_and_gradients(lambda *given: expert_sums(Call(*given), kernel), *call)
 
 
 @pytest.mark.parametrize("weighted", [True, False], ids=["weighted", "unweighted"])

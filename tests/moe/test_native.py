@@ -1,21 +1,23 @@
 """The experts in C++ equal plain autograd: values and every gradient."""
 
 import multiprocessing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
+from expert_calls import values_and_gradients
 from hypothesis import given
 from hypothesis import strategies as st
 from tolerances import assert_same
 from torch import Tensor
 
 from xmoe_fairseq.moe import Experts
-from xmoe_fairseq.moe.experts import Activation, Call, ExpertRows, Stacks
+from xmoe_fairseq.moe.experts import Call, ExpertRows, Stacks
 from xmoe_fairseq.moe.experts.native import expert_sums_native, refuse
 from xmoe_fairseq.moe.experts.plain import expert_sums_plain
-from xmoe_fairseq.moe.native import missing
+
+pytestmark = pytest.mark.usefixtures("native_library")
 
 SOURCES = 300
 ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
@@ -25,19 +27,6 @@ LOADS = {
     "one row": [0, 0, 0, 1, 0],
     "no rows": [0, 0, 0, 0, 0],
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _library() -> None:
-    assert missing() == ""
-
-
-@pytest.fixture(params=[1, 2, 4])
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
 
 
 def stacks_of(
@@ -55,19 +44,6 @@ def rows_of(counts: list[int], sources: int, weighted: bool = True) -> ExpertRow
     source_R = torch.cat([torch.randperm(sources)[:count].sort().values for count in counts])
     weight_R = torch.rand(sum(counts), dtype=torch.float64) if weighted else None
     return ExpertRows(source_R, weight_R, torch.tensor(counts))
-
-
-def values_and_gradients(
-    compute: Callable[..., Tensor], x_SD: Tensor, rows: ExpertRows, stacks: Stacks, activation: Activation
-) -> list[Tensor]:
-    leaves = [tensor.detach().requires_grad_() for tensor in (x_SD, *stacks)]
-    if rows.weight_R is not None:
-        leaves.append(rows.weight_R.detach().requires_grad_())
-        rows = ExpertRows(rows.source_R, leaves[-1], rows.counts_E)
-    y_SD = compute(leaves[0], rows, Stacks(*leaves[1:5]), activation)
-    direction_SD = torch.linspace(-1, 2, y_SD.numel(), dtype=y_SD.dtype).view(y_SD.shape)
-    y_SD.backward(direction_SD)
-    return [y_SD.detach(), *(leaf.grad for leaf in leaves)]
 
 
 @pytest.mark.parametrize("weighted", [True, False], ids=["weighted", "unweighted"])

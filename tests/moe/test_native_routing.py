@@ -1,6 +1,6 @@
 """The choice of experts in C++ is the plain routers' choice."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -13,25 +13,13 @@ from torch import Tensor
 
 from xmoe_fairseq.moe import MoELayer, RoutingStats, ThresholdRouter, TopKRouter
 from xmoe_fairseq.moe.dispatch.rows import ExpertRows
-from xmoe_fairseq.moe.native import missing
 from xmoe_fairseq.moe.native import routing as native_routing
 from xmoe_fairseq.moe.native.routing import Chosen, choose_experts
 from xmoe_fairseq.moe.routing import count
 
+pytestmark = pytest.mark.usefixtures("native_library")
+
 T = TypeVar("T")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _library() -> None:
-    assert missing() == ""
-
-
-@pytest.fixture(params=[1, 2, 4])
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
 
 
 def router_of(num_experts: int, **options: float) -> ThresholdRouter | TopKRouter:
@@ -218,3 +206,10 @@ def test_nan_is_an_error_as_before() -> None:
     x_TD[1, 2] = torch.nan
     with pytest.raises(FloatingPointError, match="router input holds NaN or inf in 1 of 3 tokens"):
         ThresholdRouter(4, 6)(x_TD)
+
+
+@pytest.mark.parametrize("t, taken", [(0.0, 1), (0.25, 1), (0.5, 2), (0.75, 3), (1.0, 4)])
+def test_a_mass_that_is_exactly_t_is_enough(t: float, taken: int) -> None:
+    chosen = choose_experts(torch.zeros(3, 4), 4, t)  # each has 1/4
+    assert chosen.rank_R.bincount().tolist() == [3] * taken
+    assert chosen.expert_R.tolist() == [expert for expert in range(taken) for _ in range(3)]  # the lower id
