@@ -87,3 +87,24 @@ def test_without_a_library_the_log_says_what_to_run(
         "no native kernel, experts take longer on the CPU: it has not been compiled for this torch; "
         "run: python -m xmoe_fairseq.moe.native"
     )
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "one bit"])
+def test_a_damaged_library_is_not_loaded_and_made_anew(
+    damage: str, copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loading one that was cut short ends the process with a bus error."""
+    library = copy / native_build.library_name()
+    whole = (native.HERE / library.name).read_bytes()
+    flipped = whole[:5000] + bytes([whole[5000] ^ 1]) + whole[5001:]
+    library.write_bytes({"cut": whole[:20000], "empty": b"", "one bit": flipped}[damage])
+    monkeypatch.setattr(native, "HERE", copy)
+    assert native.missing.__wrapped__() == f"{library} is damaged"
+
+    def compile_library(folder: Path) -> Path:
+        (folder / "made.so").write_bytes(whole[:-4])
+        return folder / "made.so"
+
+    monkeypatch.setattr(native_build, "compile_library", compile_library)
+    assert "was built" in build(copy) and library.read_bytes() == whole
+    assert build(copy) == "the native kernel is up to date"

@@ -6,7 +6,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from xmoe_fairseq.moe.native.build import COMMAND, HERE, library_name
+from xmoe_fairseq.moe.native.build import COMMAND, HERE, is_whole, library_name
 
 logger = logging.getLogger(__name__)
 
@@ -15,8 +15,12 @@ logger = logging.getLogger(__name__)
 def missing() -> str:
     """ "" if the operators are there, else why not; then the log says once what to do."""
     path = HERE / library_name()
-    reason = "" if path.exists() else "it has not been compiled for this torch"
-    if not reason:
+    reason = ""
+    if not path.exists():
+        reason = "it has not been compiled for this torch"
+    elif not is_whole(path):
+        reason = f"{path} is damaged"
+    else:
         try:
             torch.ops.load_library(str(path))
         except OSError as error:

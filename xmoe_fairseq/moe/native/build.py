@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from importlib.util import find_spec
@@ -50,8 +51,15 @@ def library_name() -> str:
     return f"experts-{hashlib.sha256(torch_version).hexdigest()[:8]}-{everything}.so"
 
 
+def is_whole(library: Path) -> bool:
+    """Whether its last 4 bytes are the CRC-32 of the others, as `build` leaves it: loading a library that was
+    cut short ends the process."""
+    content = library.read_bytes() if library.exists() else b""
+    return content[-4:] == zlib.crc32(content[:-4]).to_bytes(4, "little")
+
+
 def build(folder: Path = HERE) -> str:
-    """Puts the library into `folder`, unless it is there; one process at a time.
+    """Puts the library into `folder`, unless it is there, whole; one process at a time.
 
     Returns:
         What was done, in one line.
@@ -62,9 +70,9 @@ def build(folder: Path = HERE) -> str:
     with open(__file__) as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         path = folder / library_name()
-        if path.exists():
+        if is_whole(path):
             return "the native kernel is up to date"
-        if (HERE / path.name).exists():  # a wheel is being made
+        if is_whole(HERE / path.name):  # a wheel is being made
             shutil.copy(HERE / path.name, path)
             return "the native kernel was there already"
         start = time.monotonic()
@@ -73,6 +81,7 @@ def build(folder: Path = HERE) -> str:
                 made = compile_library(Path(scratch))
                 for old in folder.glob(f"{path.name.rsplit('-', 1)[0]}-*.so"):  # of this torch
                     old.unlink()
+                made.write_bytes((content := made.read_bytes()) + zlib.crc32(content).to_bytes(4, "little"))
                 made.replace(path)
         except OSError as error:
             raise BuildError(f"cannot write to {folder} ({error.strerror})") from None
