@@ -42,8 +42,8 @@ class CommonFlags(FairseqDataclass):
         f"xmoe-convert makes of a dense model; only --moe-router {takers_of_ones()})"
     )  # fmt: skip
     moe_kernel: str = _flag(
-        AUTO, f"what computes the experts: {', '.join(kernel_names())}; auto chooses by device, precision "
-        "and size; others are for tests and benchmarks, and a checkpoint opens with auto again"
+        AUTO, f"what computes the experts: {', '.join(kernel_names())}; auto chooses by device, precision, "
+        "size and activation; others are for tests and benchmarks, and a checkpoint opens with auto again"
     )  # fmt: skip
     moe_capacity_factor: float = _flag(
         0.0, "in training an expert keeps at most ceil(tokens / experts x this) tokens; 0 = dropless"

@@ -21,7 +21,7 @@ from xmoe_fairseq.tables import markdown
 
 FLOOR, OURS = "two dense products", "XMoE layer"
 AIM = 0.75  # of the dense products' rate
-WAYS = {"grouped products": "grouped", "eager loop": "plain", "torchtitan's way, padded groups": PADDED}
+WAYS = {"grouped products": "grouped", "plain autograd": "plain", "torchtitan's way, padded groups": PADDED}
 Case = argparse.Namespace
 Row = dict[str, Any]
 

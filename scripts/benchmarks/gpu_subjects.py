@@ -26,7 +26,7 @@ def expert_sums_padded(
     """
     num_experts, num_rows = rows.counts_E.numel(), rows.source_R.numel()
     if num_rows == 0:  # the product's backward raises without rows
-        return expert_sums_plain(x_SD, rows, stacks, activation)
+        return expert_sums_plain(x_SD, rows, stacks, activation, dropout)
     padded_E = (rows.counts_E + PADDED_TO - 1) // PADDED_TO * PADDED_TO
     size = num_rows + num_experts * (PADDED_TO - 1)
     ends_E = padded_E.cumsum(0)
@@ -39,6 +39,7 @@ def expert_sums_padded(
     x_PD = F.pad(x_SD, (0, 0, 0, 1)).index_select(0, source_P)
     inner_PF = F.grouped_mm(x_PD, stacks.fc1_weight.transpose(1, 2), offs=offsets_E)
     hidden_PF = activation(inner_PF + stacks.fc1_bias.index_select(0, expert_P))
+    hidden_PF = F.dropout(hidden_PF, dropout, dropout > 0)
     y_PD = F.grouped_mm(hidden_PF, stacks.fc2_weight.transpose(1, 2), offs=offsets_E)
     y_RD = y_PD.index_select(0, place_R) + stacks.fc2_bias.index_select(0, expert_R)
     return rows.weighted_sum(y_RD, x_SD.size(0))

@@ -1,7 +1,7 @@
 """Every kernel equals plain autograd: values and every gradient; and which one is chosen."""
 
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,14 +10,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from documented import example
-from tolerances import TERMS, assert_same
+from tolerances import assert_same
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from xmoe_fairseq.moe import Experts, MoELayer, TopKRouter, use_kernel
 from xmoe_fairseq.moe.experts import Call, ExpertRows, Stacks, kernels, native
-from xmoe_fairseq.moe.experts import chunks as expert_chunks
-from xmoe_fairseq.moe.experts.chunks import compute
 from xmoe_fairseq.moe.experts.kernels import KernelError, choose_kernel, expert_sums
 
 SOURCES, MODEL_DIM, EXPERT_DIM = 9, 8, 16
@@ -27,24 +25,14 @@ LOADS = {
     "one row": [0, 0, 0, 1],
     "no rows": [0, 0, 0, 0],
 }
-FAST = ["loop", *(["grouped"] if hasattr(F, "grouped_mm") else [])]
+needs_grouped = pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="torch < 2.10")
 
 
-@pytest.fixture(params=["native", "loop"])
+@pytest.fixture(params=["native", "plain"])
 def on_cpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """What "auto" takes there: with the native kernel's library, and without."""
     monkeypatch.setattr(native, "missing", lambda: "" if request.param == "native" else "it is gone")
     return str(request.param)
-
-
-@pytest.fixture
-def three_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """That share the smallest work."""
-    monkeypatch.setattr(expert_chunks, "THREAD_WORK", 0)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(3)
-    yield
-    torch.set_num_threads(threads)
 
 
 ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "tanh": torch.tanh}
@@ -69,14 +57,11 @@ def values_and_gradients(kernel: str, *call: Any) -> list[Tensor]:
 @pytest.mark.parametrize("weighted", [True, False], ids=["weighted", "unweighted"])
 @pytest.mark.parametrize("load", LOADS)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("fast", FAST)
-def test_equals_plain_autograd(
-    fast: str, activation: str, load: str, weighted: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(expert_chunks, "CHUNK_ROWS", 5)  # several chunks, also of several experts
+@needs_grouped
+def test_grouped_products_equal_plain_autograd(activation: str, load: str, weighted: bool) -> None:
     rows, stacks, x_SD = rows_of(LOADS[load], weighted), stacks_of(4, torch.float32), torch.randn(9, 8)
     arguments = (x_SD, rows, stacks, ACTIVATIONS[activation])
-    got = values_and_gradients(fast, *arguments)
+    got = values_and_gradients("grouped", *arguments)
     assert_same(got, values_and_gradients("plain", *arguments))
 
 
@@ -90,6 +75,8 @@ def test_the_documented_kernel(
     exec(code, {})
     arguments = (torch.randn(9, 8), rows_of(LOADS[load], weighted), stacks_of(4, torch.float32), F.relu)
     assert_same(values_and_gradients("every", *arguments), values_and_gradients("plain", *arguments))
+    without_hidden = (expert_sums(Call(*arguments, 1.0), kernel) for kernel in ("every", "plain"))
+    assert_same(*without_hidden)
     assert choose_kernel(Call(*arguments)).name == on_cpu
     exec(code, {})  # a notebook's cell that runs again
     with pytest.raises(ValueError, match="kernel every is registered already"):
@@ -99,82 +86,68 @@ def test_the_documented_kernel(
         choose_kernel(many)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("weighted", [True, False], ids=["weighted", "unweighted"])
-@pytest.mark.parametrize("counts", [[0, 1, 0, 1], [1, 1, 1, 1], [0, 0, 0, 1], [0, 0, 0, 0]])
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_one_token(activation: str, counts: list[int], weighted: bool, dtype: torch.dtype) -> None:
-    weight_R = torch.rand(sum(counts), dtype=dtype) if weighted else None
-    rows = ExpertRows(torch.zeros(sum(counts), dtype=torch.long), weight_R, torch.tensor(counts))
-    call = Call(torch.randn(1, 8, dtype=dtype), rows, stacks_of(4, dtype), ACTIVATIONS[activation])
-    before = [stack.clone() for stack in call.stacks]
-    with torch.no_grad():
-        y_1D = expert_sums(call, "single")
-    assert_same(y_1D, expert_sums(call, "plain"))
-    assert all(map(torch.equal, call.stacks, before))  # what is added to are copies
-
-
-MODULES = {"of its own weight": nn.PReLU(), "random": nn.RReLU(), "in place": nn.SiLU(inplace=True)}
+MODULES = {
+    "of its own weight": (nn.PReLU(), lambda module, inner: F.prelu(inner, module.weight)),
+    "random": (nn.RReLU(), lambda _, inner: F.rrelu(inner, training=True)),
+    "in place": (nn.SiLU(inplace=True), lambda _, inner: F.silu(inner)),
+}
 
 
 @pytest.mark.parametrize("activation", MODULES)
 def test_a_module_may_be_the_activation(activation: str) -> None:
-    module = MODULES[activation].train()
-    experts, rows, x_SD = (
-        Experts(4, MODEL_DIM, EXPERT_DIM, module),
-        rows_of([4, 1, 0, 7], True),
-        torch.randn(9, 8),
-    )
+    module, function = MODULES[activation]
+    experts, rows = Experts(4, MODEL_DIM, EXPERT_DIM, module.train()), rows_of([4, 1, 0, 7], True)
+    x_SD = torch.randn(9, 8)
     leaves = [x_SD.requires_grad_(), *experts.parameters()]
     torch.manual_seed(1)
     got = torch.autograd.grad(experts(x_SD, rows).square().sum(), leaves)
     torch.manual_seed(1)
-    y_SD = expert_sums(Call(x_SD, rows, experts.stacked(), module), "plain")
+    y_SD = expert_sums(Call(x_SD, rows, experts.stacked(), partial(function, module)), "plain")
     assert_same(got, torch.autograd.grad(y_SD.square().sum(), leaves))
     with torch.no_grad():
         torch.manual_seed(1)
         assert_same(experts(x_SD, rows), y_SD)
 
 
-@pytest.mark.parametrize("weighted", [True, False], ids=["weighted", "unweighted"])
-@pytest.mark.parametrize("load", LOADS)
-@pytest.mark.usefixtures("three_threads")
-def test_threads_share_the_experts(load: str, weighted: bool) -> None:
-    rows, stacks, x_SD = rows_of(LOADS[load], weighted), stacks_of(4, torch.float32), torch.randn(9, 8)
-    got = values_and_gradients("loop", x_SD, rows, stacks, F.gelu)
-    expected = values_and_gradients("plain", x_SD, rows, stacks, F.gelu)
-    assert_same(got, expected)
-    with torch.no_grad():
-        assert_same(expert_sums(Call(x_SD, rows, stacks, F.gelu), "loop"), expected[0])
-    assert torch.get_num_threads() == 3  # again
+@needs_grouped
+def test_grouped_products_have_dropout() -> None:
+    counts, dropout = [4, 1, 0, 7], 0.4
+    rows, stacks, x_SD = rows_of(counts, True), stacks_of(4, torch.float32), torch.randn(9, 8)
 
+    def grouped(*call: Any) -> Tensor:
+        torch.manual_seed(7)
+        return expert_sums(Call(*call, dropout), "grouped")
 
-@pytest.mark.usefixtures("three_threads")
-def test_a_fault_in_a_thread_is_raised_and_the_threads_are_as_before() -> None:
-    with pytest.raises(ZeroDivisionError):
-        compute(lambda share: 1 // len(share), [[], [], []])
-    assert torch.get_num_threads() == 3
+    def with_mask(*call: Any) -> Tensor:
+        torch.manual_seed(7)
+        kept_RF = F.dropout(torch.ones(sum(counts), EXPERT_DIM), dropout)
+        kept = iter(kept_RF.split([count for count in counts if count]))
+        return expert_sums(Call(*call[:3], lambda inner: F.gelu(inner) * next(kept)), "plain")
+
+    call = x_SD, rows, stacks, F.gelu
+    got = expert_calls.values_and_gradients(grouped, *call)
+    assert_same(got, expert_calls.values_and_gradients(with_mask, *call))
 
 
 @pytest.mark.parametrize(
-    "fast, dtype, terms",
-    [("loop", torch.float64, TERMS), ("loop", torch.bfloat16, 1), ("grouped", torch.bfloat16, 1)],
+    "kernel, dtype",
+    [
+        ("plain", torch.float16),
+        ("plain", torch.bfloat16),
+        pytest.param("grouped", torch.bfloat16, marks=needs_grouped),
+    ],
 )
-def test_other_precisions(fast: str, dtype: torch.dtype, terms: int) -> None:
+def test_half_precision(kernel: str, dtype: torch.dtype) -> None:
     """Sums are taken in the precision of the weights: fp32 at least."""
-    wide = torch.promote_types(dtype, torch.float32)
-    rows, stacks, x_SD = (
-        rows_of([4, 1, 0, 7], True, wide),
-        stacks_of(4, dtype),
-        torch.randn(9, 8, dtype=dtype),
-    )
-    got = values_and_gradients(fast, x_SD, rows, stacks, F.gelu)
+    rows, stacks = rows_of([4, 1, 0, 7], True), stacks_of(4, dtype)
+    x_SD = torch.randn(9, 8, dtype=dtype)
+    got = values_and_gradients(kernel, x_SD, rows, stacks, F.gelu)
     exact = values_and_gradients(
         "plain", x_SD.double(), ExpertRows(rows.source_R, rows.weight_R.double(), rows.counts_E),
         Stacks(*(stack.double() for stack in stacks)), F.gelu,
     )  # fmt: skip
-    assert got[0].dtype == wide
-    assert_same(got, [t.to(mine) for t, mine in zip(exact, got, strict=True)], terms=terms, dtype=dtype)
+    assert got[0].dtype == torch.float32
+    assert_same(got, [t.to(mine) for t, mine in zip(exact, got, strict=True)], terms=1, dtype=dtype)
 
 
 def test_plain_autograd_has_the_right_gradients() -> None:
@@ -187,27 +160,7 @@ def test_plain_autograd_has_the_right_gradients() -> None:
     assert torch.autograd.gradcheck(compute, inputs)
 
 
-def test_strided_and_expanded_inputs() -> None:
-    rows, stacks = rows_of([4, 1, 0, 7], True), stacks_of(4, torch.float32)
-    x_SD = torch.randn(8, 9).t()
-    call = Call(x_SD.requires_grad_(), rows, stacks, F.relu)
-    y, plain = expert_sums(call, "loop"), expert_sums(call, "plain")
-    assert_same(y, plain)
-    y.sum().backward()  # an expanded gradient
-    (expected,) = torch.autograd.grad(plain.sum(), x_SD)
-    assert_same(x_SD.grad, expected)
-
-
-@pytest.mark.parametrize("threads", [1, 3])
-def test_the_loop_gives_the_same_bits_every_time(threads: int, request: pytest.FixtureRequest) -> None:
-    if threads == 3:
-        request.getfixturevalue("three_threads")
-    rows, stacks, x_SD = rows_of([4, 1, 9, 7], True), stacks_of(4, torch.float32), torch.randn(9, 8)
-    first, second = (values_and_gradients("loop", x_SD, rows, stacks, F.relu) for _ in range(2))
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-
-
-@pytest.mark.parametrize("kernel", ["native", "loop"])
+@pytest.mark.parametrize("kernel", ["native", "plain"])
 def test_autocast_computes_in_its_precision_and_leaves_fp32_gradients(kernel: str) -> None:
     experts, x_SD = Experts(4, MODEL_DIM, EXPERT_DIM, kernel=kernel), torch.randn(9, 8)
     rows = rows_of([4, 1, 0, 7], True)
@@ -218,13 +171,6 @@ def test_autocast_computes_in_its_precision_and_leaves_fp32_gradients(kernel: st
     assert not torch.equal(y, experts(x_SD, rows))
     y.sum().backward()
     assert experts.fc1_weight.grad.dtype == torch.float32
-
-
-def test_nothing_is_kept_where_no_gradient_is_wanted() -> None:
-    with torch.no_grad():
-        stacks = stacks_of(2, torch.float32)
-        y = expert_sums(Call(torch.randn(9, 8), rows_of([3, 0], True), stacks, F.relu), "loop")
-    assert y.grad_fn is None
 
 
 class ScatteredSums(TorchDispatchMode):
@@ -267,29 +213,23 @@ def call_of(x_SD: Any, stacks: Stacks | None = None, **more: Any) -> Call:
 
 
 def test_which_kernel_is_chosen(on_cpu: str) -> None:
-    """By device, precision, size, activation, dropout and grad mode."""
-    one, two, has_library = torch.ones(1, 8), torch.ones(2, 8), on_cpu == "native"
+    """By device, precision and activation; of one token or many, with gradients or without."""
+    one, two = torch.ones(1, 8), torch.ones(2, 8)
 
     def chosen(call: Call) -> str:
         return choose_kernel(call).name
 
-    for_one = "native" if has_library else "single"
     with torch.no_grad():
-        assert chosen(call_of(one)) == chosen(call_of(one.double())) == for_one
-        assert chosen(call_of(one, activation=torch.tanh)) == "single"
-        assert chosen(call_of(two)) == chosen(call_of(one[:0])) == on_cpu
-        assert chosen(call_of(one.bfloat16())) == on_cpu  # sums are fp32
+        assert chosen(call_of(one)) == chosen(call_of(one[:0])) == on_cpu
         with torch.autocast("cpu", torch.bfloat16):
             assert chosen(call_of(one)) == on_cpu
         with torch.autocast("cpu", torch.float16):
-            assert chosen(call_of(one)) == "loop"
-    assert chosen(call_of(one)) == on_cpu  # gradients
-    assert chosen(call_of(two, activation=torch.tanh)) == chosen(call_of(two.half())) == "loop"
-    for call in (call_of(one, dropout=0.1), call_of(two.bfloat16(), dropout=0.1)):
-        assert chosen(call) == ("native" if has_library else "plain")
-    assert chosen(call_of(one, dropout=0.1, activation=torch.tanh)) == "plain"
-    assert chosen(call_of(two, activation=nn.ReLU())) == "plain"
-    assert chosen(call_of(two.bfloat16())) == on_cpu  # grouped products could, but are for GPUs
+            assert chosen(call_of(one)) == "plain"
+    for call in (call_of(one), call_of(two.double()), call_of(two, dropout=0.1), call_of(two.bfloat16())):
+        assert chosen(call) == on_cpu  # of the last grouped products could be made, but are for GPUs
+    assert chosen(call_of(two.half())) == "plain"
+    for activation in (torch.tanh, nn.ReLU()):
+        assert chosen(call_of(two, activation=activation)) == "plain"
 
 
 @pytest.fixture
@@ -305,9 +245,10 @@ def test_grouped_products_are_chosen_on_a_gpu_where_torch_has_them(
 ) -> None:
     """torch is accepted from 2.6 on; its grouped product is public since 2.10."""
     call = call_of(gpu, Stacks(*(torch.zeros(2, 16, 16) for _ in range(4))))
-    assert choose_kernel(call).name == "grouped"
+    assert choose_kernel(call).name == choose_kernel(call._replace(dropout=0.1)).name == "grouped"
+    assert choose_kernel(call._replace(activation=nn.PReLU())).name == "plain"
     monkeypatch.delattr(F, "grouped_mm")
-    assert choose_kernel(call).name == "loop"
+    assert choose_kernel(call).name == "plain"
     with pytest.raises(KernelError, match="needs torch 2.10 or later, got "):
         choose_kernel(call, "grouped")
 
@@ -318,11 +259,8 @@ def stacks_like(*shape: int) -> Stacks:
 
 IMPOSSIBLE = [
     ("native", call_of(torch.ones(2, 8), activation=torch.tanh), "needs relu, gelu or silu, got tanh"),
-    ("single", call_of(torch.ones(1, 8)), "needs torch.no_grad(), got grad mode"),
-    ("single", call_of(torch.ones(2, 8)), "needs one token, got 2"),
-    ("loop", call_of(torch.ones(2, 8), dropout=0.1), "needs experts without dropout, got 0.1"),
     (
-        "loop",
+        "grouped",
         call_of(torch.ones(2, 8), activation=nn.PReLU()),
         "needs a function as activation, got the module PReLU",
     ),
@@ -371,16 +309,15 @@ def test_one_token_to_one_expert_twice() -> None:
         rows = ExpertRows(torch.zeros(3, dtype=torch.long), weight_R, torch.tensor([0, 2, 0, 1]))
         call = Call(torch.randn(1, 8), rows, stacks_of(4, torch.float32), F.relu)
         with torch.no_grad():
-            for name in ("native", "single"):
-                assert_same(expert_sums(call, name), expert_sums(call, "plain"))
+            assert_same(expert_sums(call, "native"), expert_sums(call, "plain"))
 
 
 def test_weights_in_another_precision_than_the_rows() -> None:
     rows = ExpertRows(torch.tensor([0]), torch.tensor([0.5]).double(), torch.tensor([0, 1, 0, 0]))
     call = Call(torch.randn(1, 8), rows, stacks_of(4, torch.float32), F.relu)
     with torch.no_grad():
-        assert choose_kernel(call).name == "loop"
-        assert_same(expert_sums(call), expert_sums(call, "plain"))
+        assert choose_kernel(call).name == "plain"
+        assert expert_sums(call).dtype == torch.float64
 
 
 def test_a_kernel_is_forced_in_a_block_in_its_thread_and_blocks_nest(on_cpu: str) -> None:
@@ -390,7 +327,7 @@ def test_a_kernel_is_forced_in_a_block_in_its_thread_and_blocks_nest(on_cpu: str
         return choose_kernel(call, name).name
 
     with use_kernel("plain"):
-        assert chosen() == chosen("loop") == "plain"
+        assert chosen() == chosen("native") == "plain"
         with ThreadPoolExecutor(1) as pool:
             assert pool.submit(chosen).result() == on_cpu
         with use_kernel("auto"):
@@ -424,11 +361,11 @@ def test_the_choice_does_not_break_a_compiled_graph() -> None:
 
 
 def test_a_layer_has_a_kernel_and_an_unknown_one_is_refused() -> None:
-    layer = MoELayer(8, 4, 6, TopKRouter(8, 6, 2), kernel="single")
-    assert "kernel=single" in repr(layer)
-    with torch.no_grad(), pytest.raises(KernelError, match="needs one token, got 3"):
+    layer = MoELayer(8, 4, 6, TopKRouter(8, 6, 2), activation=torch.tanh, kernel="native")
+    assert "kernel=native" in repr(layer)
+    with pytest.raises(KernelError, match="needs relu, gelu or silu, got tanh"):
         layer(torch.ones(3, 8))
-    known = "kernel must be one of auto, native, single, grouped, loop, plain.*, got fast"
+    known = "kernel must be one of auto, native, grouped, plain.*, got fast"
     with pytest.raises(ValueError, match=known):
         MoELayer(8, 4, 6, TopKRouter(8, 6, 2), kernel="fast")
     with pytest.raises(ValueError, match=known), use_kernel("fast"):

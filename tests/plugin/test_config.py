@@ -95,10 +95,10 @@ BAD = [
         {"moe_router": "gshard", "moe_num_experts": 1},
         "--moe-num-experts must be at least 2 with --moe-router gshard, got 1",
     ),
-    ({"moe_kernel": "fast"}, "--moe-kernel must be one of auto, native, single, grouped, loop, plain"),
+    ({"moe_kernel": "fast"}, "--moe-kernel must be one of auto, native, grouped, plain, got fast"),
     (
-        {"moe_router": "gshard", "moe_kernel": "loop"},
-        "--moe-kernel must be auto with --moe-router gshard, whose experts are fairscale's, got loop",
+        {"moe_router": "gshard", "moe_kernel": "plain"},
+        "--moe-kernel must be auto with --moe-router gshard, whose experts are fairscale's, got plain",
     ),
     ({"moe_combine": "sum"}, "--moe-combine must be one of probs, ones, and only --moe-router threshold and"),
     ({"moe_combine": "ones", "moe_router": "base"}, "threshold and topk take ones, got ones"),

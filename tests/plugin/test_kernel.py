@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from commands import TINY_LM, TRAIN, run
+from commands import PLUGIN, TINY_LM, TRAIN, run
 from fairseq import checkpoint_utils
 
 from xmoe_fairseq.moe import moe_layers
@@ -28,9 +28,28 @@ def test_a_checkpoint_opens_with_auto_again_unless_it_is_asked_for_another(
     checkpoint = tmp_path / "checkpoint_last.pt"
     assert torch.load(checkpoint, weights_only=True)["cfg"]["model"]["moe_kernel"] == "plain"
     assert opened() == opened({"moe_threshold": 0.5}) == ["auto"]
-    assert opened({"moe_kernel": "loop"}) == opened({"model": {"moe_kernel": "loop"}}) == ["loop"]
+    assert opened({"moe_kernel": "native"}) == opened({"model": {"moe_kernel": "native"}}) == ["native"]
     output = train(corpus, tmp_path, "--max-update", 2)  # goes on, with another
     assert "experts are computed by kernel" in output and "kernel plain" not in output
+
+
+def test_a_kernel_that_there_is_no_more_stops_no_checkpoint_and_is_refused_as_a_flag(
+    corpus: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """There were `loop` and `single`."""
+    train(corpus, tmp_path, "--max-update", 1)
+    checkpoint = tmp_path / "checkpoint_last.pt"
+    state = torch.load(checkpoint, weights_only=True)
+    state["cfg"]["model"]["moe_kernel"] = "loop"
+    torch.save(state, checkpoint)
+    scoring = ("fairseq-eval-lm", corpus[1], *PLUGIN, "--path", checkpoint, "--gen-subset", "valid")
+    assert run(*scoring).count("experts are computed by kernel") == 1
+    output = run(*scoring, "--model-overrides", "{'moe_kernel': 'loop'}", succeeds=False)
+    known = "--moe-kernel must be one of auto, native, grouped, plain, got loop"
+    assert output.splitlines()[-1] == f"fairseq-eval-lm: error: {known}"
+    output = train(corpus, tmp_path, "--max-update", 2, "--moe-kernel", "loop", succeeds=False)
+    assert output.splitlines()[-1] == f"fairseq-train: error: {known}"
+    assert "experts are computed by kernel" in train(corpus, tmp_path, "--max-update", 2)
 
 
 ELSEWHERE = """
@@ -47,12 +66,12 @@ def test_without_the_native_library_one_line_says_so(corpus: tuple[Path, Path], 
     (user_dir / "__init__.py").write_text(ELSEWHERE)
     output = train(corpus, tmp_path, "--user-dir", user_dir, "--max-update", 2)
     assert output.count("no native kernel") == output.count("python -m xmoe_fairseq.moe.native") == 1
-    assert output.count("experts are computed by kernel loop (cpu, torch.float32)") == 1
+    assert output.count("experts are computed by kernel plain (cpu, torch.float32)") == 1
 
 
 def test_a_call_that_the_kernel_cannot_take_ends_with_one_line(
     corpus: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    output = train(corpus, tmp_path, "--moe-kernel", "single", "--max-update", 1, succeeds=False)
-    last = "fairseq-train: error: kernel single (use_kernel, --moe-kernel) needs one token, got "
-    assert output.splitlines()[-1].startswith(last) and "Traceback" not in output
+    output = train(corpus, tmp_path, "--moe-kernel", "native", "--activation-fn", "tanh", succeeds=False)
+    last = "fairseq-train: error: kernel native (use_kernel, --moe-kernel) needs relu, gelu or silu, got tanh"
+    assert output.splitlines()[-1] == last and "Traceback" not in output

@@ -33,7 +33,7 @@ class ExpertRows:
         """(S, D) `y_s = sum of weight_r * y_r` over the rows r of source s; 0 for a source without rows.
 
         This is what combine means. A kernel ends with it, or does the same while it has the rows at hand
-        (native/experts.cpp, loop.py, single.py). Where rows come from other ranks, theirs have the weight 1
+        (native/experts.cpp). Where rows come from other ranks, theirs have the weight 1
         here, and the rank whose tokens they are takes the sums when they are back.
         """
         if self.weight_R is not None:

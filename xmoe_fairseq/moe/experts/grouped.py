@@ -4,10 +4,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from xmoe_fairseq.moe.dispatch.rows import ExpertRows
-from xmoe_fairseq.moe.experts.kernels import Activation, Call, Stacks, refuse_modules, register_kernel
+from xmoe_fairseq.moe.experts.kernels import Activation, Call, Stacks, register_kernel
 from xmoe_fairseq.moe.experts.plain import expert_sums_plain
 
 ALIGNMENT = 16  # bytes between rows that torch's grouped product asks for
@@ -28,7 +28,9 @@ def refuse(call: Call) -> str:
         return f"at most {MOST_EXPERTS} experts, got {experts}"
     if any(size * call.dtype.itemsize % ALIGNMENT for size in sizes):
         return f"widths of a multiple of {ALIGNMENT} bytes, got {sizes} x {call.dtype.itemsize}"
-    return refuse_modules(call)
+    if isinstance(call.activation, nn.Module):  # whose weights autocast would have to cast, which is off here
+        return f"a function as activation, got the module {type(call.activation).__name__}"
+    return ""
 
 
 @register_kernel("grouped", refuse, preference=20, device="cuda")
@@ -37,12 +39,13 @@ def expert_sums_grouped(
 ) -> Tensor:
     """As `expert_sums_plain`, to rounding. The host learns nothing about the rows but their number."""
     if rows.source_R.numel() == 0:  # the product's backward raises without rows
-        return expert_sums_plain(x_SD, rows, stacks, activation)
+        return expert_sums_plain(x_SD, rows, stacks, activation, dropout)
     ends_E = rows.counts_E.cumsum(0).to(torch.int32)
     expert_R = torch.repeat_interleave(rows.counts_E, output_size=rows.source_R.numel())
     x_RD = x_SD.index_select(0, rows.source_R)
     inner_RF = F.grouped_mm(x_RD, stacks.fc1_weight.transpose(1, 2), offs=ends_E)
     hidden_RF = activation(inner_RF + _bias_of_rows(stacks.fc1_bias, expert_R, ends_E))
+    hidden_RF = F.dropout(hidden_RF, dropout, dropout > 0)
     y_RD = F.grouped_mm(hidden_RF, stacks.fc2_weight.transpose(1, 2), offs=ends_E)
     y_RD = y_RD + _bias_of_rows(stacks.fc2_bias, expert_R, ends_E)
     return rows.weighted_sum(y_RD, x_SD.size(0))

@@ -8,7 +8,7 @@ from functools import cache
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from xmoe_fairseq.moe.dispatch.rows import ExpertRows
 
@@ -59,15 +59,6 @@ _forced = _Forced()
 
 class KernelError(ValueError):
     """A kernel was asked for by name that cannot take a call; one line says why."""
-
-
-def refuse_modules(call: Call) -> str:
-    """What draws or learns between the two layers: it may neither run twice nor in several threads."""
-    if call.dropout:
-        return f"experts without dropout, got {call.dropout}"
-    if isinstance(call.activation, nn.Module):
-        return f"a function as activation, got the module {type(call.activation).__name__}"
-    return ""
 
 
 def register_kernel(
@@ -121,8 +112,7 @@ def use_kernel(name: str) -> Iterator[None]:
     the backward pass (activation checkpointing) must find the same: give the layer the kernel.
 
     Args:
-        name: a registered one, or "auto" for the choice by device, precision, size, activation, dropout and
-            grad mode.
+        name: a registered one, or "auto" for the choice by device, precision, size and activation.
 
     Raises:
         ValueError: there is none of this name. In the block, a call that the kernel cannot take raises

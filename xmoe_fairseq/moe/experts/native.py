@@ -12,7 +12,7 @@ from torch import Tensor
 
 from xmoe_fairseq.moe.dispatch.rows import ExpertRows
 from xmoe_fairseq.moe.experts.kernels import Activation, Call, Stacks, register_kernel
-from xmoe_fairseq.moe.experts.loop import differentiable
+from xmoe_fairseq.moe.experts.plain import differentiable
 from xmoe_fairseq.moe.native import missing
 from xmoe_fairseq.moe.native.build import COMMAND
 
@@ -99,6 +99,6 @@ class _ExpertSums(torch.autograd.Function):
 
 
 def _dropped(ctx: Any, keep_RF: Tensor, counts_E: Tensor) -> Activation:
-    """The activation and the dropout that there was: for each expert in order."""
-    keeps = iter(keep_RF.split(counts_E.tolist()))
+    """The activation and the dropout that there was: for each expert that has rows, in order."""
+    keeps = iter(keep_RF.split([count for count in counts_E.tolist() if count] or [0]))
     return lambda inner_nF: ctx.activation(inner_nF) * next(keeps) * ctx.scale
