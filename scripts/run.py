@@ -3,15 +3,18 @@
     python scripts/run.py PACKAGE.MODULE ARGUMENTS ...
 
 Python puts this folder first on its path, and the packages are in it. What a user can fix ends with one line.
+`kill` ends what the command has started, too.
 """
 
 import runpy
 import sys
 
+from experiments.processes import pass_on_termination
 from xmoe_fairseq_compat.errors import one_line
 
 if __name__ == "__main__":
     name = sys.argv.pop(1)
+    pass_on_termination()
     try:
         runpy.run_module(name, run_name="__main__", alter_sys=True)
     except KeyboardInterrupt:

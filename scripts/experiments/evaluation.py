@@ -2,12 +2,12 @@
 
 import re
 import shlex
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
 from sacrebleu.metrics import BLEU, CHRF
 
+from experiments import processes
 from experiments.results import lines, read
 from experiments.train import BIN
 from xmoe_fairseq_compat.errors import UserError
@@ -23,7 +23,7 @@ def call(words: Sequence[object], log: Path) -> Path:
     partial = log.with_name(log.name + ".partial")
     with partial.open("w", encoding="utf-8") as file:
         print(shlex.join(command), file=file, flush=True)
-        status = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT).returncode
+        status = processes.run(command, stdout=file, stderr=file)
     if status:
         raise UserError(f"{tool} failed: {lines(partial)[-1]} (all of it: {partial})")
     return partial.replace(log)

@@ -12,12 +12,12 @@ import fcntl
 import os
 import re
 import shlex
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import Queue
 
+from experiments import processes
 from experiments.catalogue import TASKS, models
 from experiments.plan import Plan
 from experiments.train import ROOT, shards
@@ -44,9 +44,7 @@ def train_and_score(task: str, preset: str, model: str, seed: int, data: Path, r
         except BlockingIOError:
             print(f"[grid] {run.name}: another process is at it", flush=True)
             return True
-        return not any(
-            subprocess.run([*python, *c], stdout=log, stderr=log, env=env).returncode for c in commands
-        )
+        return not any(processes.run([*python, *c], stdout=log, stderr=log, env=env) for c in commands)
 
 
 def main() -> None:

@@ -10,12 +10,12 @@ import argparse
 import os
 import re
 import shlex
-import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from experiments import processes
 from experiments.catalogue import TASKS, listing
 from experiments.plan import Plan
 from experiments.results import read_run, write_json
@@ -81,15 +81,13 @@ def note(run: Path, about: dict[str, Any]) -> None:
 
 
 def run_logged(words: list[str], log: Path) -> int:
-    with (
-        log.open("a", encoding="utf-8") as file,
-        subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process,
-    ):
-        assert process.stdout
-        for line in process.stdout:
+    with log.open("a", encoding="utf-8") as file:
+
+        def show(line: str) -> None:
             print(line, end="", flush=True)
             file.write(line)
-    return process.returncode
+
+        return processes.run(words, show)
 
 
 def integer(name: str, default: int) -> int:
@@ -99,7 +97,7 @@ def integer(name: str, default: int) -> int:
     return int(value)
 
 
-def processes() -> int:
+def gpus() -> int:
     import torch  # takes two seconds
 
     return integer("GPUS", max(torch.cuda.device_count(), 1))
@@ -125,7 +123,7 @@ def main() -> None:
     args = parse()
     plan, seed = Plan(args.task, args.preset, args.model), integer("SEED", 1)
     if not plan.size.cpu:
-        plan = Plan(args.task, args.preset, args.model, processes())
+        plan = Plan(args.task, args.preset, args.model, gpus())
     data, run = args.data.resolve(), args.run.resolve()
     words = command(plan, data, run, seed, args.flags)
     note(run, describe(plan, data, seed, args.flags, words))

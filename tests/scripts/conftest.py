@@ -1,7 +1,6 @@
 """Corpora as data-prep leaves them."""
 
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -43,15 +42,15 @@ def with_forks(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Runs a tool's main in this process, and the stock commands that it starts in forks."""
     from experiments import evaluation, train
 
-    def call(words: list[str], stdout: TextIO, **_: object) -> SimpleNamespace:
+    def call(words: list[str], stdout: TextIO, **_: object) -> int:
         stdout.write(command(Path(words[0]).name, *words[1:]))
-        return SimpleNamespace(returncode=0)
+        return 0
 
     def run_logged(words: list[str], log: Path) -> int:
         log.write_text(command(Path(words[0]).name, *words[1:]))
         return 0
 
-    monkeypatch.setattr(evaluation, "subprocess", SimpleNamespace(run=call, STDOUT=subprocess.STDOUT))
+    monkeypatch.setattr(evaluation, "processes", SimpleNamespace(run=call))
     monkeypatch.setattr(train, "run_logged", run_logged)
 
     def run(main: Callable[[], None], *arguments: object) -> None:
