@@ -14,7 +14,8 @@ built=$(mktemp -d)
 trap 'rm -rf "$built"' EXIT
 
 # The libraries that must be there before Python is: a sanitizer's, and what it looks for when it starts.
-preload() { "${CXX:-g++}" -print-file-name="$1"; }
+# shellcheck disable=SC2086
+preload() { ${CXX:-g++} -print-file-name="$1"; }
 
 run() {
     local sanitizer=$1 library=$2 flags=$3

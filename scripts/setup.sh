@@ -45,8 +45,9 @@ choose_python() {
 }
 
 check_build_tools() {
-    command -v "${CXX:-g++}" >/dev/null ||
-        fail "no C++ compiler '${CXX:-g++}', to build fairseq; install one (Debian: apt-get install g++)"
+    local compiler=${CXX:-g++}  # which may have arguments
+    command -v "${compiler%% *}" >/dev/null ||
+        fail "no C++ compiler '$compiler', to build fairseq; install one (Debian: apt-get install g++)"
     "$python" -c 'import ensurepip, venv' 2>/dev/null ||
         fail "'$python' has no venv module; install it (Debian: apt-get install python3-venv)"
     include=$("$python" -c 'import sysconfig; print(sysconfig.get_path("include"))')

@@ -39,6 +39,20 @@ def _reproducible() -> None:
 
 
 @pytest.fixture(scope="session")
+def native_library() -> None:
+    """Which setup.sh compiles: where there is no compiler a test of it is skipped, elsewhere it fails."""
+    from xmoe_fairseq.moe.native import missing
+    from xmoe_fairseq.moe.native.build import COMMAND, BuildError, compiler
+
+    if reason := missing():
+        try:
+            compiler()
+        except BuildError as error:
+            pytest.skip(f"no native kernel: {error}")
+        pytest.fail(f"no native kernel: {reason}; run: {COMMAND}")
+
+
+@pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Binarised folders for translation and for language modelling."""
     return write_corpus(tmp_path_factory.mktemp("corpus"))

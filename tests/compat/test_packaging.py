@@ -56,7 +56,9 @@ def test_start_up_line_is_installed(kind: str, source: Path, tmp_path: Path) -> 
         assert (file in wheel.namelist()) == (kind == "wheel")
 
 
-def test_a_wheel_has_the_native_kernel_and_its_source(source: Path, tmp_path: Path) -> None:
+def test_a_wheel_has_the_native_kernel_and_its_source(
+    native_library: None, source: Path, tmp_path: Path
+) -> None:
     wheel = build(source, tmp_path, "wheel")
     folder = "xmoe_fairseq/moe/native"
     names = {f"{folder}/{name}" for name in ("experts.cpp", "experts.h", library_name())}

@@ -31,7 +31,10 @@ needs_grouped = pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="torch <
 @pytest.fixture(params=["native", "plain"])
 def on_cpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """What "auto" takes there: with the native kernel's library, and without."""
-    monkeypatch.setattr(native, "missing", lambda: "" if request.param == "native" else "it is gone")
+    if request.param == "native":
+        request.getfixturevalue("native_library")
+    else:
+        monkeypatch.setattr(native, "missing", lambda: "it is gone")
     return str(request.param)
 
 
@@ -160,9 +163,8 @@ def test_plain_autograd_has_the_right_gradients() -> None:
     assert torch.autograd.gradcheck(compute, inputs)
 
 
-@pytest.mark.parametrize("kernel", ["native", "plain"])
-def test_autocast_computes_in_its_precision_and_leaves_fp32_gradients(kernel: str) -> None:
-    experts, x_SD = Experts(4, MODEL_DIM, EXPERT_DIM, kernel=kernel), torch.randn(9, 8)
+def test_autocast_computes_in_its_precision_and_leaves_fp32_gradients(on_cpu: str) -> None:
+    experts, x_SD = Experts(4, MODEL_DIM, EXPERT_DIM, kernel=on_cpu), torch.randn(9, 8)
     rows = rows_of([4, 1, 0, 7], True)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = experts(x_SD, rows)
@@ -303,7 +305,7 @@ def test_an_impossible_choice_says_why(
     assert str(error.value) == f"kernel {name} (use_kernel, --moe-kernel) {why}"
 
 
-def test_one_token_to_one_expert_twice() -> None:
+def test_one_token_to_one_expert_twice(native_library: None) -> None:
     """As a router of somebody's own may choose."""
     for weight_R in (None, torch.tensor([0.5, 0.25, 2.0])):
         rows = ExpertRows(torch.zeros(3, dtype=torch.long), weight_R, torch.tensor([0, 2, 0, 1]))

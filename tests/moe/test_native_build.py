@@ -2,7 +2,10 @@
 
 import logging
 import shutil
+import subprocess
+import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -45,6 +48,7 @@ def test_two_at_a_time_compile_once(copy: Path, monkeypatch: pytest.MonkeyPatch)
         made.touch()
         return made
 
+    monkeypatch.setattr(native_build, "compiler", lambda: ["g++"])
     monkeypatch.setattr(native_build, "compile_library", compile_library)
     old = copy / f"{library_name().rsplit('-', 1)[0]}-0.so"  # of the same torch
     of_another_torch = copy / "experts-0-0.so"
@@ -64,16 +68,70 @@ def test_no_compiler(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not list(copy.glob("*.so"))
 
 
-def test_a_compiler_that_fails_is_quoted_in_one_line(
-    copy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("variable", "command"),
+    [(None, ["g++"]), ("", ["g++"]), ("sh -c 'a b'", ["sh", "-c", "a b"])],
+    ids=["not set", "empty", "with arguments"],
+)
+def test_the_compiler_may_have_arguments(
+    variable: str | None, command: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for source in copy.glob("*.cpp"):
-        source.write_text('#error "these headers are too old"\n')
+    monkeypatch.setattr(shutil, "which", lambda name: name)
+    monkeypatch.delenv("CXX", raising=False)
+    if variable is not None:
+        monkeypatch.setenv("CXX", variable)
+    assert native_build.compiler() == command
+
+
+def test_another_system(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native_build.sys, "platform", "win32")
+    with pytest.raises(BuildError, match=r"^the native kernel is for Linux, and this is win32$"):
+        build(copy)
+
+
+def test_a_folder_that_takes_no_files_is_named(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native_build, "compiler", lambda: ["g++"])
+    with pytest.raises(
+        BuildError, match=r"^cannot write to .*/none \(No such file or directory\); run it as"
+    ):
+        build(copy / "none")
+
+
+@pytest.fixture
+def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Makes a shell script the compiler."""
+    path = tmp_path / "compiler"
+    path.touch(0o755)
+    monkeypatch.setenv("CXX", f"{path} --argument")
+    return lambda script: path.write_text(f"#!/bin/sh\n{script}\n") and None
+
+
+def test_what_a_build_that_was_killed_has_left_is_removed(
+    copy: Path, stand_in: Callable[[str], None]
+) -> None:
+    """Kills it where it runs the compiler, and then lets the compiler fail."""
+    before = {path.name for path in copy.iterdir()}
+
+    def leaves(script: str) -> set[str]:
+        stand_in(script)
+        done = subprocess.run([sys.executable, "-B", str(copy / "build.py")], capture_output=True)
+        assert done.returncode, done.stdout
+        return {path.name for path in copy.iterdir()} - before
+
+    (left,) = leaves("kill -9 $PPID")
+    assert left.startswith(native_build.SCRATCH)
+    assert not leaves("exit 1")
+
+
+def test_a_compiler_that_fails_is_quoted_in_one_line(
+    copy: Path, stand_in: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand_in("echo 'In file included from a.h:' >&2; echo 'b.h:3: error: it is too old' >&2; exit 1")
+    monkeypatch.setattr(native_build, "build", lambda: build(copy))
     with pytest.raises(SystemExit) as stopped:
-        monkeypatch.setattr(native_build, "build", lambda: build(copy))
         native_build.main()
-    assert "these headers are too old" in str(stopped.value) and "\n" not in str(stopped.value)
-    assert not [path for path in copy.iterdir() if path.is_dir()]  # no scratch folder
+    assert str(stopped.value).endswith("compiler failed: b.h:3: error: it is too old")
+    assert str(stopped.value).startswith("the native kernel was not built: ")
 
 
 def test_without_a_library_the_log_says_what_to_run(
@@ -91,7 +149,7 @@ def test_without_a_library_the_log_says_what_to_run(
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "one bit"])
 def test_a_damaged_library_is_not_loaded_and_made_anew(
-    damage: str, copy: Path, monkeypatch: pytest.MonkeyPatch
+    damage: str, native_library: None, copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Loading one that was cut short ends the process with a bus error."""
     library = copy / native_build.library_name()

@@ -16,15 +16,15 @@ def missing() -> str:
     """ "" if the operators are there, else why not; then the log says once what to do."""
     path = HERE / library_name()
     reason = ""
-    if not path.exists():
-        reason = "it has not been compiled for this torch"
-    elif not is_whole(path):
-        reason = f"{path} is damaged"
-    else:
-        try:
+    try:
+        if not path.exists():
+            reason = "it has not been compiled for this torch"
+        elif not is_whole(path):
+            reason = f"{path} is damaged"
+        else:
             torch.ops.load_library(str(path))
-        except OSError as error:
-            reason = str(error)
+    except OSError as error:  # from torch, or the file may not be read
+        reason = str(error)
     if reason:
         logger.warning(f"no native kernel, experts take longer on the CPU: {reason}; run: {COMMAND}")
         return reason

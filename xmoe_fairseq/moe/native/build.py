@@ -6,10 +6,10 @@ runs on any processor of its kind: the loops are there for several, and which ar
 loaded.
 """
 
-import fcntl
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -23,6 +23,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 COMMAND = "python -m xmoe_fairseq.moe.native"
+SCRATCH = "building-"
 # No errno and no traps: nobody reads either, and with them the loops do not become vectors.
 FLAGS = ("-std=c++20", "-O3", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-DNDEBUG")
 
@@ -59,7 +60,8 @@ def is_whole(library: Path) -> bool:
 
 
 def build(folder: Path = HERE) -> str:
-    """Puts the library into `folder`, unless it is there, whole; one process at a time.
+    """Puts the library into `folder`, unless it is there, whole; one process at a time. What a build that was
+    killed has left is removed.
 
     Returns:
         What was done, in one line.
@@ -67,25 +69,46 @@ def build(folder: Path = HERE) -> str:
     Raises:
         BuildError: it cannot be built here.
     """
-    with open(__file__) as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        path = folder / library_name()
+    path, start = folder / library_name(), time.monotonic()
+    try:
         if is_whole(path):
             return "the native kernel is up to date"
         if is_whole(HERE / path.name):  # a wheel is being made
             shutil.copy(HERE / path.name, path)
             return "the native kernel was there already"
-        start = time.monotonic()
-        try:
-            with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        compiler()
+        import fcntl  # which is there on Linux
+
+        with open(__file__, "ab") as lock:  # for writing, or a lock on NFS is refused
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if is_whole(path):
+                return "the native kernel is up to date"
+            for left in folder.glob(f"{SCRATCH}*"):
+                shutil.rmtree(left)
+            with tempfile.TemporaryDirectory(prefix=SCRATCH, dir=folder) as scratch:
                 made = compile_library(Path(scratch))
                 for old in folder.glob(f"{path.name.rsplit('-', 1)[0]}-*.so"):  # of this torch
                     old.unlink()
                 made.write_bytes((content := made.read_bytes()) + zlib.crc32(content).to_bytes(4, "little"))
                 made.replace(path)
-        except OSError as error:
-            raise BuildError(f"cannot write to {folder} ({error.strerror})") from None
-        return f"the native kernel was built in {time.monotonic() - start:.0f} s"
+    except OSError as error:
+        advice = "run it as that folder's owner, or install into an environment of your own"
+        raise BuildError(f"cannot write to {folder} ({error.strerror}); {advice}") from None
+    return f"the native kernel was built in {time.monotonic() - start:.0f} s"
+
+
+def compiler() -> list[str]:
+    """The command, of $CXX, which may have arguments and begin with `ccache`.
+
+    Raises:
+        BuildError: there is none, or this is not Linux.
+    """
+    if sys.platform != "linux":
+        raise BuildError(f"the native kernel is for Linux, and this is {sys.platform}")
+    command = shlex.split(os.environ.get("CXX", "")) or ["g++"]
+    if shutil.which(command[0]) is None:
+        raise BuildError(f"no C++ compiler '{command[0]}'; install one (Debian: apt-get install g++)")
+    return command
 
 
 def compile_library(folder: Path, flags: tuple[str, ...] = ()) -> Path:
@@ -97,21 +120,15 @@ def compile_library(folder: Path, flags: tuple[str, ...] = ()) -> Path:
     Raises:
         BuildError: no compiler, or it failed.
     """
-    compiler = os.environ.get("CXX", "g++")
-    if sys.platform != "linux":
-        raise BuildError(f"the native kernel is for Linux, and this is {sys.platform}")
-    if shutil.which(compiler) is None:
-        raise BuildError(f"no C++ compiler '{compiler}'; install one (Debian: apt-get install g++)")
-    torch = torch_folder()
-    command = [compiler, *FLAGS, *flags]
+    command, torch = compiler(), torch_folder()
     includes = [f"-I{torch / 'include'}", f"-I{torch / 'include/torch/csrc/api/include'}"]
-    compile_one = partial(_compile, [*command, *includes], folder)
+    compile_one = partial(_compile, [*command, *FLAGS, *flags, *includes], folder)
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         objects = list(pool.map(compile_one, sources()))
     library = folder / "experts.so"
     # Not -fopenmp again: the OpenMP that torch is linked to is the one that must know the threads.
     links = [f"-L{torch / 'lib'}", "-ltorch_cpu", "-lc10"]
-    _run([compiler, *flags, "-shared", *map(str, objects), *links, "-o", str(library)])
+    _run([*command, *flags, "-shared", *map(str, objects), *links, "-o", str(library)])
     if not flags:
         _run([sys.executable, "-c", f"import torch; torch.ops.load_library({str(library)!r})"])
     return library
