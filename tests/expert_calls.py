@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from xmoe_fairseq.moe import MoELayer
 from xmoe_fairseq.moe.experts import Activation, ExpertRows, Stacks
 
 
@@ -20,3 +21,11 @@ def values_and_gradients(
     direction_SD = torch.linspace(-1, 2, y_SD.numel(), dtype=y_SD.dtype).view(y_SD.shape)
     y_SD.backward(direction_SD)
     return [y_SD.detach(), *(leaf.grad for leaf in leaves)]
+
+
+def layer_values_and_gradients(layer: MoELayer, tokens: list[Tensor]) -> list[Tensor]:
+    """Of a batch of (D,) tokens: y, the gradients of tokens and parameters. Workers can import it."""
+    x_TD = torch.stack(tokens).requires_grad_()
+    y_TD, routing = layer(x_TD)
+    loss = y_TD.square().sum() + routing.load_balance_loss
+    return [y_TD.detach(), *torch.autograd.grad(loss, [x_TD, *layer.parameters()])]

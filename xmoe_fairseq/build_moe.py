@@ -13,6 +13,10 @@ from xmoe_fairseq.parallel.groups import ExpertParallel
 from xmoe_fairseq.router_args import NAME, read_router_args
 from xmoe_fairseq_compat.errors import FlagError
 
+# What fairseq gives -> the same of torch's, which fast kernels know. Its gelu casts to fp32, in which torch's
+# computes anyway; its swish is the class of a module, which its own layers fail to call.
+TORCHS = {gelu: F.gelu, nn.SiLU: F.silu}
+
 
 def build_moe(
     stack: nn.Module, config: MoEConfig, side: str, parallel: ExpertParallel | None, name: str, number: int
@@ -25,8 +29,7 @@ def build_moe(
         "model_dim": getattr(cfg, side).embed_dim,
         "expert_dim": ffn_dim // config.moe_ffn_split,
         "num_experts": config.moe_num_experts,
-        # fairseq's wrapper casts to fp32, in which torch's computes anyway; the native kernel knows torch's.
-        "activation": F.gelu if activation is gelu else activation,
+        "activation": TORCHS.get(activation, activation),
         "activation_dropout": float(cfg.activation_dropout or cfg.relu_dropout or 0.0),
         "dense_ffn_dim": ffn_dim,
         "name": name,

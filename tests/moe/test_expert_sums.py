@@ -92,7 +92,7 @@ def test_the_documented_kernel(
 MODULES = {
     "of its own weight": (nn.PReLU(), lambda module, inner: F.prelu(inner, module.weight)),
     "random": (nn.RReLU(), lambda _, inner: F.rrelu(inner, training=True)),
-    "in place": (nn.SiLU(inplace=True), lambda _, inner: F.silu(inner)),
+    "in place": (nn.Hardswish(inplace=True), lambda _, inner: F.hardswish(inner)),
 }
 
 

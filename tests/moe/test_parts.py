@@ -1,9 +1,11 @@
 """Capacity, dispatch, experts, losses and statistics on layouts worked out by hand."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from tolerances import about, assert_same
 from torch import Tensor, nn
 
@@ -152,6 +154,26 @@ def test_every_parameter_has_a_gradient_whatever_the_load(rows_per_expert: list[
         assert parameter.grad is not None
         for e, rows in enumerate(rows_per_expert):
             assert bool(parameter.grad[e].any()) == (rows > 0)
+
+
+@pytest.mark.parametrize(
+    "module, function",
+    [(nn.ReLU(inplace=True), F.relu), (nn.GELU(), F.gelu), (nn.SiLU(), F.silu), (nn.Tanh(), torch.tanh)],
+    ids=str,
+)
+def test_a_module_that_is_a_function_is_computed_as_one(module: nn.Module, function: Any) -> None:
+    assert Experts(1, 4, 8, module).activation is function
+    x = torch.randn(100)
+    assert torch.equal(function(x), module(x.clone()))
+
+
+def test_a_module_that_is_another_function_stays() -> None:
+    class Leaky(nn.ReLU):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.leaky_relu(x)
+
+    for module in (nn.GELU(approximate="tanh"), Leaky()):
+        assert Experts(1, 4, 8, module).activation is module
 
 
 def test_activation_dropout_is_for_training_only() -> None:

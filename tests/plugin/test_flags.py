@@ -74,6 +74,13 @@ def test_fairseqs_own_flags_reach_the_experts() -> None:
     assert language_model(relu_dropout=0.125).decoder.layers[1].moe.experts.activation_dropout == 0.125
 
 
+def test_fairseqs_swish_is_silu() -> None:
+    """Which its command line does not offer, and of which fairseq gives the module's class."""
+    model = language_model(activation_fn="swish", moe_freq=1)
+    assert model.decoder.layers[0].moe.experts.activation is F.silu
+    assert model(src_tokens=sentences([9]))[0].isfinite().all()
+
+
 def test_capacity_flags_reach_training_and_evaluation_apart() -> None:
     def dropped(model: nn.Module) -> int:
         with record_routing(model) as records:

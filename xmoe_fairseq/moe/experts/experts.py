@@ -11,6 +11,8 @@ from xmoe_fairseq.moe.dispatch.rows import ExpertRows
 from xmoe_fairseq.moe.experts.kernels import AUTO, Activation, Call, Stacks, check_kernel, expert_sums
 
 ACTIVATIONS: dict[str, Activation] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu, "tanh": torch.tanh}
+# Modules that draw and learn nothing, as the functions that the fast kernels know.
+FUNCTIONS: dict[type, Activation] = {nn.ReLU: F.relu, nn.SiLU: F.silu, nn.Tanh: torch.tanh}
 
 
 class Experts(nn.Module):
@@ -20,8 +22,8 @@ class Experts(nn.Module):
         num_experts: E.
         model_dim: D.
         expert_dim: hidden width F of one expert.
-        activation: a name in ACTIVATIONS, or any function or module; fast are relu, gelu and silu on a CPU,
-            functions on a GPU.
+        activation: a name in ACTIVATIONS, or any function or module; fast are relu, gelu and silu on a CPU
+            (torch's modules of these names too), functions on a GPU.
         activation_dropout: dropout probability after the activation.
         part: (i, N) = hold the i-th of N equal slices of the E experts; E must be divisible by N. Whole
             state dicts load into any part.
@@ -51,7 +53,7 @@ class Experts(nn.Module):
             raise ValueError(f"activation {rule}, got {activation!r}")
         check_kernel(kernel)
         self.kernel, self.num_experts = kernel, num_experts
-        self.activation = ACTIVATIONS[activation] if isinstance(activation, str) else activation
+        self.activation = ACTIVATIONS[activation] if isinstance(activation, str) else _as_function(activation)
         self.activation_dropout = activation_dropout
         self.dropout_in_evaluation = False  # see MoELayer.retain_dropout
         held = num_experts // parts
@@ -111,6 +113,12 @@ class Experts(nn.Module):
         part = "" if held == self.num_experts else f", holds {self.first} to {self.first + held - 1}"
         sizes = f"num_experts={self.num_experts}, model_dim={model_dim}, expert_dim={expert_dim}"
         return f"{sizes}, kernel={self.kernel}{part}"
+
+
+def _as_function(activation: Activation) -> Activation:
+    if type(activation) is nn.GELU and activation.approximate == "none":
+        return F.gelu
+    return FUNCTIONS.get(type(activation), activation)
 
 
 def slice_experts(whole: Any, num_experts: int, held: Tensor, first: int) -> Any:
