@@ -23,9 +23,9 @@ def values_and_gradients(
     return [y_SD.detach(), *(leaf.grad for leaf in leaves)]
 
 
-def layer_values_and_gradients(layer: MoELayer, tokens: list[Tensor]) -> list[Tensor]:
+def layer_values_and_gradients(layer: MoELayer, tokens: Tensor | list[Tensor]) -> list[Tensor]:
     """Of a batch of (D,) tokens: y, the gradients of tokens and parameters. Workers can import it."""
-    x_TD = torch.stack(tokens).requires_grad_()
+    x_TD = (torch.stack(tokens) if isinstance(tokens, list) else tokens.clone()).requires_grad_()
     y_TD, routing = layer(x_TD)
     loss = y_TD.square().sum() + routing.load_balance_loss
     return [y_TD.detach(), *torch.autograd.grad(loss, [x_TD, *layer.parameters()])]

@@ -6,16 +6,17 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from expert_calls import values_and_gradients
+from expert_calls import layer_values_and_gradients, values_and_gradients
 from hypothesis import given
 from hypothesis import strategies as st
-from tolerances import assert_same
+from tolerances import TERMS, assert_same
 from torch import Tensor
 
-from xmoe_fairseq.moe import Experts
-from xmoe_fairseq.moe.experts import Call, ExpertRows, Stacks
+from xmoe_fairseq.moe import Experts, MoELayer, ThresholdRouter, use_kernel
+from xmoe_fairseq.moe.experts import Call, ExpertRows, Stacks, native
 from xmoe_fairseq.moe.experts.native import expert_sums_native, refuse
 from xmoe_fairseq.moe.experts.plain import expert_sums_plain
+from xmoe_fairseq.moe.native import routing
 
 pytestmark = pytest.mark.usefixtures("native_library")
 
@@ -211,15 +212,46 @@ def test_inference_mode() -> None:
         assert_same(y_SD, expert_sums_plain(x_SD, rows, stacks, F.gelu))
 
 
-def test_nan_and_inf_stay_where_they_are() -> None:
-    stacks, rows = stacks_of(2, 8, 16), rows_of([9, 9], 9)
-    x_SD = torch.randn(9, 8, dtype=torch.float64)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_nan_and_inf_stay_where_they_are(activation: str, dtype: torch.dtype) -> None:
+    stacks, rows = stacks_of(2, 8, 16, dtype), rows_of([9, 9], 9, weighted=False)
+    x_SD = torch.randn(9, 8, dtype=dtype)
     x_SD[3, 2], x_SD[5, 0] = torch.nan, torch.inf
-    got = values_and_gradients(expert_sums_native, x_SD, rows, stacks, F.relu)
-    expected = values_and_gradients(expert_sums_plain, x_SD, rows, stacks, F.relu)
+    call = x_SD, rows, stacks, ACTIVATIONS[activation]
+    got, expected = (values_and_gradients(way, *call) for way in (expert_sums_native, expert_sums_plain))
     for mine, plain in zip(got, expected, strict=True):
         assert torch.equal(mine.isfinite(), plain.isfinite())
-        assert_same(mine.nan_to_num(0, 0, 0), plain.nan_to_num(0, 0, 0))
+        assert_same(
+            mine.nan_to_num(0, 0, 0), plain.nan_to_num(0, 0, 0), terms=1 if dtype == torch.bfloat16 else TERMS
+        )
+
+
+def test_a_token_may_come_to_an_expert_more_than_once(threads: int) -> None:
+    """As a router of somebody's own may choose; with threads, also on both sides of a cut."""
+    source_R = torch.randint(20, (400,))
+    rows = ExpertRows(source_R, torch.rand(400, dtype=torch.float64), torch.tensor([0, 390, 10]))
+    call = torch.randn(20, 48, dtype=torch.float64), rows, stacks_of(3, 48, 96), F.silu
+    got, expected = (values_and_gradients(way, *call) for way in (expert_sums_native, expert_sums_plain))
+    assert_same(got, expected)
+
+
+@pytest.mark.parametrize(
+    "tokens, num_experts, threshold, limit",
+    [(0, 6, 0.6, 0), (40, 1, 0.6, 0), (40, 1500, 0.6, 3), (3, 1100, 1.0, 0), (4000, 3, 0.0, 0)],
+    ids=["no tokens", "one expert", "many experts", "all of many", "many tokens"],
+)
+def test_layers_at_the_edges(
+    tokens: int, num_experts: int, threshold: float, limit: int, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    router = ThresholdRouter(8, num_experts, threshold, limit)
+    layer = MoELayer(8, 4, num_experts, router).double()
+    x_TD = torch.randn(tokens, 8, dtype=torch.float64)
+    got = layer_values_and_gradients(layer, x_TD)
+    for module in (native, routing):
+        monkeypatch.setattr(module, "missing", lambda: "it is gone")
+    with use_kernel("plain"):
+        assert_same(got, layer_values_and_gradients(layer, x_TD))
 
 
 def test_what_is_refused() -> None:

@@ -70,6 +70,21 @@ def test_the_core_imports_torch_and_none_of_what_the_plugin_needs() -> None:
     )
 
 
+def test_an_import_neither_loads_nor_builds_the_native_library() -> None:
+    """The first call loads it; nothing but its own command builds it."""
+    output = python(
+        "import sys, torch\n"
+        "started = []\n"
+        "sys.addaudithook(lambda event, _: started.append(event) if event == 'subprocess.Popen' else None)\n"
+        "import xmoe_fairseq, xmoe_fairseq.moe\n"
+        "from xmoe_fairseq.moe.native import missing\n"
+        "loaded = lambda: 'native/experts-' in open('/proc/self/maps').read()\n"
+        f"before = loaded()\n{USE_THE_CORE}"
+        "print(before, loaded() == (missing() == ''), started)\n"
+    )
+    assert output.splitlines()[-1] == "False True []"
+
+
 @pytest.mark.parametrize(
     "module", ["config", "models.translation", "criterions", "build_moe", "parallel.checkpoint_command"]
 )

@@ -21,6 +21,13 @@ NO_NETWORK = "no connection to the package registry; is there a network?"
 NOT_OFFERED = "the package registry offers no bitarray; is there a network, and is pip's index the right one?"
 
 
+def with_functions(body: str, folder: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    functions = SETUP.read_text().removesuffix("main\n").replace("${BASH_SOURCE[0]}", str(SETUP))
+    (folder / "functions.sh").write_text(functions)
+    command = ["bash", "-c", f". ./functions.sh; {body}"]
+    return subprocess.run(command, cwd=folder, env=os.environ | env, capture_output=True, text=True)
+
+
 @pytest.mark.parametrize(
     ("printed", "reason"),
     [
@@ -35,13 +42,9 @@ NOT_OFFERED = "the package registry offers no bitarray; is there a network, and 
     ],
 )
 def test_the_reason_of_a_failure(tmp_path: Path, printed: str, reason: str) -> None:
-    functions = SETUP.read_text().removesuffix("main\n").replace("${BASH_SOURCE[0]}", str(SETUP))
-    (tmp_path / "functions.sh").write_text(functions)
     (tmp_path / "printed").write_text(printed)
-    body = (
-        """. ./functions.sh; log=$PWD/log; failing() { cat printed; false; }; logged "installing" failing"""
-    )
-    done = subprocess.run(["bash", "-c", body], cwd=tmp_path, capture_output=True, text=True)
+    body = """log=$PWD/log; failing() { cat printed; false; }; logged "installing" failing"""
+    done = with_functions(body, tmp_path)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == f"setup: installing failed: {reason} (log: {tmp_path}/log)\n"
 
@@ -53,3 +56,10 @@ def test_an_argument_sets_nothing_up(tmp_path: Path, argument: str, status: int)
     usage = done.stderr if status else done.stdout
     assert done.returncode == status and "    VENV=/some/folder bash scripts/setup.sh    elsewhere" in usage
     assert usage.endswith("a further one a second or less.\n") and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("compiler", "is_there"), [("sh -m64", True), ("no-such-compiler -m64", False)])
+def test_the_compiler_may_have_arguments(compiler: str, is_there: bool, tmp_path: Path) -> None:
+    said = with_functions("python=no-such-python; check_build_tools", tmp_path, CXX=compiler).stderr
+    assert (f"no C++ compiler '{compiler}', to build fairseq; install one" in said) != is_there
+    assert ("'no-such-python' has no venv module" in said) == is_there
