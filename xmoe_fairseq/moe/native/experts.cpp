@@ -1,11 +1,9 @@
 // y_s = the sum of weight_r * FFN_e(x_s) over the rows r of source s, each of one expert e.
 #include "experts.h"
 
-#include <ATen/ops/addmm_cpu_dispatch.h>
-#include <ATen/ops/addmv_cpu_dispatch.h>
+#include <ATen/ops/from_blob.h>
 #include <ATen/ops/gelu_backward_cpu_dispatch.h>
 #include <ATen/ops/gelu_cpu_dispatch.h>
-#include <ATen/ops/mm_cpu_dispatch.h>
 #include <ATen/ops/silu_backward_cpu_dispatch.h>
 #include <ATen/ops/silu_cpu_dispatch.h>
 #include <torch/library.h>
@@ -54,14 +52,6 @@ void activate_backward(Tensor& grad_nF, const Tensor& inner_nF, Activation activ
   if (activation == SILU) at::cpu::silu_backward_out(grad_nF, grad_nF, inner_nF);
 }
 
-void product(Tensor& out, const Tensor& a, const Tensor& b, bool add) {
-  if (add) {
-    at::cpu::addmm_out(out, out, a, b);
-  } else {
-    at::cpu::mm_out(out, a, b);
-  }
-}
-
 Tensor added_up(const Tensor& sums_NSD, at::ScalarType dtype) {
   const int64_t shares = sums_NSD.size(0), S = sums_NSD.size(1), D = sums_NSD.size(2);
   auto first_SD = sums_NSD.select(0, 0);
@@ -83,49 +73,78 @@ Tensor added_up(const Tensor& sums_NSD, at::ScalarType dtype) {
 
 namespace {
 
-// Before the activation, or after it if that is relu.
+// Room for the largest piece of a share, in tiles and in rows.
+struct Buffers {
+  Tensor x, hidden, y, inner_nF, hidden_nF, y_8D;
+
+  Buffers(const Call& call, int64_t most)
+      : x(room({padded(most), call.D()}, call.x_SD)),
+        hidden(room({padded(most), call.F()}, call.x_SD)),
+        y(room({padded(most), call.D()}, call.x_SD)),
+        inner_nF(room({call.activates_rows() ? most : 0, call.F()}, call.x_SD)),
+        hidden_nF(room({call.activates_rows() ? most : 0, call.F()}, call.x_SD)),
+        y_8D(room({TURN, call.D()}, call.x_SD)) {}
+};
+
+// The hidden layer's tiles. inner_nF: what the backward pass needs of it (relu's output, others' input); or null.
 template <class T>
-void first_layer(const Call& call, int64_t e, const Tensor& x_nD, Tensor& inner_nF) {
-  const int64_t n = x_nD.size(0), D = call.D(), F = call.F();
-  const auto w1 = matrix(call.fc1_weight, e * F, F, D, true);
-  const T* bias = call.fc1_bias.const_data_ptr<T>() + e * F;
-  T* inner = inner_nF.mutable_data_ptr<T>();
+void first_layer(const Call& call, const Piece& piece, Buffers& room, T* inner_nF) {
+  const int64_t n = piece.rows(), e = piece.expert, D = call.D(), F = call.F();
+  const T *weight = call.fc1_weight.const_data_ptr<T>() + e * F * D, *bias = call.fc1_bias.const_data_ptr<T>() + e * F;
+  T* tiles = room.hidden.mutable_data_ptr<T>();
+  constexpr bool once = !std::is_same_v<T, Sum<T>>;  // rounded once: twice would move many across relu's 0
   const bool relu = call.activation == RELU;
-  if constexpr (std::is_same_v<T, Sum<T>>) {
-    product(inner_nF, x_nD, w1);
-    add_bias(inner, bias, n, F, relu);
-  } else {  // rounded once: in bf16 a second time would move many to the other side of relu's 0
-    for (int64_t r = 0; r < n; ++r) std::copy_n(bias, F, inner + r * F);
-    product(inner_nF, x_nD, w1, true);
-    if (relu) relu_forward(inner, n * F);
-  }
+  if (once) each_tile<T>(n, [&](int64_t first, int64_t rows) {
+    for (int64_t f = 0; f < F; ++f) std::fill_n(tiles + first * F + f * padded(rows), padded(rows), bias[f]);
+  });
+  multiply_tiles(tiles, weight, room.x.const_data_ptr<T>(), n, F, D, once);
+  each_tile<T>(n, [&](int64_t first, int64_t rows) {
+    T* tile = tiles + first * F;
+    if (!once) add_bias(tile, bias, F, padded(rows), relu);
+    if (once && relu) relu_forward(tile, F * padded(rows));
+    if (inner_nF) from_tile(inner_nF + first * F, tile, padded(rows), 0, rows, F);
+  });
 }
 
-// One piece's weighted outputs, added to the share's y_SD. `x_bD` and `y_bD` are room for the largest piece.
+// What has to see the hidden layer row by row: dropout, and activations other than relu.
 template <class T>
-void sums_of_piece(const Call& call, const Piece& piece, Tensor& x_bD, Tensor& y_bD, Tensor& inner_nF,
-                   Tensor& hidden_nF, Sum<T>* y_SD) {
+void activate_rows(const Call& call, const Piece& piece, Buffers& room, T* inner_nF) {
+  const int64_t n = piece.rows(), F = call.F();
+  T* hidden_nF = inner_nF;
+  if (call.activation != RELU) {
+    auto hidden = matrix(room.hidden_nF, 0, n, F);
+    hidden_nF = hidden.mutable_data_ptr<T>();
+    activate(hidden, at::from_blob(inner_nF, {n, F}, hidden.scalar_type()), call.activation);
+  }
+  if (call.keep_RF)
+    drop(hidden_nF, call.keep_RF->const_data_ptr<bool>() + piece.begin * F, Sum<T>(call.scale), n * F);
+  to_tiles<T>(room.hidden.mutable_data_ptr<T>(), hidden_nF, nullptr, n, F);
+}
+
+// One piece's weighted outputs, added to the share's y_SD.
+template <class T>
+void sums_of_piece(const Call& call, const Piece& piece, Buffers& room, T* inner_nF, Sum<T>* y_SD) {
   const int64_t n = piece.rows(), e = piece.expert, D = call.D(), F = call.F();
   const int64_t* source = call.source_R.const_data_ptr<int64_t>() + piece.begin;
-  const bool is_alone = n == 1;  // read where it lies
-  if (!is_alone) gather(x_bD.mutable_data_ptr<T>(), call.x_SD.const_data_ptr<T>(), source, n, D);
-  const auto x_nD = is_alone ? matrix(call.x_SD, *source, 1, D) : matrix(x_bD, 0, n, D);
-  first_layer<T>(call, e, x_nD, inner_nF);
-  if (call.activation != RELU) activate(hidden_nF, inner_nF, call.activation);
-  if (call.keep_RF) {
-    const bool* keep = call.keep_RF->const_data_ptr<bool>() + piece.begin * F;
-    drop(hidden_nF.mutable_data_ptr<T>(), keep, Sum<T>(call.scale), n * F);
-  }
-  auto y_nD = matrix(y_bD, 0, n, D);
-  product(y_nD, hidden_nF, matrix(call.fc2_weight, e * D, D, F, true));
+  to_tiles(room.x.mutable_data_ptr<T>(), call.x_SD.const_data_ptr<T>(), source, n, D);
+  if (!inner_nF && call.activates_rows()) inner_nF = room.inner_nF.mutable_data_ptr<T>();
+  first_layer(call, piece, room, inner_nF);
+  if (call.activates_rows()) activate_rows(call, piece, room, inner_nF);
+  T *tiles = room.y.mutable_data_ptr<T>(), *y_8D = room.y_8D.mutable_data_ptr<T>();
+  multiply_tiles(tiles, call.fc2_weight.const_data_ptr<T>() + e * D * F, room.hidden.const_data_ptr<T>(), n, D, F);
   const auto* weight = call.weight_R ? call.weight_R->const_data_ptr<Sum<T>>() + piece.begin : nullptr;
   const T* bias = call.fc2_bias.const_data_ptr<T>() + e * D;
-  const T* y = y_bD.const_data_ptr<T>();
-  for (int64_t r = 0; r < n; ++r)
-    add_weighted(y_SD + source[r] * D, y + r * D, bias, weight ? weight[r] : Sum<T>(1), D);
+  each_tile<T>(n, [&](int64_t first, int64_t rows) {
+    for (int64_t r = 0; r < rows; ++r) {
+      if (r % TURN == 0)
+        from_tile(y_8D, tiles + first * D, padded(rows), r, std::min(TURN, rows - r), D);
+      const Sum<T> by = weight ? weight[first + r] : Sum<T>(1);
+      add_weighted(y_SD + source[first + r] * D, y_8D + r % TURN * D, bias, by, D);
+    }
+  });
 }
 
-// inner_RF: what the backward pass needs of the hidden layer (relu's output, others' input); or empty.
+// inner_RF: what the backward pass needs of the hidden layer; or empty.
 template <class T>
 Tensor sums(const Call& call, Tensor inner_RF, bool for_backward) {
   const int64_t S = call.S(), D = call.D(), F = call.F();
@@ -133,17 +152,12 @@ Tensor sums(const Call& call, Tensor inner_RF, bool for_backward) {
   const int64_t N = shares.size();
   Tensor sums_NSD = at::detail::empty_cpu({N, S, D}, c10::CppTypeToScalarType<Sum<T>>::value);
   in_threads(N, [&](int64_t s) {
-    const int64_t most = shares[s].most_rows;
     auto* y_SD = sums_NSD.mutable_data_ptr<Sum<T>>() + s * S * D;
     std::fill_n(y_SD, S * D, Sum<T>(0));
-    auto x_bD = room({most, D}, call.x_SD), y_bD = room({most, D}, call.x_SD);
-    auto inner_bF = for_backward ? inner_RF : room({most, F}, call.x_SD);
-    auto hidden_bF = for_backward && call.activation != RELU ? room({most, F}, call.x_SD) : inner_bF;
-    for (const auto& piece : shares[s].pieces) {
-      auto inner_nF = matrix(inner_bF, for_backward ? piece.begin : 0, piece.rows(), F);
-      auto hidden_nF = call.activation == RELU ? inner_nF : matrix(hidden_bF, 0, piece.rows(), F);
-      sums_of_piece<T>(call, piece, x_bD, y_bD, inner_nF, hidden_nF, y_SD);
-    }
+    Buffers room(call, shares[s].most_rows);
+    T* inner = for_backward ? inner_RF.mutable_data_ptr<T>() : nullptr;
+    for (const auto& piece : shares[s].pieces)
+      sums_of_piece<T>(call, piece, room, inner ? inner + piece.begin * F : nullptr, y_SD);
   });
   const auto dtype = call.weight_R ? call.weight_R->scalar_type() : call.x_SD.scalar_type();
   return added_up(sums_NSD, dtype);

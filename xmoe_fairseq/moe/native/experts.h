@@ -9,7 +9,7 @@
 #include <array>
 #include <optional>
 
-#include "loops.h"
+#include "products.h"
 #include "shares.h"
 
 namespace xmoe {
@@ -32,6 +32,7 @@ struct Call {
   int64_t R() const { return source_R.size(0); }
   int64_t E() const { return fc1_weight.size(0); }
   int64_t F() const { return fc1_weight.size(1); }
+  bool activates_rows() const { return activation != RELU || keep_RF; }
   // Contiguous, and nothing that would be read outside its memory.
   void check();
 };
@@ -39,9 +40,6 @@ struct Call {
 // The activation's output from its input, and the gradient of that from the output's, in place; not of relu.
 void activate(Tensor& hidden_nF, const Tensor& inner_nF, Activation activation);
 void activate_backward(Tensor& grad_nF, const Tensor& inner_nF, Activation activation);
-
-// a @ b, or what is there plus it.
-void product(Tensor& out, const Tensor& a, const Tensor& b, bool add = false);
 
 template <class T>
 void gather(T* to_nD, const T* from_SD, const int64_t* source_n, int64_t n, int64_t D) {

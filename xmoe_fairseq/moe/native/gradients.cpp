@@ -39,19 +39,33 @@ struct Place {
   }
 };
 
-// Room for the largest piece of a share.
+// Room for the largest piece of a share: rows, and tiles of the gradients.
 struct Buffers {
-  Tensor x_bD, grad_y_bD, grad_hidden_bF, hidden_bF, weighted_bF, fc1_bias_F, fc2_bias_D;
+  Tensor x_nD, grad_y_nD, grad_hidden_nF, hidden_nF, weighted_nF, grad_y, grad_hidden, fc1_bias_F, fc2_bias_D;
 
   Buffers(const Call& call, int64_t most, at::ScalarType sums)
-      : x_bD(room({most, call.D()}, call.x_SD)),
-        grad_y_bD(room({most, call.D()}, call.x_SD)),
-        grad_hidden_bF(room({most, call.F()}, call.x_SD)),
-        hidden_bF(room({call.activation == RELU ? 0 : most, call.F()}, call.x_SD)),
-        weighted_bF(room({call.weight_R ? most : 0, call.F()}, call.x_SD)),
+      : x_nD(room({most, call.D()}, call.x_SD)),
+        grad_y_nD(room({most, call.D()}, call.x_SD)),
+        grad_hidden_nF(room({most, call.F()}, call.x_SD)),
+        hidden_nF(room({call.activation == RELU ? 0 : most, call.F()}, call.x_SD)),
+        weighted_nF(room({call.weight_R ? most : 0, call.F()}, call.x_SD)),
+        grad_y(room({padded(most), call.D()}, call.x_SD)),
+        grad_hidden(room({padded(most), call.F()}, call.x_SD)),
         fc1_bias_F(at::detail::empty_cpu({call.F()}, sums)),
         fc2_bias_D(at::detail::empty_cpu({call.D()}, sums)) {}
 };
+
+// (M, N) = what the tiles, M wide, have as columns times the rows (n, N).
+template <class T>
+void multiply_turned(Tensor& to, Tensor& tiles, const T* left_nM, const T* right_nN, int64_t n) {
+  const int64_t M = to.size(0), N = to.size(1);
+  T* turned = tiles.mutable_data_ptr<T>();
+  to_tiles<T>(turned, left_nM, nullptr, n, M);
+  each_tile<T>(n, [&](int64_t first, int64_t rows) {
+    multiply(to.mutable_data_ptr<T>(), N, turned + first * M, padded(rows), right_nN + first * N, N, M, N, rows,
+             first > 0);
+  });
+}
 
 template <class T>
 struct Backward {
@@ -64,26 +78,27 @@ struct Backward {
     return call.weight_R ? call.weight_R->const_data_ptr<S>() + piece.begin : nullptr;
   }
 
-  // All of one piece; afterwards x_bD holds the gradients of its rows of x, where they are wanted.
+  // All of one piece; afterwards x_nD holds the gradients of its rows of x, where they are wanted.
   void piece(const Piece& piece, Buffers& room, Place& place) const {
     const int64_t n = piece.rows(), e = piece.expert, D = call.D(), F = call.F();
     const int64_t* source = call.source_R.const_data_ptr<int64_t>() + piece.begin;
-    gather(room.grad_y_bD.mutable_data_ptr<T>(), grad_y_SD.const_data_ptr<T>(), source, n, D);
-    auto grad_y_nD = matrix(room.grad_y_bD, 0, n, D), grad_nF = matrix(room.grad_hidden_bF, 0, n, F);
+    T *grad_y = room.grad_y_nD.mutable_data_ptr<T>(), *grad = room.grad_hidden_nF.mutable_data_ptr<T>();
+    gather(grad_y, grad_y_SD.const_data_ptr<T>(), source, n, D);
     second_biases(piece, room, place);
     if (grads.inner() || grads.weight_R.defined())
-      product(grad_nF, grad_y_nD, matrix(call.fc2_weight, e * D, D, F));
+      multiply(grad, F, grad_y, D, call.fc2_weight.const_data_ptr<T>() + e * D * F, F, n, F, D);
+    auto grad_nF = matrix(room.grad_hidden_nF, 0, n, F);
     const auto inner_nF = matrix(inner_RF, piece.begin, n, F);
     auto hidden_nF = inner_nF;
     if (call.activation != RELU) {
-      hidden_nF = matrix(room.hidden_bF, 0, n, F);
+      hidden_nF = matrix(room.hidden_nF, 0, n, F);
       activate(hidden_nF, inner_nF, call.activation);
       if (call.keep_RF) drop_rows(hidden_nF, piece);
     }
     weigh(piece, room, hidden_nF, grad_nF);
     if (place.fc2_weight.defined()) {
-      const auto weighted_nF = call.weight_R ? matrix(room.weighted_bF, 0, n, F) : hidden_nF;
-      product(place.fc2_weight, matrix(room.grad_y_bD, 0, n, D, true), weighted_nF);
+      const auto& weighted_nF = call.weight_R ? room.weighted_nF : hidden_nF;
+      multiply_turned(place.fc2_weight, room.grad_y, grad_y, weighted_nF.const_data_ptr<T>(), n);
     }
     if (!grads.inner()) return;
     if (call.activation != RELU) {
@@ -91,12 +106,13 @@ struct Backward {
       activate_backward(grad_nF, inner_nF, call.activation);
     }
     if (place.fc1_bias.defined()) first_bias(piece, room, place);
-    auto x_nD = matrix(room.x_bD, 0, n, D);
+    T* x = room.x_nD.mutable_data_ptr<T>();
     if (place.fc1_weight.defined()) {
-      gather(room.x_bD.mutable_data_ptr<T>(), call.x_SD.const_data_ptr<T>(), source, n, D);
-      product(place.fc1_weight, matrix(room.grad_hidden_bF, 0, n, F, true), x_nD);
+      gather(x, call.x_SD.const_data_ptr<T>(), source, n, D);
+      multiply_turned<T>(place.fc1_weight, room.grad_hidden, grad, x, n);
     }
-    if (grads.x.defined()) product(x_nD, grad_nF, matrix(call.fc1_weight, e * F, F, D));
+    if (grads.x.defined())
+      multiply<T>(x, D, grad, F, call.fc1_weight.const_data_ptr<T>() + e * F * D, D, n, D, F);
   }
 
   void drop_rows(Tensor& values_nF, const Piece& piece) const {
@@ -111,7 +127,7 @@ struct Backward {
     S* sum = place.fc2_bias.defined() ? room.fc2_bias_D.mutable_data_ptr<S>() : nullptr;
     if (sum) std::fill_n(sum, D, S(0));
     const T* bias = call.fc2_bias.const_data_ptr<T>() + piece.expert * D;
-    const T* grad = room.grad_y_bD.const_data_ptr<T>();
+    const T* grad = room.grad_y_nD.const_data_ptr<T>();
     const S* weight_n = weight(piece);
     S* to = grads.weight_R.defined() ? grads.weight_R.mutable_data_ptr<S>() + piece.begin : nullptr;
     for (int64_t r = 0; r < piece.rows(); ++r) {
@@ -130,7 +146,7 @@ struct Backward {
     const S scale_of_kept = relu ? S(call.scale) : S(1);
     const T* hidden = hidden_nF.const_data_ptr<T>();
     T* grad = grad_nF.mutable_data_ptr<T>();
-    T* weighted = room.weighted_bF.mutable_data_ptr<T>();
+    T* weighted = room.weighted_nF.mutable_data_ptr<T>();
     S* to = grads.weight_R.defined() ? grads.weight_R.mutable_data_ptr<S>() + piece.begin : nullptr;
     for (int64_t r = 0; r < piece.rows(); ++r, hidden += F, grad += F, weighted += F) {
       const S by = weight_n ? weight_n[r] : S(1);
@@ -149,7 +165,7 @@ struct Backward {
     const int64_t F = call.F();
     S* sum = room.fc1_bias_F.mutable_data_ptr<S>();
     std::fill_n(sum, F, S(0));
-    const T* grad = room.grad_hidden_bF.const_data_ptr<T>();
+    const T* grad = room.grad_hidden_nF.const_data_ptr<T>();
     for (int64_t r = 0; r < piece.rows(); ++r) add(sum, grad + r * F, F);
     convert(place.fc1_bias.mutable_data_ptr<T>(), sum, F);
   }
@@ -165,7 +181,7 @@ struct Backward {
       if (part.continues) place = *(carried = place.like_it());
       piece(part, room, place);
       const int64_t* source = call.source_R.const_data_ptr<int64_t>() + part.begin;
-      const T* rows = room.x_bD.const_data_ptr<T>();
+      const T* rows = room.x_nD.const_data_ptr<T>();
       for (int64_t r = 0; grad_x && r < part.rows(); ++r) add(grad_x + source[r] * D, rows + r * D, D);
     }
   }

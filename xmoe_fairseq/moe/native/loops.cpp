@@ -14,16 +14,75 @@ namespace xmoe {
 // bias_F and the like never lie inside what is written: without the promise vectors need a check per call.
 #define R __restrict
 
+// Columns -> rows of 8 x 8 numbers, in three rounds of pairs.
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)
+#define MIX(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#endif
+#endif
+#ifndef MIX
+#define MIX(a, b, ...) __builtin_shuffle(a, b, Places8{__VA_ARGS__})
+#endif
+typedef float Floats8 __attribute__((vector_size(32), aligned(4)));
+typedef int32_t Places8 __attribute__((vector_size(32)));
+
+inline __attribute__((always_inline)) void turn_block(float* to, int64_t ld, const float* const* from,
+                                                      int64_t offset) {
+  static const Floats8 zero{};
+  Floats8 a[8], b[8];
+  for (int i = 0; i < 8; i += 2) {
+    const auto one = from[i] ? *(const Floats8*)(from[i] + offset) : zero;
+    const auto two = from[i + 1] ? *(const Floats8*)(from[i + 1] + offset) : zero;
+    a[i] = MIX(one, two, 0, 8, 1, 9, 4, 12, 5, 13), a[i + 1] = MIX(one, two, 2, 10, 3, 11, 6, 14, 7, 15);
+  }
+  for (int i = 0; i < 8; i += 4)
+    for (int j = 0; j < 2; ++j) {
+      b[i + 2 * j] = MIX(a[i + j], a[i + j + 2], 0, 1, 8, 9, 4, 5, 12, 13);
+      b[i + 2 * j + 1] = MIX(a[i + j], a[i + j + 2], 2, 3, 10, 11, 6, 7, 14, 15);
+    }
+  for (int i = 0; i < 4; ++i) {
+    *(Floats8*)(to + i * ld) = MIX(b[i], b[i + 4], 0, 1, 2, 3, 8, 9, 10, 11);
+    *(Floats8*)(to + (i + 4) * ld) = MIX(b[i], b[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+  }
+}
+
+template <class T>
+inline __attribute__((always_inline)) void turn_block(T* to, int64_t ld, const T* const* from, int64_t offset) {
+  for (int64_t w = 0; w < TURN; ++w)
+    for (int64_t i = 0; i < TURN; ++i) to[w * ld + i] = from[i] ? from[i][offset + w] : T(0);
+}
+
 #define XMOE_LOOPS(T, S)                                                                                     \
-  KINDS void add_bias(T* R hidden_nF, const T* R bias_F, int64_t n, int64_t F, bool relu) {                  \
-    for (int64_t r = 0; r < n; ++r, hidden_nF += F) {                                                        \
+  KINDS void turn_rows(T* R to, int64_t ld, const T* const* from, int64_t width) {                           \
+    int64_t w = 0;                                                                                           \
+    for (; w + TURN <= width; w += TURN) turn_block(to + w * ld, ld, from, w);                               \
+    for (; w < width; ++w)                                                                                   \
+      for (int64_t i = 0; i < TURN; ++i) to[w * ld + i] = from[i] ? from[i][w] : T(0);                       \
+  }                                                                                                          \
+  KINDS void transpose(T* R to, int64_t to_ld, const T* R from, int64_t from_ld, int64_t rows,               \
+                       int64_t columns) {                                                                    \
+    int64_t r = 0;                                                                                           \
+    for (; r + TURN <= rows && columns >= TURN; r += TURN) {                                                 \
+      const T* turn[TURN];                                                                                   \
+      for (int64_t i = 0; i < TURN; ++i) turn[i] = from + (r + i) * from_ld;                                 \
+      int64_t c = 0;                                                                                         \
+      for (; c + TURN <= columns; c += TURN) turn_block(to + c * to_ld + r, to_ld, turn, c);                 \
+      for (; c < columns; ++c)                                                                               \
+        for (int64_t i = 0; i < TURN; ++i) to[c * to_ld + r + i] = turn[i][c];                               \
+    }                                                                                                        \
+    for (; r < rows; ++r)                                                                                    \
+      for (int64_t c = 0; c < columns; ++c) to[c * to_ld + r] = from[r * from_ld + c];                       \
+  }                                                                                                          \
+  KINDS void add_bias(T* R hidden_Fn, const T* R bias_F, int64_t F, int64_t n, bool relu) {                  \
+    for (int64_t f = 0; f < F; ++f, hidden_Fn += n) {                                                        \
+      const S bias = S(bias_F[f]);                                                                           \
       if (relu) {                                                                                            \
-        for (int64_t f = 0; f < F; ++f) {                                                                    \
-          const S value = S(hidden_nF[f]) + S(bias_F[f]);                                                    \
-          hidden_nF[f] = T(value <= 0 ? S(0) : value);                                                       \
+        for (int64_t i = 0; i < n; ++i) {                                                                    \
+          const S value = S(hidden_Fn[i]) + bias;                                                            \
+          hidden_Fn[i] = T(value <= 0 ? S(0) : value);                                                       \
         }                                                                                                    \
       } else {                                                                                               \
-        for (int64_t f = 0; f < F; ++f) hidden_nF[f] = T(S(hidden_nF[f]) + S(bias_F[f]));                    \
+        for (int64_t i = 0; i < n; ++i) hidden_Fn[i] = T(S(hidden_Fn[i]) + bias);                            \
       }                                                                                                      \
     }                                                                                                        \
   }                                                                                                          \

@@ -8,13 +8,19 @@
 
 namespace xmoe {
 
+constexpr int64_t TURN = 8;  // rows that are turned into columns together
+
 template <class T> struct sum_of { using type = T; };
 template <> struct sum_of<c10::BFloat16> { using type = float; };
 template <class T> using Sum = typename sum_of<T>::type;
 
 #define XMOE_LOOPS(T, S)                                                                                     \
-  /* hidden_nF += bias_F; with relu what is negative becomes 0, NaN stays */                                 \
-  void add_bias(T* hidden_nF, const T* bias_F, int64_t n, int64_t F, bool relu);                             \
+  /* to[c * to_ld + r] = from[r * from_ld + c] */                                                            \
+  void transpose(T* to, int64_t to_ld, const T* from, int64_t from_ld, int64_t rows, int64_t columns);       \
+  /* to[w * ld + i] = from[i][w], i < TURN; null = 0 */                                                      \
+  void turn_rows(T* to, int64_t ld, const T* const* from, int64_t width);                                    \
+  /* hidden_Fn += bias_F, (F, n); with relu what is negative becomes 0, NaN stays */                         \
+  void add_bias(T* hidden_Fn, const T* bias_F, int64_t F, int64_t n, bool relu);                             \
   void relu_forward(T* values, int64_t size);                                                                \
   /* values *= is kept ? scale : 0 */                                                                        \
   void drop(T* values, const bool* keep, S scale, int64_t size);                                             \
