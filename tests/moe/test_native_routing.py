@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tolerances import assert_same
 from torch import Tensor
 
-from xmoe_fairseq.moe import MoELayer, RoutingStats, ThresholdRouter, TopKRouter
+from xmoe_fairseq.moe import MoELayer, RoutingStats, ThresholdRouter, TopKRouter, use_kernel
 from xmoe_fairseq.moe.dispatch.rows import ExpertRows
 from xmoe_fairseq.moe.native import routing as native_routing
 from xmoe_fairseq.moe.native.routing import Chosen, choose_experts
@@ -213,3 +213,11 @@ def test_a_mass_that_is_exactly_t_is_enough(t: float, taken: int) -> None:
     chosen = choose_experts(torch.zeros(3, 4), 4, t)  # each has 1/4
     assert chosen.rank_R.bincount().tolist() == [3] * taken
     assert chosen.expert_R.tolist() == [expert for expert in range(taken) for _ in range(3)]  # the lower id
+
+
+@pytest.mark.parametrize("options", [{"threshold": 0.5}, {"k": 2}], ids=str)
+def test_where_plain_is_asked_for_routers_are_plain_too(options: dict[str, float]) -> None:
+    router, logits_TE = router_of(4, **options), scores(9, 4)
+    assert router.choose_natively(logits_TE) is not None
+    with use_kernel("plain"):
+        assert router.choose_natively(logits_TE) is None

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from xmoe_fairseq.moe.experts.kernels import PLAIN, forced_kernel
 from xmoe_fairseq.moe.native import missing
 
 
@@ -21,9 +22,13 @@ class Chosen(NamedTuple):
 
 
 def can_choose(logits_TE: Tensor) -> bool:
-    """Whether `choose_experts` takes them. In compiled code it does not: it would have to look for a file."""
+    """Whether `choose_experts` takes them. In compiled code it does not: it would have to look for a file.
+
+    Nor in the block of `use_kernel("plain")`, where nothing is native.
+    """
     return (
         not torch.compiler.is_compiling()
+        and forced_kernel() != PLAIN
         and type(logits_TE) is Tensor
         and logits_TE.is_cpu
         and logits_TE.dtype in (torch.float32, torch.float64)
