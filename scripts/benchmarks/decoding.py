@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from benchmarks.language_model import HEADS, LENGTH, Models, Shape, inputs_of_shape, random_models
 from benchmarks.subjects import DenseFFN
-from benchmarks.tables import about, write_table
+from benchmarks.tables import write_table
 from benchmarks.timing import add_common, forward, in_turn, machine
 from xmoe_fairseq.batches import Batches, binarised_folders
 from xmoe_fairseq.convert.models import read_dense, read_sparse
@@ -166,7 +166,7 @@ def main() -> None:
         if args.shape:
             results[threads] += ffns(args.shape, args.rounds)
     table = markdown(TITLES, [cells(threads, row) for threads, rows in results.items() for row in rows])
-    write_table({"machine": machine(), "threads": results}, [about(machine()), table], args.out)
+    write_table({"machine": machine(), "threads": results}, [table], args.out)
 
 
 if __name__ == "__main__":

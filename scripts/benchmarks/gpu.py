@@ -13,7 +13,7 @@ from torch._dynamo.utils import counters
 
 from benchmarks.gpu_subjects import PADDED, BatchOfOne, megablocks_layer
 from benchmarks.subjects import Floor, output_of, transformers_block
-from benchmarks.tables import about, write_table
+from benchmarks.tables import write_table
 from benchmarks.timing import add_rounds, forward, forward_backward, in_turn, leaves_of, machine
 from xmoe_fairseq.moe import MoELayer, ThresholdRouter, use_kernel
 from xmoe_fairseq.moe.stats import ffn_flops
@@ -130,7 +130,7 @@ def report(results: dict[str, Any]) -> list[str]:
         last += "\nRouter and permutation: " + "; ".join(
             f"{name} {timing}" for name, timing in routing.items()
         )
-    return [f"{about(results['machine'])}\n{results['shape']}", markdown(titles, rows), last]
+    return [results["shape"], markdown(titles, rows), last]
 
 
 def measure(case: Case) -> dict[str, Any]:

@@ -1,171 +1,208 @@
-"""Times an MoE layer against its floor, the paper's way to execute it, and peers. See benchmark_layer.sh."""
+"""Times an MoE layer by each kernel, its floor, the paper's way and peers. See benchmark_layer.sh."""
 
 import argparse
-import multiprocessing
-import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.progress import track
 from torch import Tensor, nn
 
+from benchmarks.memory import peak_memory_anew
 from benchmarks.subjects import (
+    EVERY_SLOT,
     DenseFFN,
     Floor,
-    PaperStyleExperts,
-    SlotExperts,
+    evaluation,
     fairscale_layer,
+    kernels,
+    left_out,
     moe_layer,
-    output_of,
     training,
     transformers_block,
+    with_every_slot,
 )
-from benchmarks.tables import layer_table, plot, write_table
-from benchmarks.timing import add_common, forward, in_turn, machine
-from xmoe_fairseq.moe import MoELayer, TopKRouter
+from benchmarks.tables import ratios, write_table
+from benchmarks.timing import add_common, in_turn, machine
+from xmoe_fairseq.moe import MoELayer, ThresholdRouter, use_kernel
 
-TOKENS, MODEL_DIM, NUM_EXPERTS, EXPERT_DIM = 2048, 512, 64, 256  # reference point A
-PER_TOKEN = (2, 4, 6, 8, 16)
-GRANULARITY = (8, 32, 64, 128, 256)  # experts, E / 8 of them per token: the FLOPs of a dense FFN of 2,048
-PAPER_CAPACITY = 8.0
-EVERY_SLOT = {"paper's way, capacity 8": PaperStyleExperts, "its slots, no needless copies": SlotExperts}
 Row = dict[str, Any]
+Subject = tuple[nn.Module, Tensor, str]  # a block, its input, and the kernel that is asked for
 
 
-def tokens(count: int = TOKENS) -> Tensor:
-    return torch.randn(count, MODEL_DIM, requires_grad=True)
+class Size(NamedTuple):
+    tokens: int
+    dim: int
+    experts: int
+    width: int  # of an expert
+    per_token: float  # experts, on average
+
+    def __str__(self) -> str:
+        tokens, dim, experts, width, per_token = self
+        return f"T {tokens:,}, D {dim}, {experts} x {width}, {per_token:g} per token"
+
+    @property
+    def capacity(self) -> int:
+        """The factor of the paper's way: s, of an FFN 4 x as wide as the model."""
+        return max(4 * self.dim // self.width, 1)
 
 
-def floor_of(layer: MoELayer, x: Tensor) -> tuple[Floor, Tensor]:
-    """The floor under a layer on these tokens, and its input."""
+A = Size(2048, 512, 64, 256, 6)  # the reference point
+SMALL = Size(640, 128, 32, 128, 4.2)  # the demo's and the grids' width
+SIZES = (A, A._replace(per_token=2), SMALL, SMALL._replace(per_token=1.4))
+# The FLOPs of a dense FFN of 2,048, in ever smaller experts.
+GRAINS = tuple(A._replace(experts=e, width=8 * 2048 // e, per_token=e // 8) for e in (8, 32, 64, 128, 256))
+DECODED = tuple(Size(tokens, 512, 32, 256, 8) for tokens in (1, 8, 64, 1024))  # FFN 8,192, a quarter taken
+
+
+def tokens(size: Size, count: int = 0) -> Tensor:
+    return torch.randn(count or size.tokens, size.dim, requires_grad=True)
+
+
+def layer_of(size: Size, x: Tensor) -> MoELayer:
+    return moe_layer(x, size.experts, size.width, size.per_token)
+
+
+def floor_of(size: Size, layer: MoELayer, x: Tensor) -> Subject:
+    """The floor under a layer on these tokens: as many rows as it computes."""
     with torch.no_grad():
         num_rows = layer(x)[1].token_R.numel()
-    return Floor(MODEL_DIM, layer.experts.fc1_weight.size(1)), tokens(num_rows)
+    return Floor(size.dim, size.width), tokens(size, num_rows), "auto"
 
 
-def against_floor(num_experts: int, expert_dim: int, per_token: float, rounds: int) -> Row:
-    x = tokens()
-    layer = moe_layer(x, num_experts, expert_dim, per_token)
-    subjects: dict[str, tuple[nn.Module, Tensor]] = {"floor": floor_of(layer, x), "layer": (layer, x)}
-    one_way = {name: forward(output_of(*subject)) for name, subject in subjects.items()}
-    both_ways = {name: training(*subject) for name, subject in subjects.items()}
+def peers(size: Size, x: Tensor) -> dict[str, Subject]:
+    """With a whole number of experts per token; fairscale's wants groups, as many as there are experts."""
+    per_token, fits = round(size.per_token), size.tokens % size.experts == 0
+    sizes = (size.dim, size.experts, size.width)
+    x3 = x.detach().view(size.experts if fits else 1, -1, size.dim)
+    blocks = {"Hugging Face, grouped": transformers_block(*sizes, per_token, "grouped_mm")}
+    if per_token == 2 and fits:
+        blocks["fairscale, top-2"] = fairscale_layer(*sizes)
+    return {name: (block, x3.clone().requires_grad_(), "auto") for name, block in blocks.items() if block}
+
+
+def everything(size: Size) -> dict[str, Subject]:
+    """The layer, and what else computes as many FLOPs (the paper's way: more)."""
+    x = tokens(size)
+    layer = layer_of(size, x)
+    slots = {name: with_every_slot(layer, way, size.capacity) for name, way in EVERY_SLOT.items()}
+    check_equal(size, layer, x)
+    dense = DenseFFN(size.dim, round(size.per_token * size.width))
     return {
-        "experts": num_experts, "width": expert_dim, "per token": subjects["floor"][1].size(0) / TOKENS,
-        "forward": in_turn(one_way, rounds), "forward + backward": in_turn(both_ways, rounds),
-    }  # fmt: skip
-
-
-def against_others(per_token: int, rounds: int) -> Row:
-    """The layer, then what else computes as many FLOPs (the paper's way: more)."""
-    x = tokens()
-    layer = moe_layer(x, NUM_EXPERTS, EXPERT_DIM, per_token)
-    slots = {name: every_slot(layer, way) for name, way in EVERY_SLOT.items()}
-    with torch.no_grad():
-        for other in slots.values():
-            torch.testing.assert_close(other(x)[0], layer(x)[0], rtol=1e-4, atol=1e-4)
-    dense = DenseFFN(MODEL_DIM, per_token * EXPERT_DIM)
-    blocks = {"XMoE layer": layer, **slots, "dense FFN of equal active width": dense}
-    functions = {name: training(block, x) for name, block in blocks.items()}
-    x3 = x.detach().view(NUM_EXPERTS, -1, MODEL_DIM).requires_grad_()  # fairscale's rule
-    functions |= {name: training(block, x3) for name, block in peers(per_token).items()}
-    return {"per token": per_token, "forward + backward": in_turn(functions, rounds)}
-
-
-def every_slot(layer: MoELayer, way: type[PaperStyleExperts]) -> MoELayer:
-    """The same router and experts, with capacity slots for the tokens that fit; equal outputs if all do."""
-    other = MoELayer(MODEL_DIM, EXPERT_DIM, NUM_EXPERTS, layer.router)
-    other.experts = way(layer.experts, PAPER_CAPACITY)
-    return other
-
-
-def peers(per_token: int) -> dict[str, nn.Module]:
-    sizes = (MODEL_DIM, NUM_EXPERTS, EXPERT_DIM)
-    found = {
-        "transformers Mixtral, eager": transformers_block(*sizes, per_token, "eager"),
-        "transformers Mixtral, grouped": transformers_block(*sizes, per_token, "grouped_mm"),
+        "floor": floor_of(size, layer, x),
+        **{kernel: (layer, x, kernel) for kernel in kernels()},
+        "dense, equal active width": (dense, x, "auto"),
+        **peers(size, x),
+        **{name: (other, x, "auto") for name, other in slots.items()},
     }
-    if per_token == 2:
-        found["fairscale GShard top-2"] = fairscale_layer(*sizes)
-    return {name: block for name, block in found.items() if block is not None}
 
 
-def decoding(count: int, rounds: int) -> Row:
-    """Few tokens: the dense FFN of the same total width, then all and a quarter of the experts."""
-    x = torch.randn(count, MODEL_DIM)
-    dense = DenseFFN(MODEL_DIM, NUM_EXPERTS * EXPERT_DIM).eval()
-    functions = {"dense": forward(lambda: dense(x))}
-    for k in (NUM_EXPERTS, NUM_EXPERTS // 4):
-        router = TopKRouter(MODEL_DIM, NUM_EXPERTS, k)
-        layer = MoELayer(MODEL_DIM, EXPERT_DIM, NUM_EXPERTS, router).eval()
-        functions[f"{k} of {NUM_EXPERTS} experts"] = forward(output_of(layer, x))
-    return {"tokens": count, "forward": in_turn(functions, rounds)}
+@torch.no_grad()
+def check_equal(size: Size, layer: MoELayer, x: Tensor) -> None:
+    """Raises AssertionError: with room for all tokens in every expert the ways differ."""
+    few = x[:32]
+    with use_kernel("plain"):
+        expected = layer(few)[0]
+    ways: dict[str, Any] = {
+        name: with_every_slot(layer, way, size.experts) for name, way in EVERY_SLOT.items()
+    }
+    for name, way in (ways | {"layer": layer}).items():
+        torch.testing.assert_close(way(few)[0], expected, rtol=1e-4, atol=1e-4, msg=f"{name} differs")
 
 
-def peak_memory(what: str) -> float:
-    """MB that one forward + backward adds to this process at its peak, gradients of parameters included."""
-    torch.manual_seed(1)
-    x = tokens()
-    layer = moe_layer(x, NUM_EXPERTS, EXPERT_DIM, 6)
-    _, rows = floor_of(layer, x)
-    run = training(layer, x) if what == "layer" else training(DenseFFN(MODEL_DIM, EXPERT_DIM), rows)
-    Path("/proc/self/clear_refs").write_text("5")  # Linux: start the high-water mark anew
-    before = memory_mark("VmRSS")
-    run()
-    return memory_mark("VmHWM") - before
+def runs(
+    subjects: dict[str, Subject], way: Callable[[nn.Module, Tensor], Callable[[], None]]
+) -> dict[str, Callable[[], None]]:
+    return {name: use_kernel(kernel)(way(block, x)) for name, (block, x, kernel) in subjects.items()}
 
 
-def anew(what: str) -> float:
-    """`peak_memory` in a process of its own, which gives memory back as a process does by default."""
-    for name in [name for name in os.environ if name.startswith("MALLOC_")]:
-        del os.environ[name]
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(peak_memory, (what,))
+def against_others(size: Size, rounds: int) -> Iterator[Row]:
+    """No gradients forward; in `forward + backward` those of the input and all parameters."""
+    rounds *= 1 if size.tokens > 1000 else 5
+    subjects = everything(size)
+    for name, way in {"forward": evaluation, "forward + backward": training}.items():
+        yield {"case": str(size), "pass": name, "timings": in_turn(runs(subjects, way), rounds)}
 
 
-def memory_mark(name: str) -> float:
-    line = next(text for text in Path("/proc/self/status").read_text().splitlines() if text.startswith(name))
-    return int(line.split()[1]) / 1000
-
-
-def jobs(rounds: int) -> dict[str, list[Callable[[], Row]]]:
-    whole = NUM_EXPERTS * EXPERT_DIM
-    return {
-        "cost follows computation":
-            [partial(against_floor, NUM_EXPERTS, EXPERT_DIM, k, rounds) for k in PER_TOKEN],
-        "fine granularity": [partial(against_floor, e, whole // e, e / 8, rounds) for e in GRANULARITY],
-        "against others": [partial(against_others, k, rounds) for k in (2, 6)],
-        "decoding": [partial(decoding, count, 3 * rounds) for count in (1, 8, 64)],
+def granularity(rounds: int) -> Iterator[Row]:
+    """Ever smaller experts at the same FLOPs, all in turn: ratios are to the largest experts."""
+    subjects: dict[str, Subject] = {}
+    for size in GRAINS:
+        x = tokens(size)
+        subjects[f"E {size.experts}"] = layer_of(size, x), x, "auto"
+    yield {
+        "case": f"{GRAINS[0]} to {GRAINS[-1]}", "pass": "forward + backward",
+        "timings": in_turn(runs(subjects, training), rounds),
     }  # fmt: skip
 
 
-def measure(rounds: int, sections: list[str]) -> dict[str, list[Row]]:
-    results: dict[str, list[Row]] = {}
+def decoding(size: Size, rounds: int) -> Iterator[Row]:
+    """The dense FFN of all the experts' width, then a part of the experts, equally many for each token."""
+    x = tokens(size).detach()
+    dense = DenseFFN(size.dim, size.experts * size.width)
+    router = ThresholdRouter(size.dim, size.experts, 1.0, round(size.per_token))
+    layer = MoELayer(size.dim, size.width, size.experts, router)
+    subjects: dict[str, Subject] = {"dense, all experts' width": (dense, x, "auto")}
+    subjects |= {kernel: (layer, x, kernel) for kernel in kernels()} | peers(size, x)
+    for block, _, _ in subjects.values():
+        block.eval()
+    rounds *= 10 if size.tokens <= 64 else 2
+    yield {"case": str(size), "pass": "forward", "timings": in_turn(runs(subjects, evaluation), rounds)}
+
+
+def whole_layer() -> Callable[[], None]:
+    x = tokens(A)
+    return training(layer_of(A, x), x)
+
+
+def dense_on_as_many_rows() -> Callable[[], None]:
+    x = tokens(A)
+    return training(DenseFFN(A.dim, A.width), floor_of(A, layer_of(A, x), x)[1])
+
+
+def jobs(rounds: int) -> dict[str, list[Callable[[], Iterator[Row]]]]:
+    return {
+        "layer": [partial(against_others, size, rounds) for size in SIZES],
+        "granularity": [partial(granularity, rounds)],
+        "decoding": [partial(decoding, size, rounds) for size in DECODED],
+    }
+
+
+def measure(threads: int, rounds: int, sections: list[str]) -> Iterator[Row]:
+    torch.set_num_threads(threads)
     chosen = [(name, job) for name in sections for job in jobs(rounds)[name]]
-    for name, job in track(chosen, description=f"{torch.get_num_threads()} thread(s)"):
+    for name, job in track(chosen, description=f"{threads} thread(s)"):
         torch.manual_seed(1)
-        results.setdefault(name, []).append(job())
-    return results
+        yield from ({"section": name, "threads": threads, **row} for row in job())
 
 
-def main() -> None:
+def report(results: dict[str, Any]) -> Iterator[str]:
+    yield from left_out()
+    for section in dict.fromkeys(row["section"] for row in results["rows"]):
+        yield ratios(
+            [row for row in results["rows"] if row["section"] == section], ("threads", "case", "pass")
+        )
+    if memory := results.get("peak memory, MB"):
+        yield (
+            f"Peak memory of forward + backward, {A}: layer {memory['layer']:.0f} MB, dense FFN on as many "
+            f"rows {memory['dense']:.0f} MB ({memory['layer'] / memory['dense']:.2f} x)"
+        )
+
+
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     add_common(parser, "layer", rounds=5)
-    sections = [*jobs(0)]
+    sections = [*jobs(0), "memory"]
     parser.add_argument("--only", nargs="+", choices=sections, default=sections, metavar="SECTION")
-    args = parser.parse_args()
-    torch.manual_seed(1)
-    results: dict[str, Any] = {"machine": machine(), "threads": {}}
-    for threads in args.threads:
-        torch.set_num_threads(threads)
-        results["threads"][threads] = measure(args.rounds, args.only)
-    results["peak memory, MB"] = {what: anew(what) for what in ("layer", "dense")}
-    write_table(results, layer_table(results), args.out)
-    if "cost follows computation" in args.only:
-        plot(results, args.out / "benchmark.png")
-        print(f"{args.out}/benchmark.png")
+    args = parser.parse_args(arguments)
+    only = [name for name in args.only if name != "memory"]
+    rows = [row for threads in args.threads for row in measure(threads, args.rounds, only)]
+    results: dict[str, Any] = {"machine": machine(), "rows": rows}
+    if "memory" in args.only:
+        ways = {"layer": whole_layer, "dense": dense_on_as_many_rows}
+        results["peak memory, MB"] = {name: peak_memory_anew(way) for name, way in ways.items()}
+    write_table(results, report(results), args.out)
 
 
 if __name__ == "__main__":

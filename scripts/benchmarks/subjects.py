@@ -3,18 +3,22 @@
 Every subject is `(module, function of x)`; x is (T, D). All use ReLU or what the peer has built in.
 """
 
+import copy
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.timing import forward_backward, leaves_of
+from benchmarks.timing import forward, forward_backward, leaves_of
 from xmoe_fairseq.moe import Experts, MoELayer, ThresholdRouter
 from xmoe_fairseq.moe.experts import ExpertRows
+from xmoe_fairseq.moe.native import missing
+from xmoe_fairseq.moe.native.build import COMMAND
 from xmoe_fairseq.thresholds.search import bisect
 
 MAX_PER_TOKEN = 32  # cap of the layer's router, so that sorting costs what it costs in practice
@@ -87,6 +91,30 @@ class SlotExperts(PaperStyleExperts):
         return torch.zeros_like(x_SD).index_add(0, source_R, torch.cat(parts) * weight_R1)
 
 
+# The paper's way to execute it, and what of its cost is not the slots'.
+EVERY_SLOT = {"paper's way": PaperStyleExperts, "its slots, no needless copies": SlotExperts}
+
+
+def with_every_slot(layer: MoELayer, way: type[PaperStyleExperts], capacity_factor: float) -> MoELayer:
+    """The same router and experts, with capacity slots for the tokens that fit; equal outputs if all do."""
+    other = copy.copy(layer)
+    other._modules = {**layer._modules, "experts": way(layer.experts, capacity_factor)}
+    return other
+
+
+def kernels() -> list[str]:
+    """Those of a CPU that can be asked for here."""
+    return [kernel for kernel in ("native", "plain") if kernel == "plain" or not missing()]
+
+
+def left_out() -> Iterator[str]:
+    """What would be compared if it were installed, a line each."""
+    if reason := missing():
+        yield f"Without the native kernel: {reason}; run: {COMMAND}"
+    if not find_spec("transformers"):
+        yield "Without Hugging Face's block: pip install transformers"
+
+
 def moe_layer(x_TD: Tensor, num_experts: int, expert_dim: int, per_token: float) -> MoELayer:
     """A threshold layer whose t is such that these tokens take `per_token` experts on average."""
     router = ThresholdRouter(x_TD.size(1), num_experts, 0.5, min(MAX_PER_TOKEN, num_experts))
@@ -117,6 +145,11 @@ def output_of(block: nn.Module, x: Tensor) -> Callable[[], Tensor]:
         return y + 0.01 * routing.load_balance_loss if torch.is_grad_enabled() else y
 
     return run
+
+
+def evaluation(block: nn.Module, x: Tensor) -> Callable[[], None]:
+    """Forward without gradients."""
+    return forward(output_of(block, x))
 
 
 def training(block: nn.Module, x: Tensor) -> Callable[[], None]:

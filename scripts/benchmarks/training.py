@@ -11,7 +11,7 @@ from torch import nn
 
 from benchmarks.profile_layer import first_call, share_outside_products, time_by_kind
 from benchmarks.subjects import PaperStyleExperts, SlotExperts, set_experts_per_token
-from benchmarks.tables import about, write_table
+from benchmarks.tables import write_table
 from benchmarks.timing import add_common, in_turn, machine
 from benchmarks.translation import SIDES, Sample, Setup, batch, build_setup, dropped_share
 from xmoe_fairseq.moe import MoELayer, moe_layers
@@ -129,7 +129,7 @@ def report(results: dict[str, Any]) -> list[str]:
             speed, dropped = row["tokens per second"][name], f"{100 * row['dropped by capacity']:.1f} %"
             cells = (threads, row["MoE in"], f"{row['experts per token']:g}", name, f"{speed:.0f}", timing)
             rows.append([*map(str, cells), dropped if name in EVERY_SLOT else ""])
-    heading = f"{about(results['machine'])}\n{results['shape']}"
+    heading = results["shape"]
     return [heading, markdown(titles, rows), profile_table(by_threads(results))]
 
 
