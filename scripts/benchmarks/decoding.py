@@ -11,14 +11,13 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from benchmarks.language_model import HEADS, LENGTH, Models, Shape, inputs_of_shape, random_models
-from benchmarks.subjects import DenseFFN
-from benchmarks.tables import write_table
+from benchmarks.subjects import DenseFFN, kernels, left_out
+from benchmarks.tables import ratios, write_table
 from benchmarks.timing import add_common, forward, in_turn, machine
 from xmoe_fairseq.batches import Batches, binarised_folders
 from xmoe_fairseq.convert.models import read_dense, read_sparse
-from xmoe_fairseq.moe import MoELayer, ThresholdRouter, moe_layers, record_routing
+from xmoe_fairseq.moe import MoELayer, ThresholdRouter, moe_layers, record_routing, use_kernel
 from xmoe_fairseq.moe.records import fix_thresholds
-from xmoe_fairseq.tables import markdown
 from xmoe_fairseq.thresholds.search import bisect
 
 BATCHES = (1, 8, 64)
@@ -69,6 +68,19 @@ def score(model: Any, inputs: dict[str, Tensor]) -> Callable[[], None]:
     return forward(lambda: model(**inputs)[0])
 
 
+def compared(
+    what: str, batch: int, tokens: int, dense: Callable[[], None], model: nn.Module,
+    sparse: Callable[[], None], rounds: int,
+) -> Row:  # fmt: skip
+    """The sparse model by each kernel, the one that is chosen first."""
+    functions = {"dense": dense} | {kernel: use_kernel(kernel)(sparse) for kernel in kernels()}
+    timings = in_turn(functions, rounds)
+    return {
+        "what": what, "batch": batch, "tokens": tokens, "experts taken": f"{share_taken(model, sparse):.2f}",
+        "times as fast": f"{1 / timings[kernels()[0]].ratio:.2f}", "timings": timings,
+    }  # fmt: skip
+
+
 def whole_models(models: Models, make: Callable[[int], dict[str, Tensor]], rounds: int) -> Iterator[Row]:
     dense, sparse = models
     for batch in track(BATCHES, "whole models", transient=True):
@@ -78,10 +90,7 @@ def whole_models(models: Models, make: Callable[[int], dict[str, Tensor]], round
             ("decoding", batch * STEPS, partial(decode, inputs=inputs, steps=STEPS)),
             ("scoring", tokens, partial(score, inputs=inputs)),
         ):
-            functions = {"dense": run(dense), "sparse": run(sparse)}
-            share = share_taken(sparse, functions["sparse"])
-            timings = in_turn(functions, rounds)
-            yield {"what": what, "batch": batch, "tokens": count, "share": share, **timings}
+            yield compared(what, batch, count, run(dense), sparse, run(sparse), rounds)
 
 
 def ffns(shape: Shape, rounds: int) -> Iterator[Row]:
@@ -96,24 +105,8 @@ def ffns(shape: Shape, rounds: int) -> Iterator[Row]:
     nearest_first = (taken_T - SHARE * experts).abs().argsort(stable=True)
     for count in track(FFN_TOKENS, "FFNs", transient=True):
         x = x_TD if count == len(x_TD) else x_TD[nearest_first[:count]]
-        functions = {"dense": forward(lambda x=x: dense(x)), "sparse": forward(lambda x=x: layer(x)[0])}
-        share = share_taken(layer, functions["sparse"])
-        timings = in_turn(functions, rounds * (10 if count <= 64 else 1))
-        yield {"what": "FFN alone", "batch": count, "tokens": count, "share": share, **timings}
-
-
-TITLES = (
-    "threads", "what", "batch", "experts taken", "dense, us per token", "sparse",
-    "sparse / dense (quartiles)", "times as fast",
-)  # fmt: skip
-
-
-def cells(threads: int, row: Row) -> list[str]:
-    dense, sparse = row["dense"], row["sparse"]
-    per_token = [f"{1000 * timing.milliseconds / row['tokens']:.1f}" for timing in (dense, sparse)]
-    ratio = f"{sparse.ratio:.2f} ({sparse.low:.2f} to {sparse.high:.2f})"
-    about_row = map(str, (threads, row["what"], row["batch"], f"{row['share']:.2f}"))
-    return [*about_row, *per_token, ratio, f"{1 / sparse.ratio:.2f}"]
+        runs = forward(lambda x=x: dense(x)), layer, forward(lambda x=x: layer(x)[0])
+        yield compared("FFN alone", count, count, *runs, rounds * (10 if count <= 64 else 1))
 
 
 def inputs_of_data(task: Any, batch: int) -> dict[str, Tensor]:
@@ -159,14 +152,14 @@ def main() -> None:
         if args.threshold is not None:
             set_threshold(models[1], args.threshold)
         make = partial(inputs_of_data, dense.task)
-    results: dict[int, list[Row]] = {}
+    rows: list[Row] = []
     for threads in args.threads:
         torch.set_num_threads(threads)
-        results[threads] = [*whole_models(models, make, args.rounds)]
-        if args.shape:
-            results[threads] += ffns(args.shape, args.rounds)
-    table = markdown(TITLES, [cells(threads, row) for threads, rows in results.items() for row in rows])
-    write_table({"machine": machine(), "threads": results}, [table], args.out)
+        found = [*whole_models(models, make, args.rounds)]
+        found += ffns(args.shape, args.rounds) if args.shape else []
+        rows += ({"threads": threads, **row} for row in found)
+    table = ratios(rows, ("threads", "what", "batch", "tokens", "experts taken", "times as fast"))
+    write_table({"machine": machine(), "rows": rows}, [*left_out(), table], args.out)
 
 
 if __name__ == "__main__":

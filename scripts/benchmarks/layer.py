@@ -132,7 +132,7 @@ def granularity(rounds: int) -> Iterator[Row]:
         x = tokens(size)
         subjects[f"E {size.experts}"] = layer_of(size, x), x, "auto"
     yield {
-        "case": f"{GRAINS[0]} to {GRAINS[-1]}", "pass": "forward + backward",
+        "case": f"{GRAINS[0]} to {GRAINS[-1].experts} x {GRAINS[-1].width}", "pass": "forward + backward",
         "timings": in_turn(runs(subjects, training), rounds),
     }  # fmt: skip
 

@@ -1,183 +1,146 @@
-"""Times whole updates of a translation model, and takes an MoE layer apart. See benchmark_training.sh."""
+"""Times whole updates of models with and without experts, part by part. See benchmark_training.sh."""
 
 import argparse
 import copy
+import shlex
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from fairseq.logging import metrics
+from fairseq.trainer import Trainer
 from rich.progress import track
 from torch import nn
 
-from benchmarks.profile_layer import first_call, share_outside_products, time_by_kind
-from benchmarks.subjects import PaperStyleExperts, SlotExperts, set_experts_per_token
-from benchmarks.tables import write_table
+from benchmarks.parts import time_by_part
+from benchmarks.subjects import EVERY_SLOT, kernels, left_out, with_every_slot
+from benchmarks.tables import ratios, write_table
 from benchmarks.timing import add_common, in_turn, machine
-from benchmarks.translation import SIDES, Sample, Setup, batch, build_setup, dropped_share
-from xmoe_fairseq.moe import MoELayer, moe_layers
+from benchmarks.updates import (
+    SIZES,
+    Setup,
+    experts_per_token,
+    updates,
+    with_narrow_ffns,
+    with_transformers_blocks,
+)
+from xmoe_fairseq.moe import moe_layers, use_kernel
 from xmoe_fairseq.tables import markdown
 
-DENSE = "dense FFN"
-OURS = "chosen rows only"
-EVERY_SLOT = {"paper's way": PaperStyleExperts, "its slots, no needless copies": SlotExperts}
+DENSE = "dense"
 Row = dict[str, Any]
+Subject = tuple[Trainer, Callable[[], None]]
 
 
-def update(setup: Setup, model: nn.Module, sample: Sample, optimizer: Any) -> Callable[[], None]:
-    """What fairseq's trainer does in a step: loss, gradients, their mean, their norm, Adam."""
-
-    def run() -> None:
-        optimizer.zero_grad()
-        loss, sample_size, _ = setup.criterion(model, sample)
-        optimizer.backward(loss)
-        optimizer.multiply_grads(1 / sample_size)
-        optimizer.clip_grad_norm(setup.cfg.optimization.clip_norm)
-        optimizer.step()
-
-    return run
-
-
-def with_every_slot(model: nn.Module, way: type[PaperStyleExperts], capacity_factor: float) -> nn.Module:
+def in_slots(model: nn.Module, way: Any, capacity_factor: float) -> nn.Module:
     """A copy, the same weights and routers, that computes `capacity_factor * T` rows in every MoE layer."""
     other = copy.deepcopy(model)
     for layer in moe_layers(other):
-        layer.experts = way(layer.experts, capacity_factor)  # type: ignore[arg-type]
+        layer.experts = with_every_slot(layer, way, capacity_factor).experts  # type: ignore[arg-type]
     return other
 
 
-def calibrate(setup: Setup, model: nn.Module, sample: Sample, per_token: float) -> None:
-    """Thresholds such that this batch takes `per_token` experts on average in each MoE layer."""
-
-    def set_threshold(layer: MoELayer, inputs: tuple[Any, ...]) -> None:
-        x, mask = inputs[:2]
-        set_experts_per_token(layer.router, x[~mask] if mask is not None else x.flatten(0, -2), per_token)  # type: ignore[arg-type]
-
-    hooks = [layer.register_forward_pre_hook(set_threshold) for layer in moe_layers(model)]
-    with torch.no_grad():
-        setup.criterion(model, sample)
-    for hook in hooks:
-        hook.remove()
-
-
-def check_equal(setup: Setup, ours: nn.Module, sample: Sample) -> None:
-    """Loss and gradients of every way, with room for all tokens in every expert.
+def check_equal(setup: Setup, model: nn.Module) -> None:
+    """Loss and gradients (but the experts' own) of every way, with room for all tokens in every expert.
 
     Raises:
         AssertionError: they differ by more than rounding.
     """
+    ways = {kernel: (kernel, model) for kernel in kernels()}
+    room = setup.model_cfg.moe_num_experts
+    ways |= {name: ("auto", in_slots(model, way, room)) for name, way in EVERY_SLOT.items()}
     found = {}
-    for name, way in ({OURS: None} | EVERY_SLOT).items():
-        model = copy.deepcopy(ours) if way is None else with_every_slot(ours, way, setup.args.experts)
+    for name, (kernel, other) in ways.items():
         torch.manual_seed(1)  # dropout
-        loss, _, _ = setup.criterion(model, sample)
-        loss.backward()
-        grads = {key: p.grad for key, p in model.named_parameters() if ".experts." not in key}
-        for layer in moe_layers(model):
-            stacks: Any = layer.experts.stacked() if way is None else map(tuple, layer.experts.stacks)  # type: ignore[arg-type]
-            for kind, stack in enumerate(stacks):
-                grads[f"{layer.name} {kind}"] = (
-                    stack.grad if way is None else torch.stack([weight.grad for weight in stack])
-                )
-        found[name] = (loss.detach(), grads)
-    for other in list(found)[1:]:
-        torch.testing.assert_close(found[other], found[OURS], rtol=1e-4, atol=1e-5, msg=f"{other} differs")
+        other.zero_grad()
+        with use_kernel(kernel):
+            loss, sample_size, _ = setup.criterion()(other, setup.batches[0])
+            (loss / sample_size).backward()
+        found[name] = [loss.detach() / sample_size] + [
+            p.grad for n, p in other.named_parameters() if ".experts." not in n
+        ]
+    for name, values in found.items():
+        torch.testing.assert_close(values, found["plain"], rtol=1e-4, atol=1e-6, msg=f"{name} differs")
 
 
-def training(setup: Setup, per_token: float, sample: Sample) -> Row:
-    """Updates of each model in turn on one batch."""
-    ours = setup.model(sparse=True)
-    calibrate(setup, ours, sample, per_token)
-    check_equal(setup, ours, batch(setup, 8))
-    models = {OURS: ours}
-    for name, way in EVERY_SLOT.items():
-        models[name] = with_every_slot(ours, way, setup.args.capacity)
-    models[DENSE] = setup.model(sparse=False)
-    updates = {name: update(setup, model, sample, setup.optimizer(model)) for name, model in models.items()}
-    timings = in_turn(updates, setup.args.rounds, warm_up=1)
-    return {
-        "MoE in": setup.moe_in,
-        "experts per token": per_token,
-        "dropped by capacity": dropped_share(ours, setup, sample),
-        "update": timings,
-        "tokens per second": {name: 1000 * sample["ntokens"] / t.milliseconds for name, t in timings.items()},
-        **profiled(setup, ours, sample),
+def subjects(setup: Setup, warm_up: int) -> dict[str, Subject]:
+    """Trainers, the first the one with which the others are compared, and their updates.
+
+    The model with experts is trained for a while before it is timed and copied: its budgets then hold.
+    """
+    ours = setup.model()
+    check_equal(setup, ours)
+    trainer, fastest = setup.trainer(ours), kernels()[0]
+    found: dict[str, Subject] = {}
+    for kernel in kernels():
+        found[kernel] = trainer, use_kernel(kernel)(updates(trainer, setup.batches))
+    for _ in track(range(warm_up), "warm-up", transient=True):
+        found[fastest][1]()
+    split = setup.model_cfg.moe_ffn_split
+    models = {
+        DENSE: setup.model("--moe-freq 0"),
+        "dense, equal active width": with_narrow_ffns(setup, ours),
+        "Hugging Face, grouped": with_transformers_blocks(setup, ours),
+        "fairscale, top-2": setup.model("--moe-router gshard --moe-target-experts-per-token 0"),
+        **{name: in_slots(ours, way, split) for name, way in EVERY_SLOT.items()},
     }
+    for name, model in models.items():
+        if model is not None:
+            other = setup.trainer(model)
+            found[name] = other, updates(other, setup.batches)
+    return {DENSE: found.pop(DENSE), **found}
 
 
-def profiled(setup: Setup, model: nn.Module, sample: Sample) -> Row:
-    """The first MoE layer, on what the model hands to it."""
-    call, rounds = first_call(model, lambda: setup.criterion(model, sample)), 2 * setup.args.rounds
-    whole = in_turn({"layer": call.run}, rounds)["layer"].milliseconds
-    return {"MoE layer": time_by_kind(call, rounds), "MoE layer without the profiler, ms": whole}
-
-
-def measure(setups: list[Setup]) -> Iterator[tuple[int, list[Row]]]:
-    args = setups[0].args
-    sample = batch(setups[0], args.sentences)
+def measure(name: str, args: argparse.Namespace) -> Iterator[Row]:
+    """A row for each number of threads, and the parts of updates."""
+    torch.manual_seed(1)
+    metrics.reset()  # of another size
+    setup = Setup(SIZES[name], shlex.split(args.flags))
+    found = subjects(setup, args.warm_up)
+    fastest, rounds = kernels()[0], args.rounds * setup.size.repeats
+    words = sum(batch["ntokens"] for batch in setup.batches) / len(setup.batches)
     for threads in args.threads:
         torch.set_num_threads(threads)
-        jobs = [(setup, per_token, sample) for setup in setups for per_token in args.per_token]
-        yield threads, [training(*job) for job in track(jobs, description=f"{threads} thread(s)")]
+        timings = in_turn({name: update for name, (_, update) in found.items()}, rounds)
+        taken = experts_per_token(setup, found[fastest][0].model)
+        yield {
+            "size": name, "threads": threads, "tokens": round(words), "experts per token": f"{taken:.2f}",
+            "timings": timings,
+            "parts": {name: time_by_part(*found[name], rounds) for name in (fastest, DENSE)},
+        }  # fmt: skip
 
 
-def report(results: dict[str, Any]) -> list[str]:
-    """Ratios are of times, to ours, round by round: median (quartiles); at 1.3 ours is 1.3 times faster."""
-    titles = ("threads", "MoE in", "experts per token", "model", "tokens/s", "time of an update", "dropped")
-    rows = []
-    for threads, row in by_threads(results):
-        for name, timing in row["update"].items():
-            speed, dropped = row["tokens per second"][name], f"{100 * row['dropped by capacity']:.1f} %"
-            cells = (threads, row["MoE in"], f"{row['experts per token']:g}", name, f"{speed:.0f}", timing)
-            rows.append([*map(str, cells), dropped if name in EVERY_SLOT else ""])
-    heading = results["shape"]
-    return [heading, markdown(titles, rows), profile_table(by_threads(results))]
+def parts_table(row: Row) -> str:
+    """Milliseconds and share of an update."""
+    titles = [f"{row['size']}, {row['threads']} thread(s): ms of an update"]
+    rows: dict[str, list[str]] = {part: [part] for times in row["parts"].values() for part in times}
+    last = ["all of it (without the clock)"]
+    for name, times in row["parts"].items():
+        titles += [f"{name}: forward", "backward", "share"]
+        whole = sum(map(sum, times.values()))
+        for part, cells in rows.items():
+            both = times.get(part, (0.0, 0.0))
+            cells += [*(f"{t:.2f}" if t else "" for t in both), f"{100 * sum(both) / whole:.1f} %"]
+        last += [f"{whole:.2f} ({row['timings'][name].milliseconds:.2f})", "", ""]
+    return markdown(titles, [*rows.values(), last])
 
 
-def by_threads(results: dict[str, Any]) -> list[tuple[int, Row]]:
-    return [(threads, row) for threads, rows in results["threads"].items() for row in rows]
-
-
-def profile_table(columns: list[tuple[int, Row]]) -> str:
-    heads = [f"{n} thread(s), {row['MoE in']}, k = {row['experts per token']:g}" for n, row in columns]
-    times = [row["MoE layer"] for _, row in columns]
-    cells = [
-        {kind: f"{t[kind]:.1f} ms, {100 * t[kind] / sum(t.values()):.0f} %" for kind in t} for t in times
-    ]
-    rows = [[kind, *(column[kind] for column in cells)] for kind in times[0]]
-    rows.append(["**outside matrix products**", *(f"{100 * share_outside_products(t):.0f} %" for t in times)])
-    whole = (f"{row['MoE layer without the profiler, ms']:.1f} ms" for _, row in columns)
-    rows.append(["all of it, without the profiler", *whole])
-    return markdown(["an MoE layer, forward + backward", *heads], rows)
-
-
-def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
-    add_common(parser, "training", rounds=5)
-    parser.add_argument("--per-token", type=float, nargs="+", default=[2], help="experts, on average")
-    parser.add_argument("--sentences", type=int, default=64, help="in a batch (default: %(default)s)")
-    parser.add_argument("--vocabulary", type=int, default=8000)
-    parser.add_argument("--layers", type=int, nargs=2, default=[2, 2], help="encoder's and decoder's")
-    parser.add_argument("--moe-in", choices=SIDES, nargs="+", default=["both"], help="encoder = as the paper")
-    parser.add_argument("--experts", type=int, default=64, help="in an MoE layer")
-    parser.add_argument("--split", type=int, default=8, help="s: an expert's width is 2,048 / s")
-    parser.add_argument("--capacity", type=float, help="factor of the paper's way (default: s, as there)")
-    parser.add_argument("--flags", default="", help="further flags of fairseq-train, as one word")
-    args = parser.parse_args(arguments)
-    if args.split < 1:
-        parser.error(f"--split must be at least 1, got {args.split}")
-    for per_token in args.per_token:
-        if not 1 <= per_token <= args.experts:
-            parser.error(f"--per-token must be in [1, --experts = {args.experts}], got {per_token:g}")
-    args.capacity = args.capacity or args.split
-    return args
+def report(rows: list[Row]) -> Iterator[str]:
+    yield from left_out()
+    yield ratios(rows, ("size", "threads", "tokens", "experts per token"))
+    yield from map(parts_table, rows)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    args = parse(arguments)
-    torch.manual_seed(1)
-    setups = [build_setup(args, moe_in) for moe_in in args.moe_in]
-    results = {"machine": machine(), "shape": setups[0].shape, "threads": dict(measure(setups))}
-    write_table(results, report(results), args.out)
+    parser = argparse.ArgumentParser(description=__doc__)
+    add_common(parser, "training", rounds=5)
+    default = ["demo-mt", "demo-lm", "claims-lm"]
+    parser.add_argument("--size", choices=SIZES, nargs="+", default=default, help=f"of {', '.join(SIZES)}")
+    parser.add_argument("--warm-up", type=int, default=30, help="updates first, in which budgets settle")
+    parser.add_argument("--flags", default="", help="further flags of fairseq-train, as one word")
+    args = parser.parse_args(arguments)
+    rows = [row for size in args.size for row in measure(size, args)]
+    write_table({"machine": machine(), "rows": rows}, report(rows), args.out)
 
 
 if __name__ == "__main__":

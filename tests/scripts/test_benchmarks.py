@@ -6,23 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 from tolerances import assert_same
-from torch import Tensor
 
-from benchmarks import gpu, training
+from benchmarks import gpu
 from benchmarks.gpu_subjects import PADDED, PADDED_TO
-from benchmarks.profile_layer import PRODUCTS, PYTHON, REST, by_kind, share_outside_products
 from benchmarks.subjects import PaperStyleExperts, SlotExperts, moe_layer
-from benchmarks.translation import batch, build_setup
 from xmoe_fairseq.moe import Experts, MoELayer, use_kernel
 from xmoe_fairseq.moe.experts import Call, ExpertRows, Stacks
 from xmoe_fairseq.moe.experts.kernels import expert_sums
-
-SMALL = [
-    "--threads", "1", "--rounds", "2", "--per-token", "2", "--sentences", "6", "--vocabulary", "60",
-    "--experts", "4", "--split", "2",
-    "--flags", "--encoder-embed-dim 16 --encoder-ffn-embed-dim 32 --encoder-attention-heads 2 "
-    "--decoder-attention-heads 2",
-]  # fmt: skip
 
 
 @pytest.mark.parametrize("way", [PaperStyleExperts, SlotExperts])
@@ -42,45 +32,6 @@ def test_every_slot_keeps_the_most_probable_tokens_of_an_expert(way: type[PaperS
     expected = sum((weight_TE * kept_TE)[:, e, None] * outputs[e] for e in range(4))
     assert (weight_TE * (1 - kept_TE)).any(), "nothing was dropped"
     assert_same(slots(x_TD)[0], expected)
-
-
-def test_training_compares_equal_models_and_its_table_adds_up(tmp_path: Path) -> None:
-    training.main([*SMALL, "--moe-in", "both", "--out", str(tmp_path)])
-    results = json.loads((tmp_path / "benchmark.json").read_text())
-    (row,) = results["threads"]["1"]
-    names = ["chosen rows only", "paper's way", "its slots, no needless copies", "dense FFN"]
-    assert list(row["update"]) == list(row["tokens per second"]) == names
-    words = [row["update"][name]["milliseconds"] * row["tokens per second"][name] / 1000 for name in names]
-    assert 6 * 20 <= words[0] <= 6 * 30
-    assert words == pytest.approx([words[0]] * 4)
-    table = (tmp_path / "benchmark.md").read_text()
-    assert f"| {100 * share_outside_products(row['MoE layer']):.0f} % |" in table
-    assert "2+2 layers, width 16, FFN 32, 2 heads" in table and "4 experts of width 16" in table
-
-
-class Wrong(SlotExperts):
-    def expert(self, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
-        return super().expert(x, w1, b1, w2, b2 + 0.01)
-
-
-def test_training_refuses_to_compare_unequal_models(monkeypatch: pytest.MonkeyPatch) -> None:
-    setup = build_setup(training.parse(SMALL), "encoder")
-    model = setup.model(sparse=True)
-    sample = batch(setup, 3)
-    training.calibrate(setup, model, sample, 2)
-    training.check_equal(setup, model, sample)
-    monkeypatch.setitem(training.EVERY_SLOT, "paper's way", Wrong)
-    with pytest.raises(AssertionError, match="paper's way differs"):
-        training.check_equal(setup, model, sample)
-
-
-def test_times_by_kind_by_hand() -> None:
-    found = by_kind(
-        {"aten::mm": 60.0, "aten::addmm": 20.0, "aten::sort": 9.0, "aten::foo": 1.0, "_Function": 10.0}
-    )
-    busy = {kind: time for kind, time in found.items() if time}
-    assert busy == {PRODUCTS: 80.0, "choosing and sorting": 9.0, REST: 1.0, PYTHON: 10.0}
-    assert share_outside_products(found) == pytest.approx(0.2)
 
 
 @pytest.mark.parametrize("counts", [[4, 0, PADDED_TO, 7], [0, 9, 0, 0], [0, 0, 0, 0]])
