@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from benchmarks.language_model import HEADS, LENGTH, Models, Shape, inputs_of_shape, random_models
 from benchmarks.subjects import DenseFFN, kernels, left_out
 from benchmarks.tables import ratios, write_table
-from benchmarks.timing import add_common, forward, in_turn, machine
+from benchmarks.timing import add_common, forward, in_turn
 from xmoe_fairseq.batches import Batches, binarised_folders
 from xmoe_fairseq.convert.models import read_dense, read_sparse
 from xmoe_fairseq.moe import MoELayer, ThresholdRouter, moe_layers, record_routing, use_kernel
@@ -159,7 +159,7 @@ def main() -> None:
         found += ffns(args.shape, args.rounds) if args.shape else []
         rows += ({"threads": threads, **row} for row in found)
     table = ratios(rows, ("threads", "what", "batch", "tokens", "experts taken", "times as fast"))
-    write_table({"machine": machine(), "rows": rows}, [*left_out(), table], args.out)
+    write_table({"rows": rows}, [*left_out(), table], args.out)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from torch._dynamo.utils import counters
 from benchmarks.gpu_subjects import PADDED, BatchOfOne, megablocks_layer
 from benchmarks.subjects import Floor, output_of, transformers_block
 from benchmarks.tables import write_table
-from benchmarks.timing import add_rounds, forward, forward_backward, in_turn, leaves_of, machine
+from benchmarks.timing import add_rounds, forward, forward_backward, in_turn, leaves_of
 from xmoe_fairseq.moe import MoELayer, ThresholdRouter, use_kernel
 from xmoe_fairseq.moe.stats import ffn_flops
 from xmoe_fairseq.tables import markdown
@@ -139,7 +139,7 @@ def measure(case: Case) -> dict[str, Any]:
         f"{case.per_token} experts per token"
     )
     flops = ffn_flops(case.tokens * case.per_token, case.model_dim, case.expert_dim)
-    results = {"machine": machine(), "shape": shape, "forward FLOPs": flops, **against_floor(case)}
+    results = {"shape": shape, "forward FLOPs": flops, **against_floor(case)}
     return results | (routing_compiled(case) if case.compile_backend != "none" else {})
 
 

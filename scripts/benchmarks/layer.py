@@ -24,7 +24,7 @@ from benchmarks.subjects import (
     with_every_slot,
 )
 from benchmarks.tables import ratios, write_table
-from benchmarks.timing import add_common, in_turn, machine
+from benchmarks.timing import add_common, in_turn
 from xmoe_fairseq.moe import MoELayer, ThresholdRouter, use_kernel
 
 Row = dict[str, Any]
@@ -198,7 +198,7 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     only = [name for name in args.only if name != "memory"]
     rows = [row for threads in args.threads for row in measure(threads, args.rounds, only)]
-    results: dict[str, Any] = {"machine": machine(), "rows": rows}
+    results: dict[str, Any] = {"rows": rows}
     if "memory" in args.only:
         ways = {"layer": whole_layer, "dense": dense_on_as_many_rows}
         results["peak memory, MB"] = {name: peak_memory_anew(way) for name, way in ways.items()}

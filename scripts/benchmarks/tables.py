@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.timing import Timing, machine
 from experiments.results import publish
 from xmoe_fairseq.tables import markdown
 
@@ -17,8 +18,10 @@ def write_table(results: dict[str, Any], parts: Iterable[str], folder: Path) -> 
     Args:
         parts: lines and tables, which follow the machine's line, between empty lines.
     """
-    parts = [about(results["machine"]), *parts]
-    publish(folder / "benchmark", "\n\n".join(part.strip("\n") for part in parts) + "\n", results)
+    here = machine()
+    about = ", ".join(f"{name} {value}" for name, value in here.items())
+    text = "\n\n".join(part.strip("\n") for part in [about, *parts]) + "\n"
+    publish(folder / "benchmark", text, {"machine": here, **results})
     print(f"{folder}/benchmark.md, .json")
 
 
@@ -34,15 +37,9 @@ def ratios(rows: Sequence[Row], keys: Sequence[str]) -> str:
     return markdown([*keys, f"{first}, ms", *[*names][1:]], cells)
 
 
-def cell(timing: Any, is_first: bool) -> str:
+def cell(timing: Timing | None, is_first: bool) -> str:
     if timing is None:
         return ""
-    return (
-        f"{timing.milliseconds:.3g}"
-        if is_first
-        else f"{timing.ratio:.2f} ({timing.low:.2f} to {timing.high:.2f})"
-    )
-
-
-def about(machine: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in machine.items())
+    if is_first:
+        return f"{timing.milliseconds:,.{0 if timing.milliseconds >= 100 else 2}f}"
+    return f"{timing.ratio:.2f} ({timing.low:.2f} to {timing.high:.2f})"

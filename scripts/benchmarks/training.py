@@ -15,7 +15,7 @@ from torch import nn
 from benchmarks.parts import time_by_part
 from benchmarks.subjects import EVERY_SLOT, kernels, left_out, with_every_slot
 from benchmarks.tables import ratios, write_table
-from benchmarks.timing import add_common, in_turn, machine
+from benchmarks.timing import add_common, in_turn
 from benchmarks.updates import (
     SIZES,
     Setup,
@@ -140,7 +140,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--flags", default="", help="further flags of fairseq-train, as one word")
     args = parser.parse_args(arguments)
     rows = [row for size in args.size for row in measure(size, args)]
-    write_table({"machine": machine(), "rows": rows}, report(rows), args.out)
+    write_table({"rows": rows}, report(rows), args.out)
 
 
 if __name__ == "__main__":
