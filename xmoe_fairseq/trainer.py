@@ -10,9 +10,11 @@ from fairseq.criterions import CRITERION_REGISTRY
 from fairseq.trainer import Trainer
 from torch import nn
 
+from xmoe_fairseq.activated import describe_model
 from xmoe_fairseq.config import MoEConfig, read_field, router_kind
 from xmoe_fairseq.criterions.moe_loss import MoELossMixin
 from xmoe_fairseq.failure import explain, introduce
+from xmoe_fairseq.load import LoadReport
 from xmoe_fairseq.moe.routers.registry import RouterKind
 from xmoe_fairseq.saved_settings import check_saved_settings
 from xmoe_fairseq_compat.errors import FlagError
@@ -42,6 +44,21 @@ class MoETrainer(Trainer):
                 f"--criterion {name} leaves out the load-balance loss, so tokens may crowd onto few experts;"
                 f" use {' or '.join(balanced)}"
             )
+        self._load_report = LoadReport(cfg, model)
+        self._valid_subset = ""
+        if self.is_data_parallel_master:
+            logger.info(describe_model(model, cfg.model))
+            self._report_validations(task)
+
+    def _report_validations(self, task: Any) -> None:
+        """fairseq lets a task, and nobody else, see what a validation has logged."""
+        plain = getattr(task, "post_validate", lambda *_: None)
+
+        def post_validate(model: nn.Module, stats: Any, meters: Any) -> None:
+            plain(model, stats, meters)
+            self._load_report.after_validation(self._valid_subset, meters, self.get_num_updates())
+
+        task.post_validate = post_validate
 
     def check_checkpoint(self, filename: str, state: dict[str, Any]) -> None:
         """A hook of xmoe_fairseq_compat: called on rank 0 before a checkpoint is loaded."""
@@ -49,7 +66,10 @@ class MoETrainer(Trainer):
 
     def train_step(self, samples: list[Any], raise_oom: bool = False) -> Any:
         with self.explained("update", self.get_num_updates() + 1):
-            return super().train_step(samples, raise_oom)
+            output = super().train_step(samples, raise_oom)
+        if output is not None and self.is_data_parallel_master:  # None: the update was skipped
+            self._load_report.after_update(self.get_num_updates())
+        return output
 
     def valid_step(self, sample: Any, raise_oom: bool = False) -> Any:
         with self.explained("validation after update", self.get_num_updates()):
@@ -61,9 +81,10 @@ class MoETrainer(Trainer):
         batches.on_error = lambda error: self.tell(error, "update", self.get_num_updates() + 1)
         return batches
 
-    def get_valid_iterator(self, *args: Any, **kwargs: Any) -> Any:
+    def get_valid_iterator(self, subset: str, *args: Any, **kwargs: Any) -> Any:
+        self._valid_subset = subset
         with self.explained("validation after update", self.get_num_updates()):
-            batches = super().get_valid_iterator(*args, **kwargs)
+            batches = super().get_valid_iterator(subset, *args, **kwargs)
         batches.on_error = lambda error: self.tell(error, "validation after update", self.get_num_updates())
         return batches
 

@@ -164,7 +164,7 @@ def refuse_a_metric_that_nobody_logs(module: Any) -> None:
 
     @wrap(module, "train")
     def train(plain: Any, cfg: Any, trainer: Any, task: Any, *args: Any) -> Any:
-        is_sure = cfg.checkpoint.best_checkpoint_metric == "loss" or hasattr(task, "post_validate")
+        is_sure = cfg.checkpoint.best_checkpoint_metric == "loss" or hasattr(type(task), "post_validate")
         if not (is_sure or cfg.dataset.disable_validation or hasattr(trainer, "metric_is_checked")):
             check(cfg, trainer)
             trainer.metric_is_checked = True

@@ -24,7 +24,7 @@ from xmoe_fairseq.moe.capacity import expert_capacity, keep_within_capacity
 from xmoe_fairseq.moe.dispatch.local import LocalDispatcher
 from xmoe_fairseq.moe.dispatch.rows import ExpertRows
 from xmoe_fairseq.moe.losses import load_balance_loss, z_loss
-from xmoe_fairseq.moe.stats import load_cv
+from xmoe_fairseq.moe.stats import load_cv, max_violation
 
 
 def routing_of(rows: list[tuple[int, int, int, float]], num_tokens: int, num_experts: int) -> Routing:
@@ -205,6 +205,11 @@ def test_load_cv_by_hand() -> None:
     assert load_cv(torch.tensor([2, 2, 2])).item() == 0
     assert load_cv(torch.tensor([4, 0])).item() == about(1.0)
     assert load_cv(torch.tensor([0, 0])).item() == 0
+
+
+def test_max_violation_by_hand() -> None:
+    rows_LE = torch.tensor([[2, 2, 2], [6, 0, 0], [3, 2, 1], [0, 0, 0]])
+    assert max_violation(rows_LE).tolist() == [0, 2, 0.5, 0]
 
 
 @pytest.mark.parametrize("router", [ThresholdRouter, TopKRouter, BaseRouter])

@@ -60,6 +60,23 @@ def test_a_packed_checkpoint_is_read_right(whole: Path, tmp_path: Path) -> None:
     assert all(torch.equal(got[name], value) for name, value in expected.items())
 
 
+def test_activated_parameters_are_told(tmp_path: Path) -> None:
+    of = state()
+    of["cfg"]["model"].update(moe_router="topk", moe_topk=3)
+    _, text = call(checkpoint_command.main, "xmoe-checkpoint", "info", saved(of, tmp_path / "checkpoint.pt"))
+    total, experts = sum(v.numel() for v in of["model"].values()), 2 * 8 * (2 * 32 * 24 + 24 + 32)
+    shared, one = total - experts, experts // 8
+    says = f"{shared + 3 * one:,} ({shared:,} shared + 3 x {one:,}), of {total:,}"
+    assert f"parameters: {total:,}, of these in experts {experts:,}" in text
+    assert f"\nactivated parameters per token: {says}\n" in text
+    of["cfg"]["model"].update(moe_topk="three")
+    _, text = call(checkpoint_command.main, "xmoe-checkpoint", "info", saved(of, tmp_path / "damaged.pt"))
+    assert (
+        f"\nactivated parameters per token: {shared:,} shared + experts per token x {one:,}, of {total:,}"
+        in text
+    )
+
+
 EXPERTS = "decoder.layers.1.moe.experts.fc1_weight"
 NORM = "decoder.layers.2.final_layer_norm.weight"
 

@@ -86,7 +86,7 @@ def test_logged_values_are_sums_divided_once() -> None:
     apart = reduce(logs)
     keys = {
         "experts_per_token", "flops_vs_all_experts", "flops_vs_dense_ffn", "dropped_share", "router_entropy",
-        "load_balance_loss", "load_cv", "z_loss", "threshold",
+        "load_balance_loss", "load_cv", "max_violation", "dead_experts", "z_loss", "threshold",
     }  # fmt: skip
     names = {f"moe_{side}_{key}" for side in ("encoder", "decoder") for key in keys}
     assert names == {name for name in apart if name.startswith("moe_")}
@@ -117,7 +117,7 @@ def test_logged_values_by_hand() -> None:
         assert values[f"moe_{side}_flops_vs_all_experts"] == printed(of_all, 4)
         assert values[f"moe_{side}_dropped_share"] == 0
         layers = [stats[i] + stats[i + len(stats) // 2] for i in range(len(stats) // 2)]  # over the batches
-        for key in ("load_cv", "load_balance_loss", "z_loss"):  # means over layers
+        for key in ("load_cv", "max_violation", "load_balance_loss", "z_loss"):  # means over layers
             mean = sum(getattr(s, key).item() for s in layers) / len(layers)
             assert mean > 0
             assert values[f"moe_{side}_{key}"] == printed(mean, 4)

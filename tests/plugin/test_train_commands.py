@@ -10,7 +10,7 @@ from tolerances import printed
 
 MOE_KEYS = (
     "load_balance_loss", "experts_per_token", "flops_vs_all_experts", "flops_vs_dense_ffn", "dropped_share",
-    "load_cv", "router_entropy",
+    "load_cv", "max_violation", "dead_experts", "router_entropy",
 )  # fmt: skip
 
 

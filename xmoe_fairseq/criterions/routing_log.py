@@ -89,9 +89,27 @@ def ratios(sums: dict[str, Tensor]) -> dict[str, float]:
         "flops_vs_dense_ffn": sums["flops"].sum() / sums["flops_dense_ffn"].sum(),
         "dropped_share": 1 - stats.rows_kept.sum() / stats.rows_wanted.sum(),
         "load_cv": stats.load_cv.mean(),
+        "max_violation": stats.max_violation.mean(),
+        "dead_experts": stats.dead_experts.sum(),
         "router_entropy": stats.entropy.sum() / stats.tokens.sum(),
     }
     for name in sums:
         if name not in vars(stats).keys() | FLOPS:  # of the routers' own
             values[name] = (sums[name] / stats.tokens).mean()
     return {name: round(value.item(), 4) for name, value in values.items()}
+
+
+def layer_stats(layers: list[RoutedLayer], meters: MetersDict | None) -> dict[str, RoutingStats]:
+    """By the layer's name, of all that was logged since the meters were reset; of layers that ran."""
+    found = {}
+    for side in SIDES:
+        names = [layer.name for layer in layers if layer.side == side]
+        keys = {f.name: f"_moe_{side}_{f.name}" for f in fields(RoutingStats)}
+        sums = {name: meters[key].sum for name, key in keys.items() if meters and key in meters}
+        if not torch.is_tensor(sums.get("tokens")):  # a criterion that logs none, or nothing as yet
+            continue
+        for index, name in enumerate(names):
+            stats = RoutingStats(**{key: total[index] for key, total in sums.items()})
+            if stats.tokens:
+                found[name] = stats
+    return found

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from xmoe_fairseq.moe.routing import Routing
-from xmoe_fairseq.moe.stats import RoutingStats, ffn_flops
+from xmoe_fairseq.moe.stats import RoutingStats, ffn_flops, ffn_parameters
 
 
 class RoutedLayer(nn.Module):
@@ -75,6 +75,11 @@ class RoutedLayer(nn.Module):
     def expert_parameters(self) -> Iterator[nn.Parameter]:
         """Of the experts held here."""
         raise NotImplementedError
+
+    @property
+    def expert_size(self) -> int:
+        """Parameters of one expert."""
+        return ffn_parameters(self.model_dim, self.expert_dim)
 
     def flops(self, stats: RoutingStats) -> dict[str, Tensor]:
         """Of calls with these statistics: of what was routed, with all experts, and of the dense FFN.

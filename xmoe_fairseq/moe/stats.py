@@ -18,6 +18,13 @@ def load_cv(rows_E: Tensor) -> Tensor:
     return rows_E.std(-1, correction=0) / rows_E.mean(-1).clamp(min=1 / rows_E.size(-1))
 
 
+def max_violation(rows_E: Tensor) -> Tensor:
+    """(...,) by how much the largest of the experts' loads (..., E) exceeds their mean, as a share of that: 0
+    if even or without rows, E - 1 if one takes all. MaxVio of Wang et al. 2024, arXiv 2408.15664."""
+    mean = rows_E.double().mean(-1)
+    return (rows_E.amax(-1) - mean) / mean.clamp(min=1 / rows_E.size(-1))
+
+
 @dataclass(frozen=True)
 class RoutingStats:
     """Sums over the non-padding tokens of one layer; the ratios are properties, to be taken last.
@@ -73,6 +80,15 @@ class RoutingStats:
         return load_cv(self.rows_kept_E)
 
     @property
+    def max_violation(self) -> Tensor:
+        return max_violation(self.rows_kept_E)
+
+    @property
+    def dead_experts(self) -> Tensor:
+        """Number of those that computed nothing."""
+        return (self.rows_kept_E == 0).sum(-1)
+
+    @property
     def load_balance_loss(self) -> Tensor:
         """Switch's, as in losses.py, of any router; NaN without tokens."""
         products_E = self.probs_E * self.first_choices_E
@@ -87,3 +103,8 @@ class RoutingStats:
 def ffn_flops(rows: Number, model_dim: int, inner_dim: int) -> Number:
     """Of both linear maps on so many rows, an expert's or a dense FFN's: multiply-adds x 2, forward."""
     return rows * (4 * model_dim * inner_dim)
+
+
+def ffn_parameters(model_dim: int, inner_dim: int) -> int:
+    """Of an expert or a dense FFN: two linear maps and their biases."""
+    return 2 * model_dim * inner_dim + inner_dim + model_dim

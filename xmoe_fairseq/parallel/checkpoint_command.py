@@ -10,6 +10,8 @@ import fairseq.checkpoint_utils  # noqa: F401  (its patch says which types a che
 import torch
 from torch import Tensor
 
+from xmoe_fairseq.activated import describe as describe_activated
+from xmoe_fairseq.moe.stats import ffn_parameters
 from xmoe_fairseq.parallel import shards
 from xmoe_fairseq.parallel.shards import State
 from xmoe_fairseq.parallel.whole import check_are_tensors, check_tensors
@@ -66,16 +68,26 @@ def describe(path: Path) -> list[str]:
     whole = shards.join_shards(state, path)["model"]
     check_are_tensors(whole, path)
     stacks = {name: value for name, value in whole.items() if EXPERTS.fullmatch(name)}
-    experts = sum(value.numel() for value in stacks.values())
-    layers = [f"  {name}: {list(value.shape)}" for name, value in stacks.items() if "fc1_weight" in name]
+    experts, parameters = (sum(v.numel() for v in held.values()) for held in (stacks, whole))
+    first = {name: list(value.shape) for name, value in stacks.items() if "fc1_weight" in name}
+    layers = [f"  {name}: {shape}" for name, shape in first.items()]
     return [
         f"{path}: {updates(state)} updates, {model_name(state)}",
-        f"parameters: {sum(v.numel() for v in whole.values()):,}, of these in experts {experts:,}",
+        f"parameters: {parameters:,}, of these in experts {experts:,}",
+        *activated(parameters - experts, [*first.values()], settings_of(state)),
         f"optimizer state: {'yes' if state.get('last_optimizer_state') else 'no'}",
         *(["experts (number, width, model width):", *layers] if layers else ["experts: none"]),
         f"expert files: {len(files) or 'none, all in this one'}",
         *(f"  {file}: {file.stat().st_size:,} bytes" for file in files),
     ]
+
+
+def activated(shared: int, shapes: list[list[int]], settings: dict[str, Any]) -> list[str]:
+    """Of models whose experts are stacked: shapes (E, F, D)."""
+    if not shapes or any(len(shape) != 3 for shape in shapes):
+        return []
+    numbers, widths, model_widths = zip(*shapes, strict=True)
+    return [describe_activated(shared, numbers, [*map(ffn_parameters, model_widths, widths)], settings)]
 
 
 def updates(state: State) -> Any:

@@ -1,5 +1,7 @@
 """The router of BASE layers, for comparison."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -18,6 +20,10 @@ class BaseRouter(Router):
     description = "one, with a balanced assignment in training, the best in evaluation (BASE layers)"
     depends_on_batch = "in training"
     needs_balance_loss = False
+
+    @classmethod
+    def planned_experts(cls, config: Any) -> tuple[str, float]:
+        return "", 1
 
     def choose(self, logits_TE: Tensor, probs_TE: Tensor) -> tuple[Tensor, Tensor]:
         expert_T = balanced_assignment(logits_TE) if self.training else logits_TE.argmax(dim=-1)

@@ -1,6 +1,7 @@
 """Expert choice: the experts choose tokens, not the tokens experts. For comparison."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,6 +39,10 @@ class ExpertChoiceRouter(Router):
             rule = f"must be in (0, num_experts = {num_experts}]"
             raise ValueError(f"experts_per_token {rule}, got {experts_per_token}")
         self.experts_per_token = experts_per_token
+
+    @classmethod
+    def planned_experts(cls, config: Any) -> tuple[str, float]:
+        return "about ", experts_per_token(config)
 
     @classmethod
     def from_config(cls, place: Place) -> "ExpertChoiceRouter":

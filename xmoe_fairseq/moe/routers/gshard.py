@@ -63,6 +63,10 @@ class GShardLayer(RouterKind, RoutedLayer):
             )  # fairscale's mark for DDP to skip it; here all ranks have all
 
     @classmethod
+    def planned_experts(cls, config: Any) -> tuple[str, float]:
+        return "at most ", TOP
+
+    @classmethod
     def check(cls, config: Any, num_layers: int) -> None:
         size, kernel, experts = config.moe_expert_parallel_size, config.moe_kernel, config.moe_num_experts
         here = "with --moe-router gshard"

@@ -3,6 +3,7 @@
 import heapq
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -44,6 +45,10 @@ class HashRouter(TokenRouter):
             raise ValueError(f"table_V must hold expert ids from 0 to {num_experts - 1}")
         self.table_V: Tensor
         self.register_buffer("table_V", table_V.long())
+
+    @classmethod
+    def planned_experts(cls, config: Any) -> tuple[str, float]:
+        return "", 1
 
     @classmethod
     def from_config(cls, place: Place) -> "HashRouter":

@@ -60,6 +60,12 @@ class RouterKind:
         """
 
     @classmethod
+    def planned_experts(cls, config: Any) -> tuple[str, float] | None:
+        """Experts per token that the flags ask for, and before it how exactly: "", "about " or "at most ".
+        None = they do not say."""
+        return None
+
+    @classmethod
     def from_config(cls, place: Place, *_: Any, **arguments: Any) -> Any:
         """A router as the flags describe it. What it takes by name, or if it takes any (as here) what the
         constructor takes, is what --moe-router-args may give."""

@@ -126,6 +126,13 @@ class ThresholdRouter(Router):
         )
 
     @classmethod
+    def planned_experts(cls, config: Any) -> tuple[str, float]:
+        if config.moe_target_experts_per_token:
+            return "about ", config.moe_target_experts_per_token
+        most: int = config.moe_num_experts
+        return "at most ", min(max_experts_per_token(config) or most, most)
+
+    @classmethod
     def after_update(cls, model: nn.Module) -> None:
         step_budgets(model)
 

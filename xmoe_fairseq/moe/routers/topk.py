@@ -45,6 +45,10 @@ class TopKRouter(Router):
         self.k = k
 
     @classmethod
+    def planned_experts(cls, config: Any) -> tuple[str, float]:
+        return "", experts_per_token(config)
+
+    @classmethod
     def from_config(cls, place: Place) -> "TopKRouter":
         return cls(place.model_dim, place.num_experts, k=experts_per_token(place.config))
 

@@ -1,0 +1,51 @@
+"""How many of a model's parameters a token meets: those that all tokens share, and the experts it takes."""
+
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any
+
+from torch import nn
+
+from xmoe_fairseq.flags import MoEConfig, read_field
+from xmoe_fairseq.moe import moe_layers
+from xmoe_fairseq.moe.routers.registry import registered_routers
+
+
+def describe(shared: int, num_experts: Sequence[int], expert_sizes: Sequence[int], model_cfg: Any) -> str:
+    """One line: shared + experts per token x one expert, summed over the MoE layers.
+
+    Args:
+        shared: parameters outside the experts.
+        num_experts: of each MoE layer.
+        expert_sizes: parameters of one expert, of each MoE layer.
+        model_cfg: the flags, which say how many experts a token takes, or at most.
+    """
+    total = shared + sum(n * size for n, size in zip(num_experts, expert_sizes, strict=True))
+    one, beside = sum(expert_sizes), f"of {total:,}"
+    planned = planned_experts(model_cfg)
+    if planned is None:
+        return f"activated parameters per token: {shared:,} shared + experts per token x {one:,}, {beside}"
+    exactly, experts = planned
+    sum_ = f"{shared:,} shared + {experts:g} x {one:,}"
+    return f"activated parameters per token: {exactly}{shared + round(experts * one):,} ({sum_}), {beside}"
+
+
+def planned_experts(model_cfg: Any) -> tuple[str, float] | None:
+    """See `RouterKind`; None also for a router that is not registered here."""
+    flags = [f for f in fields(MoEConfig) if f.name != "_name"]
+    config = MoEConfig(**{f.name: read_field(model_cfg, f.name, f.default) for f in flags})
+    kind = registered_routers().get(config.moe_router)
+    try:
+        return kind.planned_experts(config) if kind else None
+    except (TypeError, ValueError):  # a damaged checkpoint's, which was not asked to build a model
+        return None
+
+
+def describe_model(model: nn.Module, model_cfg: Any) -> str:
+    """Of a model with all experts here, or some of each layer's on every rank."""
+    layers = moe_layers(model)
+    experts = {id(p) for layer in layers for p in layer.expert_parameters()}
+    shared = sum(p.numel() for p in model.parameters() if id(p) not in experts)
+    return describe(
+        shared, [layer.num_experts for layer in layers], [layer.expert_size for layer in layers], model_cfg
+    )
