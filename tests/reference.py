@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from xmoe_fairseq.moe import ExpertChoiceRouter, HashRouter, MoELayer, ThresholdRouter, TopKRouter
+from xmoe_fairseq.moe import ExpertChoiceRouter, HashRouter, MoELayer, Router, ThresholdRouter, TopKRouter
+from xmoe_fairseq.moe.balance import AllChoices, GlobalShare
 
 
 @dataclass
@@ -26,11 +27,14 @@ def reference_layer(layer: MoELayer, x_TD: Tensor, ids_T: Tensor | None = None) 
         choices, margin = [[int(router.table_V[i])] for i in ids_T], math.inf
         probs = [torch.eye(num_experts, dtype=dtype)[e] for (e,) in choices]
     else:
-        probs = [torch.softmax(router.weight.to(dtype) @ x_TD[t].to(dtype), dim=0) for t in range(num_tokens)]
+        scores = [router.weight.to(dtype) @ x_TD[t].to(dtype) for t in range(num_tokens)]
+        probs = [torch.softmax(z, dim=0) for z in scores]
+        bias = getattr(router.balancing, "bias_E", torch.zeros(num_experts))  # where a token chooses
+        ranked = [torch.softmax(z + bias, dim=0) for z in scores]
         if isinstance(router, ExpertChoiceRouter):
             choices, margin = chosen_by_experts(router, [p.tolist() for p in probs])
         else:
-            chosen = [choose(layer, p.tolist()) for p in probs]
+            chosen = [choose(layer, p.tolist()) for p in ranked]
             choices, margin = [c for c, _ in chosen], min([math.inf, *(m for _, m in chosen)])
     kept = keep(layer, choices, [p.tolist() for p in probs], num_experts)
     y, weights = [], []
@@ -52,7 +56,7 @@ def reference_layer(layer: MoELayer, x_TD: Tensor, ids_T: Tensor | None = None) 
         weights_TE=torch.stack(weights) if y else x_TD.new_zeros(0, num_experts),
         load_balance_loss=torch.zeros(())
         if isinstance(router, HashRouter | ExpertChoiceRouter)
-        else load_balance(probs, [chosen[0] for chosen in choices], num_experts),
+        else load_balance(probs, shares_to_balance(router, choices), num_experts),
         wanted=sum(len(chosen) for chosen in choices),
         margin=margin,
     )
@@ -112,11 +116,21 @@ def feed_forward(layer: MoELayer, e: int, x_D: Tensor) -> Tensor:
     return w2 @ layer.experts.activation(w1 @ x_D + b1) + b2
 
 
-def load_balance(probs: list[Tensor], first: list[int], num_experts: int) -> Tensor:
+def shares_to_balance(router: Router, choices: list[list[int]]) -> list[float]:
+    """Of each expert: what of the choices is its own, by those that --moe-balance looks at; 0 = no loss."""
+    if isinstance(router.balancing, GlobalShare):  # of the last update
+        return router.balancing.share_E.tolist()
+    counted = [chosen[0] for chosen in choices]
+    if isinstance(router.balancing, AllChoices):
+        counted = [e for chosen in choices for e in chosen]
+    is_loss = router.balancing is None or isinstance(router.balancing, AllChoices)
+    return [counted.count(e) / max(len(counted), 1) * is_loss for e in range(router.num_experts)]
+
+
+def load_balance(probs: list[Tensor], share: list[float], num_experts: int) -> Tensor:
     """Switch Transformer, eq. 4."""
     loss = torch.zeros(())
     for e in range(num_experts):
         if probs:
-            mean_probability = sum(p[e] for p in probs) / len(probs)
-            loss = loss + mean_probability * (first.count(e) / len(first))
+            loss = loss + sum(p[e] for p in probs) / len(probs) * share[e]
     return num_experts * loss

@@ -62,4 +62,5 @@ def build_router(place: Place) -> TokenRouter:
         raise FlagError(f"{where}: {error}") from error
     if isinstance(router, Router):
         router.temperature = config.moe_router_temperature
+        router.balance_by(config.moe_balance)
     return router

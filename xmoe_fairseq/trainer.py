@@ -15,6 +15,7 @@ from xmoe_fairseq.config import MoEConfig, read_field, router_kind
 from xmoe_fairseq.criterions.moe_loss import MoELossMixin
 from xmoe_fairseq.failure import explain, introduce
 from xmoe_fairseq.load import LoadReport
+from xmoe_fairseq.moe import step_balance
 from xmoe_fairseq.moe.routers.registry import RouterKind
 from xmoe_fairseq.saved_settings import check_saved_settings
 from xmoe_fairseq_compat.errors import FlagError
@@ -26,7 +27,7 @@ BALANCED = ("moe_cross_entropy", "moe_label_smoothed_cross_entropy")  # or moe_a
 
 
 class MoETrainer(Trainer):
-    """Steers thresholds to a budget, and says where and on which rank a run failed."""
+    """Steers thresholds and balances, and says where and on which rank a run failed."""
 
     def __init__(self, cfg: Any, task: Any, model: nn.Module, criterion: Any, quantizer: Any = None) -> None:
         backend = str(cfg.distributed_training.ddp_backend)
@@ -37,7 +38,9 @@ class MoETrainer(Trainer):
         if dist.is_initialized():
             introduce()
         self.router_kind = router_kind(read_field(cfg.model, "moe_router", MoEConfig.moe_router))
-        if self.router_kind.needs_balance_loss and not isinstance(criterion, MoELossMixin):
+        needs_loss = read_field(cfg.model, "moe_balance", MoEConfig.moe_balance) not in ("bias", "none")
+        needs_loss = needs_loss and self.router_kind.needs_balance_loss
+        if needs_loss and not isinstance(criterion, MoELossMixin):
             name = read_field(cfg.criterion, "_name", type(criterion).__name__)
             balanced = [f"moe_{name}"] if f"moe_{name}" in CRITERION_REGISTRY else BALANCED
             logger.warning(
@@ -106,11 +109,12 @@ class MoETrainer(Trainer):
         """Called on every rank, after an update that was not skipped; and when a checkpoint was loaded, where
         nothing has been counted yet.
 
-        Thresholds move here, before anything is saved or validated. A model's own `set_num_updates` would be
-        too late for that: fairseq calls it before the next forward.
+        What is steered moves here, before anything is saved or validated. A model's own `set_num_updates`
+        would be too late: fairseq calls it before the next forward.
         """
         super().set_num_updates(num_updates)
         self.router_kind.after_update(self.get_model())
+        step_balance(self.get_model())
 
     def _prepare_sample(self, sample: Any, is_dummy: bool = False) -> tuple[Any, bool]:
         sample, is_dummy = super()._prepare_sample(sample, is_dummy)

@@ -221,3 +221,17 @@ def test_where_plain_is_asked_for_routers_are_plain_too(options: dict[str, float
     assert router.choose_natively(logits_TE) is not None
     with use_kernel("plain"):
         assert router.choose_natively(logits_TE) is None
+
+
+@pytest.mark.parametrize("options", [{"threshold": 0.6}, {"k": 3}], ids=str)
+def test_a_bias_orders_experts_here_too(options: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
+    router, logits_TE = router_of(16, **options), scores(200, 16).requires_grad_()
+    router.balance_by("bias")
+    router.balancing.bias_E.copy_(torch.randn(16))
+    chosen = router.chosen(logits_TE)
+    assert chosen.counts_E is not None
+    monkeypatch.setattr(router, "choose_natively", lambda _: None)
+    plain = router.chosen(logits_TE)
+    assert_same_rows(chosen, plain)
+    ours, theirs = (torch.autograd.grad(c.weight_R.square().sum(), logits_TE)[0] for c in (chosen, plain))
+    assert_same(ours, theirs)

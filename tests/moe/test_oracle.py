@@ -8,6 +8,7 @@ from reference import reference_layer
 from tolerances import TERMS, assert_same
 
 from xmoe_fairseq.moe import ExpertChoiceRouter, HashRouter, MoELayer, Router, ThresholdRouter, TopKRouter
+from xmoe_fairseq.moe.balance import BALANCES
 
 
 def layer_of(
@@ -78,18 +79,22 @@ routers = st.one_of(
     min_capacity=st.integers(1, 6),
     logit_scale=st.sampled_from([0.1, 1.0, 10.0]),
     combine=st.sampled_from(["probs", "ones"]),
+    balance=st.sampled_from(BALANCES),
     training=st.booleans(),
     seed=st.integers(0, 2**16),
 )
 @settings(max_examples=100)
 def test_random_layers(
     make_router, num_tokens, num_experts, model_dim, expert_dim, capacity_factor, min_capacity, logit_scale,
-    combine, training, seed,
+    combine, balance, training, seed,
 ) -> None:  # fmt: skip
     torch.manual_seed(seed)
     layer = layer_of(
         make_router(model_dim, num_experts), expert_dim, capacity_factor, logit_scale, min_capacity, combine
     )
+    layer.router.balance_by(balance)
+    for state_E in layer.router.buffers():  # a bias, or shares
+        state_E.copy_(torch.rand_like(state_E))
     x = torch.randn(num_tokens, model_dim, requires_grad=True)
     assume(reference_layer(layer.train(training), x).margin > 1e-5)  # rounding may flip a closer decision
     check_against_oracle(layer, x)

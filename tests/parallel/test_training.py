@@ -60,6 +60,15 @@ def test_ranks_steer_to_a_budget_as_one_process(size: int, corpus: tuple[Path, P
     assert len(set(used)) == len(used) > 2
 
 
+@pytest.mark.parametrize("balance, size", [("global", 1), ("global", 2), ("bias", 2)])
+def test_ranks_balance_as_one_process(balance: str, size: int, corpus: tuple[Path, Path]) -> None:
+    """By the choices of all ranks and micro-batches, and not by those of a dummy batch."""
+    flags = (*task_flags("translation", corpus), "--batch-size", 7, "--max-epoch", 1)
+    flags = (*flags, "--moe-balance", balance, "--moe-loss-coeff", 1.0)
+    runs = train(4, *flags, "--update-freq", 3, "--moe-expert-parallel-size", size)
+    assert_same_training(runs, one_process(*flags, "--update-freq", 12), size)
+
+
 def mean_threshold(log: dict[str, float]) -> float:
     return log["moe_decoder_threshold 0"] / log["moe_decoder_tokens 0"]
 

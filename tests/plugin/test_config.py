@@ -100,6 +100,15 @@ BAD = [
         {"moe_router": "gshard", "moe_kernel": "plain"},
         "--moe-kernel must be auto with --moe-router gshard, whose experts are fairscale's, got plain",
     ),
+    ({"moe_balance": "even"}, "--moe-balance must be one of first, all, global, bias, none, got even"),
+    (
+        {"moe_balance": "bias", "moe_router": "hash"},
+        "--moe-balance needs --moe-router threshold or topk, got",
+    ),
+    (
+        {"moe_balance": "none", "moe_router": "base"},
+        "--moe-balance needs --moe-router threshold or topk, got",
+    ),
     ({"moe_combine": "sum"}, "--moe-combine must be one of probs, ones, and only --moe-router threshold and"),
     ({"moe_combine": "ones", "moe_router": "base"}, "threshold and topk take ones, got ones"),
     ({"moe_max_experts_per_token": -2}, "--moe-max-experts-per-token must be -1 (= 2 x --moe-ffn-split), 0"),

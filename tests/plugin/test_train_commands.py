@@ -24,10 +24,26 @@ def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
     return model | {name: torch.as_tensor(value) for name, value in moments.items()}
 
 
-@pytest.mark.parametrize("kind", ["translation", "language"])
-def test_resuming_continues_bit_for_bit(kind: str, corpus: tuple[Path, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "kind, balance", [("translation", "bias"), ("language", "first"), ("language", "global")]
+)
+def test_resuming_continues_bit_for_bit(
+    kind: str, balance: str, corpus: tuple[Path, Path], tmp_path: Path
+) -> None:
     flags = (corpus[0], *TINY_MT) if kind == "translation" else (corpus[1], *TINY_LM)
-    flags = (*flags, *TRAIN, "--dropout", "0.2", "--disable-validation", "--store-ema", "--save-dir")
+    flags = (
+        *flags,
+        *TRAIN,
+        "--moe-balance",
+        balance,
+        "--update-freq",
+        2,
+        "--dropout",
+        "0.2",
+        "--disable-validation",
+        "--store-ema",
+        "--save-dir",
+    )
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
     run("fairseq-train", *flags, straight, "--max-update", 8)
     run("fairseq-train", *flags, resumed, "--max-update", 3)

@@ -12,6 +12,7 @@ A capital suffix is a tensor's shape: `probs_TE` is (T, E). Without one the shap
     V  token ids                                  B, C  bins of a histogram, and all of its counts
 """
 
+from xmoe_fairseq.moe.balance import step_balance
 from xmoe_fairseq.moe.budget import Budget, step_budgets
 from xmoe_fairseq.moe.experts.experts import Experts
 from xmoe_fairseq.moe.experts.kernels import register_kernel, use_kernel
@@ -31,6 +32,6 @@ from xmoe_fairseq.moe.stats import RoutingStats
 __all__ = [
     "BaseRouter", "Budget", "ExpertChoiceRouter", "Experts", "HashRouter", "MoELayer", "RoutedLayer",
     "Router", "Routing", "RoutingStats", "ThresholdRouter", "TokenRouter", "TopKRouter", "balanced_table",
-    "moe_layers", "random_table", "record_routing", "register_kernel", "register_router", "step_budgets",
-    "use_kernel",
+    "moe_layers", "random_table", "record_routing", "register_kernel", "register_router", "step_balance",
+    "step_budgets", "use_kernel",
 ]  # fmt: skip

@@ -12,25 +12,22 @@ says so.
 
 import math
 import warnings
-from collections.abc import Callable
-from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
+
+from xmoe_fairseq.moe.steered import MANY, Steered, of_all_ranks
 
 BINS = 1024  # of the histogram over [0, 1]; a choice: t to 0.001
 TOKENS, TAKEN = BINS, BINS + 1  # places of what stands behind the bins
-COUNTS = BINS + 2  # numbers in all
+COUNTS = BINS + 2  # numbers in all: choices by the mass before them, tokens, choices taken
 # Of the way that t goes in one update; all of it in the first. At 0.1 t was 10 updates late while the router
 # changed quickly, and a token took up to 4.9 experts for 4; at 0.5 up to 4.2.
 RATE = 0.5
-# Forward passes without a step, and updates with a settled t that misses the target by this share of it,
-# after which there is a warning: choices.
-MANY, OFF = 200, 0.1
+OFF = 0.1  # share of the target that a settled t may miss without a warning: a choice
 
 
-class Budget(nn.Module):
+class Budget(Steered):
     """The threshold t of one router, and the counts from which it is steered.
 
     t begins at floor(target) / E. A token's B best experts have B/E of the probability at least, so it takes
@@ -42,14 +39,11 @@ class Budget(nn.Module):
     """
 
     def __init__(self, target: float, num_experts: int) -> None:
-        super().__init__()
+        super().__init__(f"target_experts_per_token={target}", "step_budgets", COUNTS)
         self.target = target
         self.start = math.floor(target) / num_experts
         self.threshold: Tensor
         self.register_buffer("threshold", torch.tensor(self.start, dtype=torch.float32))
-        # Not buffers: each rank has its own, and none is worth saving.
-        self._counts_C: Tensor | None = None  # choices by the mass before them, tokens, choices taken
-        self._forwards = self._steps = 0  # in training
         self._missed = torch.zeros((), dtype=torch.long)  # updates in a row
 
     def take(self, mass_before_TK: Tensor, counting: bool) -> Tensor:
@@ -65,25 +59,6 @@ class Budget(nn.Module):
             counts_C[TAKEN] += taken_TK[:, 1:].sum()
         return taken_TK
 
-    def counts(self, device: torch.device) -> Tensor:
-        """(COUNTS,) what has been counted by now; one forward pass in training is going to add to it."""
-        if self._counts_C is None:
-            self._counts_C = torch.zeros(COUNTS, dtype=torch.long, device=device)
-        self._forwards += 1
-        if self._forwards == MANY and not self._steps:
-            warnings.warn(
-                f"target_experts_per_token={self.target}: {MANY} forward passes in training, and t is "
-                "still where it began; call xmoe_fairseq.moe.step_budgets(model) after each update",
-                stacklevel=3,
-            )
-        return self._counts_C
-
-    def pop_counts(self) -> Tensor:
-        """(COUNTS,) what was counted since the last time."""
-        counts_C, self._counts_C = self._counts_C, None
-        counts_C = torch.zeros(COUNTS, dtype=torch.long) if counts_C is None else counts_C
-        return counts_C.to(self.threshold.device)
-
     def step(self, wanted: Tensor, counts_C: Tensor) -> None:
         """Move t towards `wanted`; a layer without tokens keeps its t."""
         tokens = counts_C[TOKENS]
@@ -97,25 +72,12 @@ class Budget(nn.Module):
         is_off = (taken - self.target).abs() > OFF * self.target
         is_settled = (wanted - self.threshold).abs() < 1 / BINS
         self._missed = torch.where(is_off & is_settled, self._missed.to(taken.device) + 1, 0)
-        self._steps += 1
         if self._steps % MANY == 0 and self._missed >= MANY:
             warnings.warn(
                 f"target_experts_per_token={self.target}: for {MANY} updates tokens have taken {taken:.2f} "
                 "experts; so many have the same probabilities that no threshold lies between them",
                 stacklevel=3,
             )
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Budget":
-        """`half()` and `bfloat16()` leave t in fp32; it only moves to the device."""
-        exact = self.threshold
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self.threshold = exact.to(self.threshold.device)
-        return self
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """The checkpoint of a model that was trained without a budget has no t: it begins here."""
-        state_dict.setdefault(f"{prefix}threshold", self.threshold)
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
         return f"target={self.target}, threshold={self.threshold.item():.4f}"
@@ -147,9 +109,7 @@ def step_budgets(model: nn.Module) -> None:
     budgets = [module for module in model.modules() if isinstance(module, Budget)]
     if not budgets:
         return
-    counts_LC = torch.stack([budget.pop_counts() for budget in budgets])
-    if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(counts_LC)
+    counts_LC = of_all_ranks(torch.stack([budget.pop_counts() for budget in budgets]))
     target_L = torch.tensor([budget.target for budget in budgets], device=counts_LC.device).double()
     wanted_L = threshold_for(counts_LC, target_L).float()
     for budget, wanted, counts_C in zip(budgets, wanted_L, counts_LC, strict=True):

@@ -14,10 +14,15 @@ def load_balance_loss(probs_TE: Tensor, first_choice_T: Tensor) -> Tensor:
     one expert takes everything, 0 without tokens. Fedus et al. 2021, eq. 4, arXiv 2101.03961.
     """
     num_tokens, num_experts = probs_TE.shape
+    return share_loss(probs_TE, count(first_choice_T, num_experts).to(probs_TE.dtype) / max(num_tokens, 1))
+
+
+def share_loss(probs_TE: Tensor, share_E: Tensor) -> Tensor:
+    """`E * sum_e share[e] * mean_t(p[t, e])`, of the experts' shares of some choices; 0 without tokens."""
+    num_tokens, num_experts = probs_TE.shape
     if num_tokens == 0:
         return probs_TE.sum()  # 0, and still part of the graph
-    share_E = count(first_choice_T, num_experts).to(probs_TE.dtype) / num_tokens
-    return num_experts * torch.dot(probs_TE.mean(dim=0), share_E)
+    return num_experts * torch.dot(probs_TE.mean(dim=0), share_E.to(probs_TE.dtype))
 
 
 def z_loss(logits_TE: Tensor) -> Tensor:

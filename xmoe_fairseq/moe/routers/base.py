@@ -6,6 +6,7 @@ mass of the threshold router would be wrong in its second digit.
 """
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any, ClassVar
 
@@ -13,10 +14,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from xmoe_fairseq.moe.balance import BALANCES, LossFreeBias, balance_named
 from xmoe_fairseq.moe.losses import load_balance_loss, z_loss
 from xmoe_fairseq.moe.native.routing import Chosen
-from xmoe_fairseq.moe.routers.registry import RouterKind
-from xmoe_fairseq.moe.routing import Routing
+from xmoe_fairseq.moe.routers.registry import Flag, RouterKind
+from xmoe_fairseq.moe.routing import Routing, count
+
+BALANCE = Flag(
+    "moe_balance", "first", "what keeps experts evenly used: a loss by first choices (first), by all choices "
+    "(all), by those in the last update's whole batch (global); no loss, but a bias on scores where tokens "
+    "choose (bias); or none",
+    rule=f"must be one of {', '.join(BALANCES)}", holds=lambda config: config.moe_balance in BALANCES,
+    refused_elsewhere=True,
+)  # fmt: skip
 
 
 class TokenRouter(RouterKind, nn.Module):
@@ -56,11 +66,17 @@ class Router(TokenRouter):
 
     temperature = 1.0
     deciding: ClassVar[tuple[str, ...]] = ()  # methods by which `choose` goes
+    flags: ClassVar[tuple[Flag, ...]] = (BALANCE,)
 
     def __init__(self, model_dim: int, num_experts: int) -> None:
         super().__init__(model_dim, num_experts, 2 * model_dim * num_experts)
         self.weight = nn.Parameter(torch.empty(num_experts, model_dim))
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))  # as nn.Linear
+        self.balance_by("first")
+
+    def balance_by(self, name: str) -> None:
+        """See `balance.py`; `first` is this class's own `balance`. Raises ValueError: none is named so."""
+        self.balancing = balance_named(name, self.num_experts)
 
     def forward(self, x_TD: Tensor, ids_T: Tensor | None = None) -> Routing:
         """
@@ -73,8 +89,8 @@ class Router(TokenRouter):
             logits_TE = self.score(x_TD)
             if not may_hold_nan:
                 check_scores(x_TD, logits_TE)
-            chosen = self.choose_natively(logits_TE) or self.choose_plainly(logits_TE)
-            counts_E, first_T = chosen.counts_E, chosen.first_T
+            chosen = self.chosen(logits_TE)
+            counts_E = chosen.counts_E
             return Routing(
                 token_R=chosen.token_R,
                 expert_R=chosen.expert_R,
@@ -82,10 +98,31 @@ class Router(TokenRouter):
                 weight_R=chosen.weight_R,
                 probs_TE=chosen.probs_TE,
                 rows_wanted=chosen.token_R.numel(),
-                load_balance_of=partial(self.balance, chosen.probs_TE, first_T),
+                load_balance_of=self.balance_of(chosen),
                 z_loss_of=partial(z_loss, logits_TE),
                 in_order=None if counts_E is None else (chosen.expert_R, counts_E),
             )
+
+    def chosen(self, logits_TE: Tensor) -> Chosen:
+        """By the scores, with the bias of a balance if there is one; weights are without."""
+        bias = self.balancing
+        if not isinstance(bias, LossFreeBias):
+            return self.choose_natively(logits_TE) or self.choose_plainly(logits_TE)
+        biased_TE = logits_TE.detach() + bias.bias_E
+        chosen = self.choose_natively(biased_TE) or self.choose_plainly(biased_TE)
+        probs_TE = torch.softmax(logits_TE, dim=-1)
+        weight_R = self.combine_weight(logits_TE, probs_TE)[chosen.token_R, chosen.expert_R]
+        return chosen._replace(probs_TE=probs_TE, weight_R=weight_R)
+
+    def balance_of(self, chosen: Chosen) -> Callable[[], Tensor]:
+        """The auxiliary loss, to be worked out when it is asked for; what is steered counts the rows now."""
+        if self.balancing is None:
+            return partial(self.balance, chosen.probs_TE, chosen.first_T)
+        counts_E = chosen.counts_E
+        rows_E = count(chosen.expert_R, self.num_experts) if counts_E is None else counts_E
+        if self.training and self.counting:
+            self.balancing.count(rows_E)
+        return partial(self.balancing.loss, chosen.probs_TE, rows_E)
 
     def choose_natively(self, logits_TE: Tensor) -> Chosen | None:
         """The same in C++, for a router that goes by probabilities alone; None = it cannot."""
@@ -124,9 +161,10 @@ class Router(TokenRouter):
         return load_balance_loss(probs_TE, first_choice_T)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """The checkpoint of a model that was trained with a budget may be used with a fixed t or k."""
-        if "budget.threshold" not in dict(self.named_buffers()):
-            state_dict.pop(f"{prefix}budget.threshold", None)
+        """The checkpoint of a model that was trained with a budget may be used with a fixed t or k; and what
+        a loss has gone by may be left out, but not a bias, without which tokens would choose otherwise."""
+        for steered in {"budget.threshold", "balancing.share_E"} - dict(self.named_buffers()).keys():
+            state_dict.pop(f"{prefix}{steered}", None)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 

@@ -20,6 +20,7 @@ class BaseRouter(Router):
     description = "one, with a balanced assignment in training, the best in evaluation (BASE layers)"
     depends_on_batch = "in training"
     needs_balance_loss = False
+    flags = ()
 
     @classmethod
     def planned_experts(cls, config: Any) -> tuple[str, float]:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from xmoe_fairseq.moe.budget import Budget, step_budgets
 from xmoe_fairseq.moe.native.routing import Chosen, can_choose, choose_experts
-from xmoe_fairseq.moe.routers.base import Router, by_preference
+from xmoe_fairseq.moe.routers.base import BALANCE, Router, by_preference
 from xmoe_fairseq.moe.routers.registry import Flag, Place, register_router
 
 
@@ -73,7 +73,7 @@ class ThresholdRouter(Router):
 
     description = "XMoE: those that reach a probability of t together"
     takes_ones = True
-    flags = FLAGS
+    flags = (*FLAGS, BALANCE)
     deciding = ("candidates", "limit")
 
     def __init__(

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from xmoe_fairseq.moe.native.routing import Chosen, can_choose, choose_experts
-from xmoe_fairseq.moe.routers.base import Router, by_preference
+from xmoe_fairseq.moe.routers.base import BALANCE, Router, by_preference
 from xmoe_fairseq.moe.routers.registry import Flag, Place, register_router
 
 TOPK = Flag(
@@ -35,7 +35,7 @@ class TopKRouter(Router):
 
     description = "the k most probable; k = 1 is Switch"
     takes_ones = True
-    flags = (TOPK,)
+    flags = (TOPK, BALANCE)
     check = staticmethod(check_topk)
 
     def __init__(self, model_dim: int, num_experts: int, k: int = 1) -> None:
