@@ -1,6 +1,8 @@
 #include "loops.h"
 
+#include <algorithm>
 #include <cstring>
+#include <limits>
 
 // XMOE_ONE_KIND: sanitizers start after the code that chooses.
 #if defined(__x86_64__) && defined(__gnu_linux__) && !defined(XMOE_ONE_KIND)
@@ -148,5 +150,17 @@ KINDS void sum_into(double* R to, const double* R from, int64_t size) {
   }
 XMOE_RANKS(int32_t)
 XMOE_RANKS(int64_t)
+
+#define XMOE_TAKE(I)                                                                                         \
+  KINDS int64_t take_largest(I* R bits_E, I E) {                                                             \
+    constexpr I LEAST = std::numeric_limits<I>::min();                                                       \
+    I largest = LEAST, place = E;                                                                            \
+    for (I e = 0; e < E; ++e) largest = std::max(largest, bits_E[e]);                                        \
+    for (I e = 0; e < E; ++e) place = std::min(place, bits_E[e] == largest ? e : E);                         \
+    bits_E[place] = LEAST;                                                                                   \
+    return place;                                                                                            \
+  }
+XMOE_TAKE(int32_t)
+XMOE_TAKE(int64_t)
 
 }  // namespace xmoe

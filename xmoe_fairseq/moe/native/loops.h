@@ -48,5 +48,8 @@ void sum_into(double* to, const double* from, int64_t size);
 // order as the probabilities do and put NaN somewhere: every rank is there once, whatever they are.
 void ranks(int32_t* rank_E, const int32_t* bits_E, int32_t E);
 void ranks(int64_t* rank_E, const int64_t* bits_E, int64_t E);
+// The largest's index, of equals the lower; it becomes the least.
+int64_t take_largest(int32_t* bits_E, int32_t E);
+int64_t take_largest(int64_t* bits_E, int64_t E);
 
 }  // namespace xmoe
