@@ -5,12 +5,10 @@ Every subject is `(module, function of x)`; x is (T, D). All use ReLU or what th
 
 import copy
 import math
-import os
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -19,6 +17,7 @@ from xmoe_fairseq.moe import Experts, MoELayer, ThresholdRouter
 from xmoe_fairseq.moe.experts import ExpertRows
 from xmoe_fairseq.moe.native import missing
 from xmoe_fairseq.moe.native.build import COMMAND
+from xmoe_fairseq.moe.routers.gshard import OnlyThisProcess
 from xmoe_fairseq.thresholds.search import bisect
 
 MAX_PER_TOKEN = 32  # cap of the layer's router, so that sorting costs what it costs in practice
@@ -161,11 +160,8 @@ def fairscale_layer(model_dim: int, num_experts: int, expert_dim: int) -> nn.Mod
     """fairscale's GShard layer: top-2, capacity 2 T / E, dispatch by einsum."""
     from fairscale.nn.moe import MOELayer, Top2Gate
 
-    if not dist.is_initialized():
-        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     experts = nn.ModuleList([DenseFFN(model_dim, expert_dim) for _ in range(num_experts)])
-    return MOELayer(Top2Gate(model_dim, num_experts), experts)
+    return MOELayer(Top2Gate(model_dim, num_experts), experts, group=OnlyThisProcess())
 
 
 def transformers_block(
