@@ -17,6 +17,7 @@ from toy import language_model, language_sample, sentences, task, translation_mo
 from xmoe_fairseq.criterions import (
     MoECrossEntropyCriterion,
     MoELabelSmoothedCrossEntropyCriterion,
+    routing_log,
 )
 from xmoe_fairseq.moe import RoutingStats, moe_layers, record_routing
 
@@ -136,6 +137,20 @@ def test_values_of_several_updates_are_weighted_by_their_tokens() -> None:
     for key in ("decoder_experts_per_token", "encoder_router_entropy", "decoder_load_cv", "decoder_z_loss"):
         averaged = aggregator.get_smoothed_values()[f"moe_{key}"]
         assert averaged == printed(together[f"moe_{key}"], 4)
+
+
+def test_ratios_are_taken_once_for_all_that_are_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """fairseq asks for each of them after every update: one after the other they took 5 ms of 160."""
+    calls = []
+    monkeypatch.setattr(
+        routing_log, "ratios", lambda sums, plain=routing_log.ratios: calls.append(1) or plain(sums)
+    )
+    log = criterion()(translation_model().eval(), sample())[2]
+    with metrics.aggregate(new_root=True) as aggregator:
+        for update in (1, 2):
+            MoELabelSmoothedCrossEntropyCriterion.reduce_metrics([log])
+            aggregator.get_smoothed_values()
+            assert len(calls) == 4 * update  # of two sides: what there is, and what it is
 
 
 def test_meters_go_through_a_checkpoint() -> None:

@@ -52,8 +52,9 @@ def log_side(side: str, logging_outputs: list[dict[str, Any]]) -> None:
         return
     for name, total in sums.items():
         metrics.log_scalar_sum(f"_{prefix}{name}", total)  # fairseq does not show what begins with _
+    shown = Shown(f"_{prefix}", list(sums))
     for name in ratios(sums):
-        log_derived(f"{prefix}{name}", partial(ratio, f"_{prefix}", list(sums), name))
+        log_derived(f"{prefix}{name}", partial(shown.ratio, name))
 
 
 def on_host(tensors: list[Tensor]) -> list[Tensor]:
@@ -71,10 +72,25 @@ def log_derived(key: str, value: Callable[[MetersDict], float]) -> None:
     metrics.log_derived(key, value)
 
 
-def ratio(prefix: str, names: list[str], name: str, meters: MetersDict) -> float:
-    """NaN where nothing has been logged since the meters were reset."""
-    sums = {each: meters[f"{prefix}{each}"].sum for each in names}
-    return ratios(sums)[name] if torch.is_tensor(sums["tokens"]) else math.nan
+class Shown:
+    """The ratios of a side's meters, taken once for all: fairseq asks for each after every update."""
+
+    def __init__(self, prefix: str, names: list[str]) -> None:
+        self.prefix, self.names = prefix, names
+        self.tokens: Tensor | None = (
+            None  # of which `values` are; a meter has another tensor after each update
+        )
+        self.values: dict[str, float] = {}
+
+    def ratio(self, name: str, meters: MetersDict) -> float:
+        """NaN where nothing has been logged since the meters were reset."""
+        tokens = meters[f"{self.prefix}tokens"].sum
+        if not torch.is_tensor(tokens):
+            return math.nan
+        if tokens is not self.tokens:
+            self.tokens = tokens
+            self.values = ratios({each: meters[f"{self.prefix}{each}"].sum for each in self.names})
+        return self.values[name]
 
 
 def ratios(sums: dict[str, Tensor]) -> dict[str, float]:
