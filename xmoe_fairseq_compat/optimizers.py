@@ -14,8 +14,8 @@ def update_in_one_pass(module: Any) -> None:
     """Every torch: on a CPU --optimizer adam reads and writes each parameter and its averages ten times over.
 
     torch's fused AdamW does the same in one pass, to rounding. Its epsilon is added to a root that is divided
-    by the root of the second average's bias, fairseq's before that, so it is divided here. The state that is
-    kept is fairseq's. Anything but fp32 on a CPU goes fairseq's way, and so does each parameter's first update.
+    by the root of the second average's bias, fairseq's before that, so it is divided here. The state is
+    fairseq's. Anything but fp32 on a CPU goes fairseq's way, and so does an update with a new parameter.
     """
     import torch
 

@@ -53,7 +53,7 @@ def log_side(side: str, logging_outputs: list[dict[str, Any]]) -> None:
     for name, total in sums.items():
         metrics.log_scalar_sum(f"_{prefix}{name}", total)  # fairseq does not show what begins with _
     shown = Shown(f"_{prefix}", list(sums))
-    for name in ratios(sums):
+    for name in (*RATIOS, *own_of_routers(sums)):
         log_derived(f"{prefix}{name}", partial(shown.ratio, name))
 
 
@@ -93,25 +93,33 @@ class Shown:
         return self.values[name]
 
 
+# Of the layers that ran, which count alike, and the sums of their FLOPs.
+RATIOS: dict[str, Callable[[RoutingStats, dict[str, Tensor]], Tensor]] = {
+    "load_balance_loss": lambda stats, flops: stats.load_balance_loss.mean(),
+    "z_loss": lambda stats, flops: stats.z_loss.mean(),
+    "experts_per_token": lambda stats, flops: stats.rows_kept.sum() / stats.tokens.sum(),
+    "flops_vs_all_experts": lambda stats, flops: flops["flops"] / flops["flops_all_experts"],
+    "flops_vs_dense_ffn": lambda stats, flops: flops["flops"] / flops["flops_dense_ffn"],
+    "dropped_share": lambda stats, flops: 1 - stats.rows_kept.sum() / stats.rows_wanted.sum(),
+    "load_cv": lambda stats, flops: stats.load_cv.mean(),
+    "max_violation": lambda stats, flops: stats.max_violation.mean(),
+    "dead_experts": lambda stats, flops: stats.dead_experts.sum(),
+    "router_entropy": lambda stats, flops: stats.entropy.sum() / stats.tokens.sum(),
+}
+
+
+def own_of_routers(sums: dict[str, Tensor]) -> list[str]:
+    """What the routers of these layers log beside (`RoutedLayer.to_log`)."""
+    return [name for name in sums if name not in RoutingStats.__dataclass_fields__.keys() | FLOPS]
+
+
 def ratios(sums: dict[str, Tensor]) -> dict[str, float]:
-    """What a user sees, of the sums of a side's layers: those that ran count alike."""
+    """What a user sees, of the sums of a side's layers."""
     sums = {name: total[sums["tokens"] > 0] for name, total in sums.items()}
     stats = RoutingStats(**{f.name: sums[f.name] for f in fields(RoutingStats)})
-    values = {
-        "load_balance_loss": stats.load_balance_loss.mean(),
-        "z_loss": stats.z_loss.mean(),
-        "experts_per_token": stats.rows_kept.sum() / stats.tokens.sum(),
-        "flops_vs_all_experts": sums["flops"].sum() / sums["flops_all_experts"].sum(),
-        "flops_vs_dense_ffn": sums["flops"].sum() / sums["flops_dense_ffn"].sum(),
-        "dropped_share": 1 - stats.rows_kept.sum() / stats.rows_wanted.sum(),
-        "load_cv": stats.load_cv.mean(),
-        "max_violation": stats.max_violation.mean(),
-        "dead_experts": stats.dead_experts.sum(),
-        "router_entropy": stats.entropy.sum() / stats.tokens.sum(),
-    }
-    for name in sums:
-        if name not in vars(stats).keys() | FLOPS:  # of the routers' own
-            values[name] = (sums[name] / stats.tokens).mean()
+    flops = {name: sums[name].sum() for name in FLOPS}
+    values = {name: ratio(stats, flops) for name, ratio in RATIOS.items()}
+    values |= {name: (sums[name] / stats.tokens).mean() for name in own_of_routers(sums)}
     return {name: round(value.item(), 4) for name, value in values.items()}
 
 

@@ -112,8 +112,8 @@ def use_kernel(name: str) -> Iterator[None]:
     the backward pass (activation checkpointing) must find the same: give the layer the kernel.
 
     Args:
-        name: a registered one, or "auto" for the choice by device, precision, size and activation. "plain" means
-            routers too: they choose in Python.
+        name: a registered one, or "auto" for the choice by device, precision, size and activation. "plain"
+            means routers too: they choose in Python.
 
     Raises:
         ValueError: there is none of this name. In the block, a call that the kernel cannot take raises
