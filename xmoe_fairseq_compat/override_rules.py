@@ -65,6 +65,24 @@ def component_settings(overrides: Mapping[str, Any]) -> set[str]:
     return {field.name for one in chosen if one for field in dataclasses.fields(one)}
 
 
+def add_newer(overrides: Mapping[str, Any], cfg: Any) -> None:
+    """Put in what the model has got since the checkpoint was written, at its default, where it is overridden:
+    fairseq overrides what is there."""
+    from fairseq.models import ARCH_MODEL_NAME_REGISTRY, MODEL_DATACLASS_REGISTRY
+    from omegaconf import DictConfig, open_dict
+
+    model = cfg.get("model")
+    if not isinstance(model, DictConfig):
+        return
+    name, inner = model.get("_name"), overrides.get("model")
+    dataclass = MODEL_DATACLASS_REGISTRY.get(ARCH_MODEL_NAME_REGISTRY.get(name, name))
+    asked = {*overrides, *(inner if isinstance(inner, Mapping) else ())}
+    with open_dict(model):
+        for field in dataclasses.fields(dataclass) if dataclass else ():
+            if field.name in asked and field.name not in model and field.default is not dataclasses.MISSING:
+                model[field.name] = field.default
+
+
 def check_overrides(overrides: Mapping[str, Any], cfg: Any, path: Any) -> None:
     """Raises FlagError where a setting would not do what it says.
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from xmoe_fairseq_compat.errors import NO_LITERAL, FlagError
-from xmoe_fairseq_compat.override_rules import check_overrides, refuse, refuse_flag
+from xmoe_fairseq_compat.override_rules import add_newer, check_overrides, refuse, refuse_flag
 from xmoe_fairseq_compat.registry import patch, wrap
 from xmoe_fairseq_compat.settings import when_parsed
 
@@ -104,5 +104,6 @@ def refuse_overrides_of_nothing(module: Any) -> None:
     @wrap(module, "overwrite_args_by_name")
     def overwrite_args_by_name(plain: Any, cfg: Any, overrides: Any) -> None:
         if isinstance(overrides, Asked):
+            add_newer(overrides.asked, cfg)
             check_overrides(overrides.asked, cfg, overrides.path)
         plain(cfg, overrides)

@@ -2,17 +2,18 @@
 
 import argparse
 import ast
+import copy
 import functools
 from typing import Any
 
 import pytest
 from fairseq import options
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
-from omegaconf import DictConfig
+from omegaconf import DictConfig, open_dict
 
 import xmoe_fairseq  # noqa: F401  (registers the models)
 from xmoe_fairseq_compat.errors import FlagError
-from xmoe_fairseq_compat.override_rules import check_overrides
+from xmoe_fairseq_compat.override_rules import add_newer, check_overrides
 from xmoe_fairseq_compat.overrides import Asked, read_overrides
 
 
@@ -112,6 +113,19 @@ def test_overrides_that_would_do_nothing(overrides: dict[str, Any], rule: str) -
 def test_what_a_checkpoint_knows_is_let_through(overrides: dict[str, Any]) -> None:
     cfg = config()
     check_overrides(overrides, cfg, "x.pt")
+
+
+def test_what_a_model_has_got_since_can_be_overridden_too() -> None:
+    cfg = copy.deepcopy(config())
+    for overrides in ({"moe_combine": "ones"}, {"model": {"moe_combine": "ones"}}):
+        with open_dict(cfg.model):
+            for name in {"moe_combine", "moe_router_args"} & {*cfg.model}:
+                del cfg.model[name]
+        with pytest.raises(FlagError, match="has no setting moe_combine"):
+            check_overrides(overrides, cfg, "x.pt")
+        add_newer(overrides, cfg)
+        assert cfg.model.moe_combine == "probs" and "moe_router_args" not in cfg.model
+        check_overrides(overrides, cfg, "x.pt")
 
 
 def test_a_stock_models_namespace_is_checked_too() -> None:
