@@ -70,6 +70,13 @@ def choose(layer: MoELayer, p: list[float]) -> tuple[list[int], float]:
         gaps = [p[a] - p[b] for a, b in zip(order, order[1:], strict=False)]
         return order[: router.k], min([math.inf, *(gap for gap in gaps if gap > 0)])
     assert isinstance(router, ThresholdRouter)
+    if router.rule.name != "mass":
+        least = router.threshold
+        if router.rule.name == "relative":
+            least = (1 - router.threshold) * p[order[0]]
+        chosen = [e for e in order if e == order[0] or p[e] >= least]
+        margin = min([math.inf, *(abs(p[e] - least) for e in order[1:])]) if least > 0 else math.inf
+        return chosen[: router.max_experts_per_token or None], margin
     chosen, mass, margin = [order[0]], p[order[0]], math.inf
     for e in order[1:]:
         margin = min(margin, abs(mass - router.threshold)) if router.threshold < 1 else margin

@@ -49,11 +49,15 @@ def check_overrides(overrides: Mapping[str, Any], settings: Mapping[str, Any]) -
             refuse(f"{name} must have a value, got None")
     target = "moe_target_experts_per_token"
     if overrides.get(target):
-        rule = f"{target} must be 0 (to use moe_threshold): a trained model is steered no more"
-        refuse(f"{rule}, got {overrides[target]}")
-    if "moe_threshold" in overrides and settings.get(target):
-        rule = "moe_threshold counts for nothing in a model trained with a budget"
-        refuse(f"{rule}; add '{target}': 0, got {overrides['moe_threshold']}")
+        must = f"{target} must be 0 (to use moe_threshold): a trained model is steered no more"
+        refuse(f"{must}, got {overrides[target]}")
+    layers, rule = "moe_layer_thresholds", "moe_threshold_rule"
+    for other, off, kind in ((target, 0, "trained with a budget"), (layers, "", "with a t for each layer")):
+        if "moe_threshold" in overrides and settings.get(other):
+            nothing = f"moe_threshold counts for nothing in a model {kind}"
+            refuse(f"{nothing}; add '{other}': {off!r}, got {overrides['moe_threshold']}")
+    if rule in overrides and not overrides.keys() & {"moe_threshold", layers, "moe_router"}:
+        refuse(f"{rule} must come with its own moe_threshold or {layers}, got {overrides[rule]} alone")
 
 
 plugins.after_load.append(read_whole)

@@ -102,6 +102,20 @@ def test_one_side_alone_with_a_t_for_each_layer(stock: Stock, tmp_path: Path) ->
     assert report["rows"]["budget 1"]["bits_per_token"] == about(bits)
 
 
+@pytest.mark.parametrize("rule, everything", [("mass", 1.0), ("probability", 0.0), ("relative", 1.0)])
+def test_any_rule(stock: Stock, tmp_path: Path, rule: str, everything: float) -> None:
+    path, data = stock("lm")
+    flags = ("--moe-threshold-rule", rule, "--budget", "0.5", "--finetune-updates", "4")
+    convert(path, tmp_path / "sparse.pt", data, *flags)
+    report = json.loads((tmp_path / "sparse.json").read_text())
+    meter = open_meter(tmp_path / "sparse.pt", data)
+    assert meter.rule.name == rule == report["about"]["threshold rule"]
+    chosen, whole = report["rows"]["chosen"], report["rows"]["budget 1"]
+    assert meter.in_use == chosen["thresholds"]
+    assert chosen["flops"] <= 0.5 and chosen["experts_per_token"] > 1
+    assert whole["thresholds"] == [everything] * 2 and whole["experts_per_token"] == 8
+
+
 def test_xmoe_threshold_goes_on_from_the_result(
     stock: Stock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

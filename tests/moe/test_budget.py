@@ -11,67 +11,102 @@ from tolerances import about, assert_same
 from torch import Tensor, nn
 
 from xmoe_fairseq.moe import MoELayer, ThresholdRouter, step_budgets
-from xmoe_fairseq.moe.budget import BINS, MANY, RATE, threshold_for
+from xmoe_fairseq.moe.budget import BINS, MANY, RATE, level_for
+from xmoe_fairseq.moe.rules import RULES
 
 
-def router(target: float = 2.0, spread: float = 1.0, limit: int = 6) -> ThresholdRouter:
-    made = ThresholdRouter(16, 12, max_experts_per_token=limit, target_experts_per_token=target)
+def router(
+    target: float = 2.0, spread: float = 1.0, limit: int = 6, rule: str = "mass", num_experts: int = 12
+) -> ThresholdRouter:
+    made = ThresholdRouter(16, num_experts, 0.9, limit, target, rule)
     with torch.no_grad():
         made.weight.mul_(spread)
     return made
 
 
-def masses_before(made: ThresholdRouter, x_TD: Tensor) -> Tensor:
-    """Token by token: the probability of the better choices together, of every choice within the limit."""
-    rows = []
+def average(made: ThresholdRouter, x_TD: Tensor, t: float) -> float:
+    """Experts per token within the limit, token by token."""
+    taken = 0
     for probs_E in torch.softmax(x_TD @ made.weight.detach().T, dim=-1).tolist():
         best = sorted(probs_E, reverse=True)[: made.limit]
-        rows.append([sum(best[:rank]) for rank in range(len(best))])
-    return torch.tensor(rows, dtype=torch.float64)
+        match made.rule.name:
+            case "mass":
+                passing = [p for rank, p in enumerate(best) if sum(best[:rank]) < t]
+            case "probability":
+                passing = [p for p in best if p >= t]
+            case "relative":
+                passing = [p for p in best if p >= (1 - t) * best[0]]
+        taken += max(len(passing), 1)
+    return taken / len(x_TD)
 
 
-def average(masses_TK: Tensor, t: float) -> float:
-    return float((masses_TK < t).sum(dim=1).clamp(min=1).double().mean())
-
-
+@pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("target", [1.0, 1.5, 2.0, 3.3, 6.0])
 @pytest.mark.parametrize("spread", [0.5, 3.0, 12.0])
-def test_the_first_step_goes_where_a_search_over_all_thresholds_ends(target: float, spread: float) -> None:
-    made, x_TD = router(target, spread), torch.randn(700, 16)
+def test_the_first_step_goes_where_a_search_over_all_thresholds_ends(
+    target: float, spread: float, rule: str
+) -> None:
+    made, x_TD = router(target, spread, rule=rule), torch.randn(700, 16)
     for part_TD in x_TD.split(200):  # micro-batches
         made(part_TD)
     step_budgets(made)
-    masses = masses_before(made, x_TD)
-    tried = [n / (2 * BINS) for n in range(2 * BINS + 1)]
-    searched = max((t for t in tried if average(masses, t) <= target), default=0.0)
-    got = float(made.budget.threshold)
-    if target < made.limit:  # there any larger t does as well
-        # at most a bin away, or the whole gap between two choices' masses where no t would change anything
-        assert abs(got - searched) <= 1 / BINS or average(masses, min(got, searched)) == target
+    low, high, got = 0.0, 1.0, float(made.budget.threshold)
+    while high - low > 1 / (4 * BINS):  # of the level
+        middle = (low + high) / 2
+        costs_too_much = average(made, x_TD, made.rule.threshold(middle)) > target
+        low, high = (low, middle) if costs_too_much else (middle, high)
+    searched = made.rule.threshold(low)
+    if target < made.limit:  # there any higher level does as well
+        # at most a bin away, or the whole gap between two choices where no t would change anything
+        assert abs(got - searched) <= 2 / BINS or average(made, x_TD, got) == target
     assert made.eval()(x_TD).experts_per_token == pytest.approx(target, abs=0.02)
 
 
+@pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("spread", [0.0, 1.0, 4.0])
 @pytest.mark.parametrize("target", [1.0, 2.0, 3.5])
-def test_before_any_data_no_more_than_the_budget_is_taken(target: float, spread: float) -> None:
-    assert router(target, spread)(torch.randn(300, 16)).experts_per_token <= target
+def test_before_any_data_no_more_than_the_budget_is_taken(target: float, spread: float, rule: str) -> None:
+    if rule == "relative" and spread == 0:
+        pytest.skip("all are as good as the best, and no threshold takes fewer")
+    assert router(target, spread, rule=rule)(torch.randn(300, 16)).experts_per_token <= target
 
 
-def test_later_steps_go_part_of_the_way_and_follow_a_router_that_becomes_decisive() -> None:
-    made, x_TD = router(2.0), torch.randn(500, 16)
+@pytest.mark.parametrize("rule", ["mass", "probability"])
+@pytest.mark.parametrize("alike", range(1, 13))
+def test_nor_whatever_the_router_prefers(alike: int, rule: str) -> None:
+    """Some of its experts share all the probability."""
+    made = ThresholdRouter(12, 12, target_experts_per_token=3.5, rule=rule)
+    torch.nn.init.eye_(made.weight)
+    x_TD = torch.zeros(1, 12)
+    x_TD[0, :alike] = 100.0
+    assert made(x_TD).experts_per_token <= 3
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_among_many_experts_a_budget_is_met_too(rule: str) -> None:
+    """Each with hardly any probability."""
+    made, x_TD = router(4.0, 0.3, limit=0, rule=rule, num_experts=512), torch.randn(300, 16)
+    made(x_TD)
+    step_budgets(made)
+    assert made.eval()(x_TD).experts_per_token == pytest.approx(4, rel=0.02)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_later_steps_go_part_of_the_way_and_follow_a_router_that_becomes_decisive(rule: str) -> None:
+    made, x_TD = router(2.0, rule=rule), torch.randn(500, 16)
     made(x_TD)
     step_budgets(made)
     before = made.budget.threshold.clone()
     with torch.no_grad():
         made.weight.mul_(4)
     first = made(x_TD).experts_per_token
-    wanted = threshold_for(made.budget._counts_C.unsqueeze(0), torch.tensor([2.0]))
+    wanted = made.rule.threshold(level_for(made.budget._counts_C.unsqueeze(0), torch.tensor([2.0])))
     step_budgets(made)
     assert_same(made.budget.threshold, (before + RATE * (wanted - before)).float().squeeze())
     for _ in range(12):
         made(x_TD)
         step_budgets(made)
-    assert first < 1.5  # the old t is too small now
+    assert first < 1.5 or rule == "probability"  # the old t is too small now; tau goes on to fit
     assert made(x_TD).experts_per_token == pytest.approx(2.0, abs=0.02)
 
 
@@ -175,9 +210,28 @@ def test_state_dicts_with_and_without_a_budget() -> None:
     assert float(other.budget.threshold) == about(2 / 12)
 
 
-def layers() -> nn.ModuleList:
+def test_a_budget_by_another_rule_begins_anew() -> None:
+    """A t of one rule says nothing to another."""
+    saved = {}
+    for rule in RULES:
+        made = router(rule=rule)
+        made.budget.threshold.fill_(0.3)
+        saved[rule] = made.state_dict()
+    assert [[*state][1] for state in saved.values()] == [
+        "budget.threshold", "budget.threshold_probability", "budget.threshold_relative"
+    ]  # fmt: skip
+    for mine, start in zip(RULES, (2 / 12, 1 / 2, 0.0), strict=True):
+        for theirs, state in saved.items():
+            made, fixed = router(rule=mine), ThresholdRouter(16, 12, 0.5, 6, rule=mine)
+            made.load_state_dict(state)
+            fixed.load_state_dict(state)
+            assert float(made.budget.threshold) == about(0.3 if mine == theirs else start)
+            assert list(fixed.state_dict()) == ["weight"]
+
+
+def layers(rule: str) -> nn.ModuleList:
     torch.manual_seed(3)
-    return nn.ModuleList([MoELayer(16, 4, 12, router(target)) for target in (2.0, 3.0)])
+    return nn.ModuleList([MoELayer(16, 4, 12, router(target, rule=rule)) for target in (2.0, 3.0)])
 
 
 def thresholds(model: nn.ModuleList, batches: list[list[Tensor]]) -> Tensor:
@@ -192,15 +246,16 @@ def thresholds(model: nn.ModuleList, batches: list[list[Tensor]]) -> Tensor:
     return torch.stack(found)
 
 
-def test_two_ranks_go_as_one_that_saw_all_tokens() -> None:
+@pytest.mark.parametrize("rule", RULES)
+def test_two_ranks_go_as_one_that_saw_all_tokens(rule: str) -> None:
     sizes = [(30, 7), (0, 5), (12, 12)]  # tokens of each rank; one has none
     parts = [[torch.randn(size, 16) for size in pair] for pair in sizes]
 
     def rank() -> Tensor:
         mine = [[pair[dist.get_rank()]] for pair in parts]
-        return thresholds(layers(), mine)
+        return thresholds(layers(rule), mine)
 
-    alone = thresholds(layers(), parts)
+    alone = thresholds(layers(rule), parts)
     for found in run_ranks(2, rank):
         assert torch.equal(found, alone)
     assert len(alone.unique()) == 6

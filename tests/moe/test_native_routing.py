@@ -16,13 +16,14 @@ from xmoe_fairseq.moe.dispatch.rows import ExpertRows
 from xmoe_fairseq.moe.native import routing as native_routing
 from xmoe_fairseq.moe.native.routing import Chosen, choose_experts
 from xmoe_fairseq.moe.routing import count
+from xmoe_fairseq.moe.rules import RULES
 
 pytestmark = pytest.mark.usefixtures("native_library")
 
 T = TypeVar("T")
 
 
-def router_of(num_experts: int, **options: float) -> ThresholdRouter | TopKRouter:
+def router_of(num_experts: int, **options: Any) -> ThresholdRouter | TopKRouter:
     """Whose scores are its input."""
     kind = TopKRouter if "k" in options else ThresholdRouter
     router = kind(num_experts, num_experts, **options).double()
@@ -46,13 +47,18 @@ def scores(tokens: int, num_experts: int, dtype: torch.dtype = torch.float64) ->
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("num_experts", [1, 7, 64, 600])
-@pytest.mark.parametrize("options", [{"threshold": t} for t in (0, 0.3, 0.9, 1)] + [{"k": 1}], ids=str)
+@pytest.mark.parametrize("options", [
+    *({"threshold": t} for t in (0, 0.3, 0.9, 1)), {"k": 1},
+    *({"threshold": t, "rule": "probability"} for t in (0, 0.01, 0.25, 1)),
+    *({"threshold": t, "rule": "relative"} for t in (0, 0.3, 0.9, 1)),
+], ids=str)  # fmt: skip
 def test_equals_the_plain_routers(
-    options: dict[str, float], num_experts: int, dtype: torch.dtype, threads: int
+    options: dict[str, Any], num_experts: int, dtype: torch.dtype, threads: int
 ) -> None:
     logits_TE = scores(300, num_experts, dtype)
     plain = router_of(num_experts, **options).to(dtype).choose_plainly(logits_TE)
-    chosen = choose_experts(logits_TE, options.get("k", num_experts), options.get("threshold", 1.0))
+    t, rule = options.get("threshold", 1.0), options.get("rule", "mass")
+    chosen = choose_experts(logits_TE, options.get("k", num_experts), t, rule=rule)
     assert_same_rows(chosen, plain)
 
 
@@ -60,10 +66,19 @@ def test_equals_the_plain_routers(
 def test_any_limit_and_threshold(data: st.DataObject) -> None:
     tokens, num_experts = data.draw(st.integers(0, 9)), data.draw(st.integers(1, 9))
     limit, threshold = data.draw(st.integers(1, num_experts)), data.draw(st.floats(0, 1))
-    logits_TE = scores(tokens, num_experts)
-    router = router_of(num_experts, threshold=threshold, max_experts_per_token=limit)
+    rule, dtype = (
+        data.draw(st.sampled_from([*RULES])),
+        data.draw(st.sampled_from([torch.float32, torch.float64])),
+    )
+    logits_TE = scores(tokens, num_experts, dtype)
+    if tokens and data.draw(st.booleans()):  # exactly that of a choice
+        router = router_of(num_experts, rule=rule, max_experts_per_token=limit).to(dtype)
+        values_TK, _ = router.candidates(torch.softmax(logits_TE, dim=1))
+        threshold = float(router.rule.cut(data.draw(st.sampled_from(values_TK.flatten().tolist()))))
+        threshold = min(max(threshold, 0.0), 1.0)
+    router = router_of(num_experts, threshold=threshold, max_experts_per_token=limit, rule=rule).to(dtype)
     plain = router.choose_plainly(logits_TE)
-    chosen = choose_experts(logits_TE, limit, threshold)
+    chosen = choose_experts(logits_TE, limit, threshold, rule=rule)
     assert chosen.rank_R.numel() == 0 or chosen.rank_R.max() < limit
     if tokens:
         assert_same_rows(chosen, plain)
@@ -71,16 +86,19 @@ def test_any_limit_and_threshold(data: st.DataObject) -> None:
         assert chosen.counts_E.tolist() == [0] * num_experts and chosen.token_R.numel() == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("limit", [0, 3])
-def test_counts_for_a_budget(limit: int, threads: int) -> None:
-    options = {"max_experts_per_token": limit, "target_experts_per_token": 2}
-    router, logits_TE = router_of(32, **options).float(), scores(900, 32, torch.float32)
+def test_counts_for_a_budget(limit: int, rule: str, dtype: torch.dtype, threads: int) -> None:
+    options = {"max_experts_per_token": limit, "target_experts_per_token": 2, "rule": rule}
+    router, logits_TE = router_of(32, **options).to(dtype), scores(900, 32, dtype)
+    router.budget.threshold.fill_(router.rule.threshold(0.7))
     router.train()
     plain = router.choose_plainly(logits_TE)
     expected_C = router.budget.pop_counts()
     counts_C = torch.zeros_like(expected_C)
     for times in (1, 2):  # they add up
-        chosen = choose_experts(logits_TE, limit or 32, router.budget.threshold.item(), counts_C)
+        chosen = choose_experts(logits_TE, limit or 32, router.budget.threshold, counts_C, rule)
         assert torch.equal(counts_C, times * expected_C)
     assert_same_rows(chosen, plain)
 
@@ -113,12 +131,13 @@ def test_gradients_with_threads(threads: int) -> None:
     assert_same(got, expected)
 
 
-def test_nan_takes_each_expert_once_at_most() -> None:
+@pytest.mark.parametrize("rule", RULES)
+def test_nan_takes_each_expert_once_at_most(rule: str) -> None:
     """In training in fp16 it goes on to the loss scaler."""
     logits_TE = torch.randn(3, 8)
     logits_TE[1, 2] = torch.nan
     for threshold in (0.5, 1.0):
-        chosen = choose_experts(logits_TE, 8, threshold, torch.zeros(1026, dtype=torch.long))
+        chosen = choose_experts(logits_TE, 8, threshold, torch.zeros(1026, dtype=torch.long), rule)
         pair_R = chosen.token_R * 8 + chosen.expert_R
         assert pair_R.unique().numel() == pair_R.numel()
         assert torch.equal(chosen.counts_E, count(chosen.expert_R, 8))
@@ -133,7 +152,9 @@ def in_both_ways(compute: Callable[[], T], monkeypatch: pytest.MonkeyPatch) -> t
 
 
 @pytest.mark.parametrize(
-    "options", [{"threshold": 0.6}, {"target_experts_per_token": 2.5}, {"k": 2}], ids=str
+    "options",
+    [{"threshold": 0.6}, {"k": 2}, *({"target_experts_per_token": 2.5, "rule": rule} for rule in RULES)],
+    ids=str,
 )
 @pytest.mark.parametrize("layer_options", [{}, {"combine": "ones"}, {"capacity_factor": 2.0}], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -9,6 +9,7 @@ from tolerances import TERMS, assert_same
 
 from xmoe_fairseq.moe import ExpertChoiceRouter, HashRouter, MoELayer, Router, ThresholdRouter, TopKRouter
 from xmoe_fairseq.moe.balance import BALANCES
+from xmoe_fairseq.moe.rules import RULES
 
 
 def layer_of(
@@ -61,9 +62,10 @@ def check_against_oracle(
 
 routers = st.one_of(
     st.builds(
-        lambda t, limit: lambda d, e: ThresholdRouter(d, e, t, limit),
-        st.sampled_from([0.0, 0.3, 0.7, 0.9, 0.99, 1.0]),
+        lambda t, limit, rule: lambda d, e: ThresholdRouter(d, e, t, limit, rule=rule),
+        st.sampled_from([0.0, 0.1, 0.3, 0.7, 0.9, 0.99, 1.0]),
         st.integers(0, 6),
+        st.sampled_from([*RULES]),
     ),
     st.builds(lambda k: lambda d, e: TopKRouter(d, e, min(k, e)), st.integers(1, 5)),
 )

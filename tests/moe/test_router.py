@@ -18,6 +18,7 @@ from xmoe_fairseq.moe import (
     step_budgets,
 )
 from xmoe_fairseq.moe.routers.gshard import GShardLayer
+from xmoe_fairseq.moe.rules import RULES
 
 
 def with_probs(router: Router, probs_TE: list[list[float]]) -> Routing:
@@ -59,6 +60,54 @@ def test_threshold_takes_experts_until_the_mass_is_reached(threshold, limit, exp
         assert_same(weights[token, experts], torch.tensor(PROBS[token])[experts])
 
 
+@pytest.mark.parametrize(
+    "rule, threshold, limit, expected",
+    [
+        ("probability", 1.0, 0, [[1], [0], [0]]),
+        ("probability", 0.25, 0, [[1], [0], [0, 1, 2, 3]]),  # 0.25 itself is enough
+        ("probability", 0.2, 0, [[1, 3], [0], [0, 1, 2, 3]]),
+        ("probability", 0.12, 0, [[1, 3, 2], [0], [0, 1, 2, 3]]),
+        ("probability", 0.0, 0, [[1, 3, 2, 0], [0, 1, 2, 3], [0, 1, 2, 3]]),
+        ("probability", 0.0, 2, [[1, 3], [0, 1], [0, 1]]),
+        ("relative", 0.0, 0, [[1], [0], [0, 1, 2, 3]]),  # so is an equal of the best
+        ("relative", 0.6, 0, [[1, 3], [0], [0, 1, 2, 3]]),
+        ("relative", 0.75, 0, [[1, 3, 2], [0], [0, 1, 2, 3]]),
+        ("relative", 0.98, 0, [[1, 3, 2, 0], [0], [0, 1, 2, 3]]),
+        ("relative", 1.0, 0, [[1, 3, 2, 0], [0, 1, 2, 3], [0, 1, 2, 3]]),
+        ("relative", 1.0, 2, [[1, 3], [0, 1], [0, 1]]),
+    ],
+)
+def test_rules_by_hand(rule: str, threshold: float, limit: int, expected: list[list[int]]) -> None:
+    probs = [[0.1, 0.501, 0.15, 0.249], *PROBS[1:]]
+    routing = with_probs(ThresholdRouter(4, 4, threshold, limit, rule=rule), probs)
+    assert chosen(routing) == expected
+    assert_same(
+        routing.weight_R, torch.softmax(torch.tensor(probs).log(), 1)[routing.token_R, routing.expert_R]
+    )
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_the_higher_the_level_the_more_is_taken(rule: str) -> None:
+    router, x_TD = ThresholdRouter(8, 12, rule=rule), torch.randn(200, 8) * 3
+    taken = torch.zeros(200, 12, dtype=torch.bool)
+    numbers = []
+    for step in range(33):
+        router.fix(router.rule.threshold(step / 32))
+        now = router(x_TD).combine_weights() > 0
+        assert (now | ~taken).all()  # of what was taken nothing is left out
+        taken = now
+        numbers.append(int(taken.sum()))
+    assert numbers[0] == 200 and numbers[-1] == 200 * 12 and len({*numbers}) > 10
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_token_s_experts_depend_on_it_alone(rule: str) -> None:
+    router, x_TD = ThresholdRouter(8, 12, 0.3, rule=rule), torch.randn(40, 8) * 3
+    together = router(x_TD).combine_weights() > 0
+    apart = torch.cat([router(x_TD[i : i + 1]).combine_weights() > 0 for i in range(40)])
+    assert torch.equal(together, apart) and 40 < together.sum() < 40 * 12
+
+
 def test_threshold_one_takes_experts_whose_probability_underflows() -> None:
     router = ThresholdRouter(4, 4, 1.0)
     with torch.no_grad():
@@ -75,6 +124,10 @@ def test_a_fixed_threshold_takes_the_place_of_a_budget() -> None:
     assert router.threshold_in_use == 0.25
     with pytest.raises(ValueError, match=r"threshold must be in \[0, 1\], got 1.5"):
         router.fix(1.5)
+    router.fix(0.25, "probability")
+    assert router.rule.name == "probability"
+    router.fix(0.5)
+    assert router.threshold == 0.5 and router.rule.name == "probability"
 
 
 def test_topk() -> None:
@@ -156,6 +209,8 @@ def any_layer(router: str) -> MoELayer:
             return MoELayer(4, 3, 5, ExpertChoiceRouter(4, 5))
         case "budget":
             return MoELayer(4, 3, 5, ThresholdRouter(4, 5, target_experts_per_token=1.5))
+        case "probability" | "relative":
+            return MoELayer(4, 3, 5, ThresholdRouter(4, 5, target_experts_per_token=1.5, rule=router))
         case "ones":
             return MoELayer(4, 3, 5, ThresholdRouter(4, 5, 0.5), combine="ones")
         case "capacity":
@@ -164,7 +219,19 @@ def any_layer(router: str) -> MoELayer:
 
 
 @pytest.mark.parametrize(
-    "router", ["topk", "budget", "ones", "capacity", "hash", "base", "expert_choice", "gshard"]
+    "router",
+    [
+        "topk",
+        "budget",
+        "probability",
+        "relative",
+        "ones",
+        "capacity",
+        "hash",
+        "base",
+        "expert_choice",
+        "gshard",
+    ],
 )
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_an_overflow_in_fp16_training_reaches_the_loss_scaler(router: str, bad: float) -> None:
@@ -177,7 +244,7 @@ def test_an_overflow_in_fp16_training_reaches_the_loss_scaler(router: str, bad: 
     y.sum().backward()
     assert not y[2].isfinite().all()
     assert any(not p.grad.isfinite().all() for p in layer.parameters() if p.grad is not None)
-    if router == "budget":
+    if router in ("budget", "probability", "relative"):
         step_budgets(layer)
         assert layer.router.budget.threshold.isfinite()
     for other, dtype in ((layer.eval(), torch.half), (any_layer(router), torch.float)):
@@ -194,6 +261,11 @@ def layer_with(**arguments: Any) -> Callable[[], MoELayer]:
     "make, message",
     [
         (lambda: ThresholdRouter(4, 4, 1.5), r"threshold must be in \[0, 1\], got 1.5"),
+        (lambda: ThresholdRouter(4, 4, -0.1, rule="relative"), r"threshold must be in \[0, 1\], got -0.1"),
+        (
+            lambda: ThresholdRouter(4, 4, rule="best"),
+            "rule must be one of mass, probability, relative, got best",
+        ),
         (lambda: ThresholdRouter(4, 4, 0.5, -1), "max_experts_per_token must be 0 .* got -1"),
         (lambda: ThresholdRouter(4, 4, 0.5, 1.5), "max_experts_per_token must be 0 .* got 1.5"),
         (lambda: TopKRouter(4, 4, 5), r"k must be a whole number in \[1, num_experts = 4\], got 5"),

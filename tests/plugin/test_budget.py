@@ -1,6 +1,7 @@
 """--moe-target-experts-per-token, --moe-layer-thresholds and the flags of routers, from the command line to a
 checkpoint and back."""
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from xmoe_fairseq.moe import ThresholdRouter, moe_layers
 from xmoe_fairseq.trainer import MoETrainer
 
 BUDGET = ("--moe-target-experts-per-token", 1.5)
+RULES = ["mass", "probability", "relative"]
 
 
 def routers(model: Any) -> list[ThresholdRouter]:
@@ -24,7 +26,7 @@ def routers(model: Any) -> list[ThresholdRouter]:
 
 def steered(checkpoint: Path) -> dict[str, float]:
     state = torch.load(checkpoint, weights_only=True)["model"]
-    return {name: float(value) for name, value in state.items() if name.endswith("budget.threshold")}
+    return {name: float(value) for name, value in state.items() if ".budget." in name}
 
 
 def load(checkpoint: Path, **overrides: Any) -> Any:
@@ -33,36 +35,87 @@ def load(checkpoint: Path, **overrides: Any) -> Any:
 
 
 @pytest.fixture(scope="module")
-def trained(corpus: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict]]:
-    """Checkpoints after 4 and 6 updates, and what was logged."""
-    folder = tmp_path_factory.mktemp("budget")
-    flags = (corpus[1], *TINY_LM, *TRAIN, *BUDGET, "--update-freq", 2, "--max-update", 6)
-    output = run("fairseq-train", *flags, "--save-interval-updates", 4, "--save-dir", folder)
-    return folder, logged(output, "train_inner") + logged(output, "valid")[-1:]
+def trained_by(corpus: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Of a rule: checkpoints after 4 and 6 updates, and what was logged."""
+
+    @cache
+    def train_by(rule: str) -> tuple[Path, list[dict]]:
+        folder = tmp_path_factory.mktemp("budget")
+        flags = (corpus[1], *TINY_LM, *TRAIN, *BUDGET, "--update-freq", 2, "--max-update", 6)
+        flags = (*flags, "--moe-threshold-rule", rule)
+        output = run("fairseq-train", *flags, "--save-interval-updates", 4, "--save-dir", folder)
+        return folder, logged(output, "train_inner") + logged(output, "valid")[-1:]
+
+    return train_by
 
 
-def test_the_budget_holds_from_the_first_update_on(trained: tuple[Path, list[dict]]) -> None:
-    folder, records = trained
+@pytest.fixture
+def trained(trained_by: Any) -> tuple[Path, list[dict]]:
+    return trained_by("mass")
+
+
+@pytest.mark.parametrize("rule, start", [*zip(RULES, (1 / 8, 1 / 1.5, 0.0), strict=True)])
+def test_the_budget_holds_from_the_first_update_on(rule: str, start: float, trained_by: Any) -> None:
+    folder, records = trained_by(rule)
     train, valid = records[:-1], records[-1]
     taken = [record["moe_decoder_experts_per_token"] for record in train]
     assert len(taken) == 6 and taken[0] <= 1.5
     assert sum(taken) / 6 == pytest.approx(1.5, abs=0.15)
     used = [record["moe_decoder_threshold"] for record in train]
-    assert used[0] == printed(1 / 8, 4) and used[1] != used[0]
+    assert used[0] == printed(start, 4) and used[1] != used[0]
     assert valid["valid_moe_decoder_experts_per_token"] == pytest.approx(1.5, abs=0.3)
     saved = steered(folder / "checkpoint_last.pt")
     assert valid["valid_moe_decoder_threshold"] == printed(sum(saved.values()) / len(saved), 4)
 
 
+@pytest.mark.parametrize("rule", RULES)
 def test_resuming_follows_the_same_thresholds(
-    trained: tuple[Path, list[dict]], corpus: tuple[Path, Path], tmp_path: Path
+    rule: str, trained_by: Any, corpus: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    (middle,) = trained[0].glob("checkpoint_*_4.pt")
+    folder = trained_by(rule)[0]
+    (middle,) = folder.glob("checkpoint_*_4.pt")
     flags = (corpus[1], *LM, *TRAIN, *BUDGET, "--update-freq", 2, "--max-update", 6)
-    train(1, *flags, "--save-dir", tmp_path, "--restore-file", middle)
-    expected = steered(trained[0] / "checkpoint_last.pt")
+    train(1, *flags, "--moe-threshold-rule", rule, "--save-dir", tmp_path, "--restore-file", middle)
+    expected = steered(folder / "checkpoint_last.pt")
     assert expected and steered(tmp_path / "checkpoint_last.pt") == expected
     assert steered(middle) != expected
+
+
+def test_a_checkpoint_trained_with_one_rule_is_tested_with_another(trained: tuple[Path, list[dict]]) -> None:
+    own = {"moe_target_experts_per_token": 0}
+    for rule, t in (("probability", 0.08), ("relative", 0.5)):
+        (router,) = routers(
+            load(trained[0] / "checkpoint_last.pt", moe_threshold_rule=rule, moe_threshold=t, **own)
+        )
+        assert (router.rule.name, router.threshold_in_use) == (rule, t)
+
+
+def test_a_checkpoint_of_before_there_were_rules_is_of_mass(
+    trained: tuple[Path, list[dict]], corpus: tuple[Path, Path], tmp_path: Path
+) -> None:
+    state = torch.load(trained[0] / "checkpoint_last.pt", weights_only=True)
+    del state["cfg"]["model"]["moe_threshold_rule"]
+    path = tmp_path / "old.pt"
+    torch.save(state, path)
+    (router,) = routers(load(path))
+    assert router.rule.name == "mass" and [float(router.threshold_in_use)] == [*steered(path).values()]
+    own = {"moe_target_experts_per_token": 0, "moe_threshold_rule": "probability", "moe_threshold": 0.08}
+    (router,) = routers(load(path, **own))
+    assert (router.rule.name, router.threshold_in_use) == ("probability", 0.08)
+    flags = (
+        corpus[1],
+        *LM,
+        *TRAIN,
+        *BUDGET,
+        "--max-update",
+        13,
+        "--save-dir",
+        tmp_path,
+        "--restore-file",
+        path,
+    )
+    train(1, *flags)
+    assert steered(tmp_path / "checkpoint_last.pt").keys() == steered(path).keys()
 
 
 def test_a_checkpoint_can_be_opened_with_other_thresholds(trained: tuple[Path, list[dict]]) -> None:
@@ -84,6 +137,15 @@ def test_a_checkpoint_can_be_opened_with_other_thresholds(trained: tuple[Path, l
     [
         ({"moe_threshold": 0.5}, "moe_threshold counts for nothing in a model trained with a budget; add"),
         ({"moe_target_experts_per_token": 2}, "moe_target_experts_per_token must be 0 .*, got 2"),
+        (
+            {"moe_target_experts_per_token": 0, "moe_threshold_rule": "relative"},
+            "moe_threshold_rule must come with its own moe_threshold or moe_layer_thresholds, got relative",
+        ),
+        (
+            {"moe_target_experts_per_token": 0, "moe_layer_thresholds": "0.5", "moe_threshold": 0.1},
+            "moe_threshold counts for nothing in a model with a t for each layer; add "
+            "'moe_layer_thresholds': '', got 0.1",
+        ),
     ],
 )
 def test_thresholds_that_would_be_passed_over_are_refused(

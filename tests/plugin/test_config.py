@@ -36,6 +36,24 @@ BAD = [
     ({"moe_threshold": 1.01}, "--moe-threshold must be in [0, 1], got 1.01"),
     ({"moe_threshold": float("nan")}, "--moe-threshold must be in [0, 1], got nan"),
     ({"moe_threshold": "0.5"}, "--moe-threshold must be of type float, got '0.5'"),
+    (
+        {"moe_threshold_rule": "best"},
+        "--moe-threshold-rule must be one of mass, probability, relative, got best",
+    ),
+    ({"moe_threshold_rule": 1}, "--moe-threshold-rule must be of type str, got 1"),
+    (
+        {"moe_threshold_rule": "relative", "moe_router": "topk"},
+        "--moe-threshold-rule needs --moe-router threshold, got topk",
+    ),
+    (
+        {"moe_threshold_rule": "probability", "moe_threshold": 1.5},
+        "--moe-threshold must be in [0, 1], got 1.5",
+    ),
+    (
+        {"moe_threshold_rule": "probability"},
+        "--moe-threshold must be given with --moe-threshold-rule probability, such as 0.08 (or --moe-layer-"
+        "thresholds or --moe-target-experts-per-token): 0.9 would be one expert",
+    ),
     *(
         (
             {"moe_target_experts_per_token": target},

@@ -89,6 +89,9 @@ def validate(corpus: Path, checkpoint: Path, overrides: str, succeeds: bool = Tr
         ("{'moe_threshold': 0.0}", 1.0, 1.0),
         ("{}", 1.5, 4.0),
         ("{'moe_threshold': 1.0, 'moe_max_experts_per_token': 0}", 8.0, 8.0),
+        ("{'moe_threshold_rule': 'probability', 'moe_threshold': 0.6}", 1.0, 1.2),
+        ("{'moe_threshold_rule': 'probability', 'moe_threshold': 0.08}", 1.5, 4.0),
+        ("{'moe_threshold_rule': 'relative', 'moe_threshold': 0.5}", 1.1, 4.0),
         ("{'moe_router': 'topk', 'moe_topk': 3}", 3.0, 3.0),
     ],
 )
@@ -110,6 +113,10 @@ def test_threshold_and_k_can_be_changed_at_evaluation(
         (
             "{'decoder_layers': '${oc.env:HOME}'}",
             "not a reference to one, got '${oc.env:HOME}'",
+        ),
+        (
+            "{'moe_threshold_rule': 'best', 'moe_threshold': 0.1}",
+            "must be one of mass, probability, relative, got best",
         ),
         ("{'moe_threshold': None}", "--model-overrides: moe_threshold must have a value, got None"),
         ("{'moe_threshold': 'high'}", "moe_threshold must be of type float, got 'high'"),

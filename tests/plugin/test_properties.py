@@ -23,6 +23,8 @@ from xmoe_fairseq.criterions import MoECrossEntropyCriterion
 ROUTERS = [
     {"moe_threshold": 0.5},
     {"moe_threshold": 1.0, "moe_max_experts_per_token": 0},
+    {"moe_threshold_rule": "probability", "moe_threshold": 0.13},
+    {"moe_threshold_rule": "relative", "moe_threshold": 0.4},
     {"moe_router": "topk", "moe_topk": 2},
     {"moe_router": "base"},
     {"moe_router": "hash", "moe_hash_table": "random"},

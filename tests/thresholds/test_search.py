@@ -1,11 +1,13 @@
 """The search and its families, on costs and losses made so that the answer is known."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from torch import nn
 
+from xmoe_fairseq.moe.rules import RULES
 from xmoe_fairseq.thresholds.checkpoint import settings_for
 from xmoe_fairseq.thresholds.measure import Meter, Quality
 from xmoe_fairseq.thresholds.search import Search, bisect, equal_loss, same_everywhere
@@ -18,9 +20,9 @@ def falling(thresholds: list[float]) -> Quality:
     return Quality(thresholds, loss, 1.0, sum(thresholds) / len(thresholds) + 0.01, 1.0)
 
 
-def two_layers(measure: Any = falling) -> Any:
+def two_layers(measure: Any = falling, rule: str = "mass") -> Any:
     """A meter."""
-    return SimpleNamespace(measure=measure, routers=[None, None])
+    return SimpleNamespace(measure=measure, routers=[None, None], rule=RULES[rule])
 
 
 def flops(quality: Quality) -> float:
@@ -61,10 +63,24 @@ def test_layers_that_the_loss_minds_keep_more() -> None:
     assert own.bits_per_token < alike.bits_per_token
 
 
+def test_by_probability_more_is_computed_the_lower_tau_is() -> None:
+    def rising(thresholds: list[float]) -> Quality:
+        return replace(falling([1 - t**0.25 for t in thresholds]), thresholds=thresholds)
+
+    meter = two_layers(rising, "probability")
+    alike, own = (Search(meter, family(meter)) for family in (same_everywhere, equal_loss))
+    assert alike.largest(flops, 1.01).thresholds == [0.0, 0.0]
+    assert alike.largest(flops, 0.01).thresholds == [1.0, 1.0]
+    half, other = (search.largest(flops, 0.51) for search in (alike, own))
+    assert half.thresholds == pytest.approx([1 / 16] * 2, abs=1e-3)
+    assert other.thresholds[0] < other.thresholds[1] and other.bits_per_token < half.bits_per_token
+
+
 def test_settings_are_fixed_thresholds_without_a_budget() -> None:
-    fixed = {"moe_target_experts_per_token": 0.0, "moe_threshold": 0.5}
-    assert settings_for([0.5, 0.5]) == {**fixed, "moe_layer_thresholds": ""}
-    assert settings_for([0.1, 0.5]) == {**fixed, "moe_layer_thresholds": "0.1,0.5"}
+    fixed = {"moe_target_experts_per_token": 0.0, "moe_threshold_rule": "mass", "moe_threshold": 0.5}
+    assert settings_for([0.5, 0.5], "mass") == {**fixed, "moe_layer_thresholds": ""}
+    fixed["moe_threshold_rule"] = "relative"
+    assert settings_for([0.1, 0.5], "relative") == {**fixed, "moe_layer_thresholds": "0.1,0.5"}
 
 
 def test_a_drift_of_the_machine_meets_all_that_is_timed() -> None:

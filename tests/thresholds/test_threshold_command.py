@@ -93,6 +93,29 @@ def test_a_budget_with_a_t_for_each_layer(checkpoint: Path, data: Path, pick: An
 
 
 @pytest.mark.parametrize("flags", [(), ("--per-layer",)])
+@pytest.mark.parametrize("rule", ["probability", "relative"])
+def test_a_budget_by_another_rule(
+    rule: str, flags: tuple[str, ...], checkpoint: Path, data: Path, pick: Any, tmp_path: Path
+) -> None:
+    output, again = tmp_path / "new.pt", tmp_path / "again.pt"
+    pick(
+        checkpoint, "--data", data, "--budget", 1.5, "--moe-threshold-rule", rule, *flags, "--output", output
+    )
+    report = json.loads(output.with_suffix(".json").read_text())
+    about = report["about"]
+    assert (about["threshold rule"], about["threshold rule as it is"]) == (rule, "mass")
+    meter, thresholds = meter_of(output, data)
+    assert meter.rule.name == rule and thresholds == report["rows"]["chosen"]["thresholds"]
+    chosen, was = meter.measure(thresholds), as_it_is(checkpoint, data)
+    assert 1.4 < chosen.experts_per_token <= 1.5
+    assert_same(report["rows"]["chosen"]["bits_per_token"], chosen.bits_per_token)
+    assert_same(report["reference"]["bits_per_token"], was.bits_per_token)  # by its own rule
+    pick(output, "--data", data, "--budget", 1.5, *flags, "--output", again)  # whose rule is now this
+    for one, other in zip(meter_of(again, data)[1], thresholds, strict=True):
+        assert one == other
+
+
+@pytest.mark.parametrize("flags", [(), ("--per-layer",)])
 def test_largest_loss(
     flags: tuple[str, ...], checkpoint: Path, data: Path, pick: Any, tmp_path: Path
 ) -> None:

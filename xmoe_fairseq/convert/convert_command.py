@@ -23,6 +23,7 @@ from xmoe_fairseq.convert.grouping import GROUPINGS, CoActivation, group
 from xmoe_fairseq.convert.models import Dense
 from xmoe_fairseq.convert.router_fit import ROWS, Parts, RouterFit
 from xmoe_fairseq.moe.records import fix_thresholds
+from xmoe_fairseq.moe.rules import RULES, rule_named
 from xmoe_fairseq.thresholds.checkpoint import settings_for, write_checkpoint
 from xmoe_fairseq.thresholds.measure import Meter, Quality, ffn_seconds, measure_dense
 from xmoe_fairseq.thresholds.report import check_name, report_of, write_report
@@ -56,6 +57,7 @@ def argument_parser() -> argparse.ArgumentParser:
                      help="FLOPs over the dense FFNs' (default: %(default)s)")  # fmt: skip
     aim.add_argument("--max-loss", type=float, metavar="X",
                      help="instead: nats per token that the loss may rise by")  # fmt: skip
+    add("--moe-threshold-rule", choices=RULES, default="mass", help="whose t it is (default: %(default)s)")
     add("--per-layer", action="store_true", help="a t for each layer, by its effect on the loss")
     add("--finetune-updates", type=int, default=0, help="updates of the MoE layers (default: none)")
     add("--finetune", choices=TUNED, default="all",
@@ -109,11 +111,12 @@ def convert(args: Namespace) -> None:
         "dense": args.dense.name, "experts": args.split, "grouping": args.grouping,
         "calibration tokens": args.calibration_tokens, "fine-tuning updates": args.finetune_updates,
         "fine-tuned": args.finetune if args.finetune_updates else "nothing",
-        "thresholds": "per layer" if args.per_layer else "one for all layers", "seed": args.seed,
+        "thresholds": "per layer" if args.per_layer else "one for all layers",
+        "threshold rule": args.moe_threshold_rule, "seed": args.seed,
         "threads": torch.get_num_threads(),
     }  # fmt: skip
     report = report_of(search, about, rows, "dense", before, partial(ffn_seconds, dense.model, places))
-    settings = {**vars(config), **settings_for(chosen.thresholds)}
+    settings = {**vars(config), **settings_for(chosen.thresholds, args.moe_threshold_rule)}
     write_checkpoint(args.sparse, dense.state, settings, model.state_dict())
     try:
         models.read_sparse(args.sparse, dense.task)
@@ -168,13 +171,13 @@ def choose_thresholds(
     args: Namespace, model: nn.Module, valid: Batches, dense: Quality
 ) -> tuple[Quality, Search]:
     """What is chosen is in use afterwards."""
-    meter = Meter(model, valid)
+    meter = Meter(model, valid, rule_named(args.moe_threshold_rule))
     search = Search(meter, equal_loss(meter) if args.per_layer else same_everywhere(meter), PRECISION)
     if args.max_loss is None:
         chosen = within_budget(search, args.budget)
     else:
         chosen = search.smallest(dense.bits_per_token + args.max_loss / math.log(2))
-    fix_thresholds(model, chosen.thresholds)
+    fix_thresholds(model, chosen.thresholds, args.moe_threshold_rule)
     return chosen, search
 
 

@@ -1,26 +1,27 @@
 """A compute budget: t of a threshold router, steered so that tokens take so many experts on average.
 
-While it trains, a router counts for every further choice of a token the mass before it, the probability of
-the better choices together, in a histogram. That says what any t would have cost. After each update
-`step_budgets` moves t half of the way to the one that would have met the budget. In evaluation t stays, so
-a token's experts depend on the token alone.
+While it trains, a router counts for every further choice of a token the level that would take it (see
+`rules.py`; for the paper's rule the mass before it, the probability of the better choices together), in a
+histogram. That says what any t would have cost. After each update `step_budgets` moves t half of the way to
+the one that would have met the budget. In evaluation t stays, so a token's experts depend on the token alone.
 
 So tokens that are alike take equally many. Where many have the very same probabilities (a router whose
 weight is 0, a batch of one repeated token) no t gives 1.5 experts: it is 1 or 2, and after a while a warning
 says so.
 """
 
-import math
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from xmoe_fairseq.moe.rules import rule_named
 from xmoe_fairseq.moe.steered import MANY, Steered, of_all_ranks
 
-BINS = 1024  # of the histogram over [0, 1]; a choice: t to 0.001
+BINS = 1024  # of the histogram of levels, over [0, 1]; a choice: t to 0.001
 TOKENS, TAKEN = BINS, BINS + 1  # places of what stands behind the bins
-COUNTS = BINS + 2  # numbers in all: choices by the mass before them, tokens, choices taken
+COUNTS = BINS + 2  # numbers in all: choices by their level, tokens, choices taken
 # Of the way that t goes in one update; all of it in the first. At 0.1 t was 10 updates late while the router
 # changed quickly, and a token took up to 4.9 experts for 4; at 0.5 up to 4.2.
 RATE = 0.5
@@ -30,32 +31,42 @@ OFF = 0.1  # share of the target that a settled t may miss without a warning: a 
 class Budget(Steered):
     """The threshold t of one router, and the counts from which it is steered.
 
-    t begins at floor(target) / E. A token's B best experts have B/E of the probability at least, so it takes
-    no more than B of them: the budget holds from the first update on, whatever the data.
+    t begins where no token can take more than B experts (`Rule.start`: a mass of floor(B) / E, or a
+    probability of 1 / B): the budget holds from the first update on, whatever the data. `relative` has no
+    such t; it begins at 0, with the most probable expert and those that equal it.
+
+    In a state dict t is called `threshold`, of other rules than `mass` `threshold_RULE`: there it means
+    something else.
 
     Args:
         target: experts per token B, on average over tokens.
         num_experts: number of experts E.
+        rule: whose t it is.
     """
 
-    def __init__(self, target: float, num_experts: int) -> None:
+    def __init__(self, target: float, num_experts: int, rule: str = "mass") -> None:
         super().__init__(f"target_experts_per_token={target}", "step_budgets", COUNTS)
-        self.target = target
-        self.start = math.floor(target) / num_experts
+        self.target, self.rule = target, rule_named(rule)
+        self.start = self.rule.start(target, num_experts)
+        self.saved_as = "threshold" if rule == "mass" else f"threshold_{rule}"
         self.threshold: Tensor
         self.register_buffer("threshold", torch.tensor(self.start, dtype=torch.float32))
         self._missed = torch.zeros((), dtype=torch.long)  # updates in a row
 
-    def take(self, mass_before_TK: Tensor, counting: bool) -> Tensor:
-        """(T, K) bool: the choices that t allows; and count them, taken or not."""
-        # A rounded sum may reach 1 before the last expert.
-        taken_TK = (mass_before_TK < self.threshold) | (self.threshold >= 1)
+    def take(self, value_TK: Tensor, counting: bool) -> Tensor:
+        """(T, K) bool: the choices that t allows; and count them, taken or not.
+
+        Args:
+            value_TK: by the rule.
+        """
+        taken_TK = self.rule.takes(value_TK, self.threshold)
         if counting:
-            counts_C = self.counts(mass_before_TK.device)
+            counts_C = self.counts(value_TK.device)
             # The first choice is taken anyway. NaN: an overflow on its way to the loss scaler.
-            bin_N = (mass_before_TK[:, 1:].nan_to_num(1.0) * BINS).long().clamp_(max=BINS - 1).reshape(-1)
+            level_N = self.rule.level(value_TK[:, 1:]).nan_to_num(1.0).reshape(-1)
+            bin_N = (level_N * BINS).long().clamp_(max=BINS - 1)
             counts_C.scatter_add_(0, bin_N, torch.ones_like(bin_N))
-            counts_C[TOKENS] += mass_before_TK.size(0)
+            counts_C[TOKENS] += value_TK.size(0)
             counts_C[TAKEN] += taken_TK[:, 1:].sum()
         return taken_TK
 
@@ -79,12 +90,24 @@ class Budget(Steered):
                 stacklevel=3,
             )
 
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + self.saved_as] = destination.pop(f"{prefix}threshold")
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """The t of another rule is none of ours."""
+        threshold = state_dict.get(prefix + self.saved_as, self.threshold)
+        for name in [name for name in state_dict if name.startswith(prefix)]:
+            del state_dict[name]
+        state_dict[f"{prefix}threshold"] = threshold
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def extra_repr(self) -> str:
         return f"target={self.target}, threshold={self.threshold.item():.4f}"
 
 
-def threshold_for(counts_LC: Tensor, target_L: Tensor) -> Tensor:
-    """(L,) the t with which each layer's tokens would have taken `target_L` experts on average.
+def level_for(counts_LC: Tensor, target_L: Tensor) -> Tensor:
+    """(L,) the level with which each layer's tokens would have taken `target_L` experts on average.
 
     Args:
         counts_LC: (L, COUNTS) of L layers, as `Budget.pop_counts` gives them.
@@ -111,6 +134,6 @@ def step_budgets(model: nn.Module) -> None:
         return
     counts_LC = of_all_ranks(torch.stack([budget.pop_counts() for budget in budgets]))
     target_L = torch.tensor([budget.target for budget in budgets], device=counts_LC.device).double()
-    wanted_L = threshold_for(counts_LC, target_L).float()
-    for budget, wanted, counts_C in zip(budgets, wanted_L, counts_LC, strict=True):
-        budget.step(wanted, counts_C)
+    level_L = level_for(counts_LC, target_L).float()
+    for budget, level, counts_C in zip(budgets, level_L, counts_LC, strict=True):
+        budget.step(budget.rule.threshold(level), counts_C)

@@ -15,10 +15,10 @@ def moe_layers(model: nn.Module) -> list[RoutedLayer]:
     return [module for module in model.modules() if isinstance(module, RoutedLayer)]
 
 
-def fix_thresholds(model: nn.Module, thresholds: Sequence[float]) -> None:
-    """One for each MoE layer, in the order of `moe_layers`."""
+def fix_thresholds(model: nn.Module, thresholds: Sequence[float], rule: str | None = None) -> None:
+    """One for each MoE layer, in the order of `moe_layers`; of this rule, or of that which it has."""
     for layer, threshold in zip(moe_layers(model), thresholds, strict=True):
-        layer.router.fix(threshold)  # type: ignore[call-arg, operator]
+        layer.router.fix(threshold, rule)  # type: ignore[call-arg, operator]
 
 
 @contextmanager

@@ -41,7 +41,7 @@ def open_meter(checkpoint: Path, data: Path, max_tokens: int | None = None) -> M
     routers = [getattr(layer, "router", None) for layer in moe_layers(model)]
     if not routers or not all(isinstance(router, ThresholdRouter) for router in routers):
         raise UserError(f"CHECKPOINT must be of a model with --moe-router threshold, got {checkpoint}")
-    return Meter(model, whole_valid(task, cfg, max_tokens))
+    return Meter(model, whole_valid(task, cfg, max_tokens), routers[0].rule)  # type: ignore[union-attr]
 
 
 def open_model(checkpoint: Path, data: Path) -> tuple[nn.Module, Any, DictConfig]:
@@ -65,11 +65,12 @@ def whole_valid(task: Any, cfg: DictConfig, max_tokens: int | None = None) -> Ba
     return Batches(task, "valid", 2**62, max_tokens, seed=1)
 
 
-def settings_for(thresholds: Sequence[float]) -> dict[str, Any]:
+def settings_for(thresholds: Sequence[float], rule: str) -> dict[str, Any]:
     """What a model's configuration says of its MoE layers' thresholds: fixed ones, and no budget."""
     alike = len(set(thresholds)) == 1
     return {
         "moe_target_experts_per_token": 0.0,
+        "moe_threshold_rule": rule,
         "moe_threshold": max(thresholds),
         "moe_layer_thresholds": "" if alike else ",".join(map(repr, thresholds)),
     }

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from xmoe_fairseq.batches import Batches
 from xmoe_fairseq.moe import RoutingStats, ThresholdRouter, moe_layers, record_routing
 from xmoe_fairseq.moe.records import fix_thresholds
+from xmoe_fairseq.moe.rules import RULES, Rule, rule_named
 
 Place = tuple[nn.Module, nn.Module]  # of an FFN: its first module and its last
 
@@ -39,17 +40,25 @@ class Quality:
 
 
 def shorten(thresholds: Sequence[float]) -> str:
-    texts = [f"{t:.3f}" for t in thresholds]
+    texts = [f"{t:.3g}" for t in thresholds]
     return " ".join(texts[:1] if len(set(texts)) == 1 else texts)
 
 
 class Meter:
-    """Runs a model over the same batches with any thresholds, says and remembers what it has measured."""
+    """Runs a model over the same batches with any thresholds, says and remembers what it has measured.
 
-    def __init__(self, model: nn.Module, batches: Batches) -> None:
-        self.model, self.batches = model, batches
+    Args:
+        rule: whose thresholds they are.
+    """
+
+    def __init__(self, model: nn.Module, batches: Batches, rule: Rule = RULES["mass"]) -> None:
+        self.model, self.batches, self.rule = model, batches, rule
         self.places: list[Place] = [(layer, layer) for layer in moe_layers(model)]
         self.known: dict[tuple[float, ...], Quality] = {}
+
+    def by(self, rule: str | None) -> "Meter":
+        """The same by another rule; None = by its own."""
+        return self if rule in (None, self.rule.name) else Meter(self.model, self.batches, rule_named(rule))
 
     @property
     def routers(self) -> list[ThresholdRouter]:
@@ -62,7 +71,7 @@ class Meter:
     def measure(self, thresholds: Sequence[float]) -> Quality:
         if tuple(thresholds) in self.known:
             return self.known[tuple(thresholds)]
-        fix_thresholds(self.model, thresholds)
+        fix_thresholds(self.model, thresholds, self.rule.name)
         totals: dict[str, Any] = defaultdict(float)
         with record_routing(self.model) as records:
 
@@ -106,7 +115,7 @@ class Meter:
 
     def seconds(self, thresholds: Sequence[float], batches: Batches) -> float:
         """Of all FFNs, per target token."""
-        fix_thresholds(self.model, thresholds)
+        fix_thresholds(self.model, thresholds, self.rule.name)
         return ffn_seconds(self.model, self.places, batches)
 
 

@@ -1,4 +1,4 @@
-"""The one search for t: along a family of thresholds that grow with a single number s.
+"""The one search for t: along a family of thresholds that go with a single number s, the level.
 
 What a setting computes grows with s. What it loses need not fall: a model takes badly to more experts than it
 was trained with.
@@ -7,29 +7,32 @@ was trained with.
 from collections.abc import Callable
 from typing import NamedTuple
 
+from xmoe_fairseq.moe.rules import RULES, Rule
 from xmoe_fairseq.thresholds.measure import Meter, Quality
 from xmoe_fairseq_compat.errors import FlagError
 
 PRECISION = 1 / 1024  # of s
 COARSE = 8  # steps in which the loss is followed from below
-PROBES = (0.25, 0.5, 0.75)  # where one layer's loss is measured, the others computing everything
+PROBES = (0.25, 0.5, 0.75)  # levels at which one layer's loss is measured, the others computing everything
 PRICES = (1e3, 0.0)  # bits per share of FLOPs
 
 
 class Family(NamedTuple):
     """A threshold for each MoE layer: at s = 0 one expert, at s = 1 all that a token may take.
 
-    In a straight line from 0 to `middle`, at s = 0.5, and on to 1; with 0.5 everywhere t = s.
+    Levels go in a straight line from 0 to `middle`, at s = 0.5, and on to 1; with 0.5 everywhere they are s.
     """
 
     middle: list[float]
+    rule: Rule = RULES["mass"]
 
     def at(self, s: float) -> list[float]:
-        return [2 * s * m if s <= 0.5 else m + (1 - m) * (2 * s - 1) for m in self.middle]
+        levels = [2 * s * m if s <= 0.5 else m + (1 - m) * (2 * s - 1) for m in self.middle]
+        return [self.rule.threshold(level) for level in levels]
 
 
 def same_everywhere(meter: Meter) -> Family:
-    return Family([0.5] * len(meter.routers))
+    return Family([0.5] * len(meter.routers), meter.rule)
 
 
 def bisect(
@@ -45,21 +48,22 @@ def bisect(
 def equal_loss(meter: Meter) -> Family:
     """A family along which the next share of FLOPs costs every layer about the same loss.
 
-    Each layer is measured alone at a few thresholds, the others computing everything. Losses are taken to
+    Each layer is measured alone at a few levels, the others computing everything. Losses are taken to
     add up; then each layer takes the setting of least `loss + price * FLOPs`, which is the cheapest way to
     what they cost together. The price is the one at which that is half of everything.
     """
     layers = len(meter.routers)
     if layers == 1:
         return same_everywhere(meter)
-    whole = meter.measure([1.0] * layers)
-    settings: list[list[tuple[float, float, float]]] = []  # of a layer: (threshold, FLOPs saved, loss gained)
+    whole = meter.measure(same_everywhere(meter).at(1.0))
+    settings: list[list[tuple[float, float, float]]] = []  # of a layer: (level, FLOPs saved, loss gained)
     for layer in range(layers):
         tried = [(1.0, 0.0, 0.0)]
-        for threshold in PROBES:
-            quality = meter.measure([threshold if i == layer else 1.0 for i in range(layers)])
+        for level in PROBES:
+            here = Family([level if i == layer else 1.0 for i in range(layers)], meter.rule)
+            quality = meter.measure(here.at(0.5))
             gained = max(quality.bits_per_token - whole.bits_per_token, 0.0)
-            tried.append((threshold, whole.flops - quality.flops, gained))
+            tried.append((level, whole.flops - quality.flops, gained))
         settings.append(tried)
 
     def chosen(price: float) -> list[tuple[float, float, float]]:
@@ -68,7 +72,8 @@ def equal_loss(meter: Meter) -> Family:
     def is_half(price: float) -> bool:
         return sum(saved for _, saved, _ in chosen(price)) >= 0.5 * whole.flops
 
-    return Family([threshold for threshold, _, _ in chosen(bisect(is_half, *PRICES, precision=1e-12))])
+    middle = [level for level, _, _ in chosen(bisect(is_half, *PRICES, precision=1e-12))]
+    return Family(middle, meter.rule)
 
 
 class Search:

@@ -1,7 +1,8 @@
 """xmoe-threshold CHECKPOINT --data DATA --budget B | --max-loss X: finds t of a trained model.
 
 t is measured on validation data, and a checkpoint written that holds it and that every fairseq command
-opens. Each t that is tried is one pass over the validation set; --per-layer first takes three for each layer.
+opens; by the rule that it was trained with, or by another. Each t that is tried is one pass over the
+validation set; --per-layer first takes three for each layer.
 Beside the new checkpoint lie a table of them all (.md, .json) and a plot (.png).
 """
 
@@ -12,6 +13,7 @@ from pathlib import Path
 from fairseq import checkpoint_utils
 from fairseq.utils import import_user_module
 
+from xmoe_fairseq.moe.rules import RULES
 from xmoe_fairseq.thresholds.checkpoint import check_is_file, open_meter, settings_for, write_checkpoint
 from xmoe_fairseq.thresholds.report import check_name, report_of, write_report
 from xmoe_fairseq.thresholds.search import Search, equal_loss, same_everywhere
@@ -30,6 +32,7 @@ def argument_parser() -> argparse.ArgumentParser:
     aim.add_argument("--budget", type=float, metavar="B", help="experts per token, on average at most")
     aim.add_argument("--max-loss", type=float, metavar="X", help="instead: the least experts whose loss "
                      "is at most X bits per token above that of the checkpoint as it is")  # fmt: skip
+    add("--moe-threshold-rule", choices=RULES, help="whose t it is (default: the checkpoint's)")
     add("--per-layer", action="store_true", help="a t for each layer, by its effect on the loss")
     add("--output", type=Path, help="checkpoint to write (default: CHECKPOINT with .picked.pt)")
     add("--max-tokens", type=int, help="tokens in a batch (default: the checkpoint's, or 4096)")
@@ -50,7 +53,8 @@ def choose(args: argparse.Namespace) -> None:
     if args.budget is not None and not 1 <= args.budget <= limit:
         raise FlagError(f"--budget must be from 1 to {limit}, what a token may take, got {args.budget:g}")
     start = meter.measure(as_it_is)
-    search = Search(meter, equal_loss(meter) if args.per_layer else same_everywhere(meter))
+    tried_by = meter.by(args.moe_threshold_rule)
+    search = Search(tried_by, equal_loss(tried_by) if args.per_layer else same_everywhere(tried_by))
     if args.budget is None:
         chosen = search.smallest(start.bits_per_token + args.max_loss)
     else:  # which is 1 at least, and so can be met
@@ -61,11 +65,12 @@ def choose(args: argparse.Namespace) -> None:
         "checkpoint": args.checkpoint.name, "budget, experts per token": args.budget,
         "permitted loss, bits per token": args.max_loss,
         "thresholds": "per layer" if args.per_layer else "one for all layers",
+        "threshold rule": tried_by.rule.name, "threshold rule as it is": meter.rule.name,
     }  # fmt: skip
     report = report_of(search, about, rows, "as it is", start, partial(meter.seconds, as_it_is))
     state = checkpoint_utils.load_checkpoint_to_cpu(str(args.checkpoint))
-    weights = {name: w for name, w in state["model"].items() if not name.endswith(".router.budget.threshold")}
-    write_checkpoint(output, state, settings_for(chosen.thresholds), weights)
+    weights = {name: w for name, w in state["model"].items() if ".router.budget." not in name}
+    write_checkpoint(output, state, settings_for(chosen.thresholds, tried_by.rule.name), weights)
     write_report(output, report)
 
 

@@ -27,6 +27,8 @@ template <class T> struct bits_of;
 template <> struct bits_of<float> { using type = int32_t; };
 template <> struct bits_of<double> { using type = int64_t; };
 
+enum Rule : int64_t { MASS, PROBABILITY, RELATIVE };  // in the order of moe/rules.py
+
 // A share's tokens: their choices, and how often each expert is among those that are taken.
 struct Choices {
   std::vector<int32_t> expert_NK, taken_N;
@@ -75,8 +77,9 @@ class Preference {
 };
 
 template <class T>
-void choose(Choices& to, const T* probs_NE, int64_t N, int64_t E, double t, int64_t limit, bool count) {
-  const T threshold = T(t);
+void choose(Choices& to, const T* probs_NE, int64_t N, int64_t E, Rule rule, double t, int64_t limit,
+            bool count) {
+  const T cut = T(t);
   using I = typename bits_of<T>::type;
   to.expert_NK.resize(N * limit);
   to.taken_N.resize(N);
@@ -88,15 +91,19 @@ void choose(Choices& to, const T* probs_NE, int64_t N, int64_t E, double t, int6
     int64_t taken = 0;
     double sum = 0;
     for (int64_t k = 0; k < limit; ++k) {
-      const T mass_before = T(sum);
-      const bool takes = k == 0 || mass_before < threshold || t >= 1;  // a rounded sum may reach 1
+      const auto p = [&] { return probs_NE[experts.at(k)]; };  // the mass may need one less
+      const T value = rule == MASS ? T(sum) : rule == RELATIVE ? p() / probs_NE[experts.at(0)] : p();
+      // A rounded sum may reach 1.
+      const bool takes = k == 0 || (rule == MASS ? value < cut || t >= 1 : value >= cut);
       taken += takes;
       if (!takes && !count) break;
       if (count && k) {  // NaN: an overflow on its way to the loss scaler
-        const T place = std::isnan(mass_before) ? T(BINS) : mass_before * BINS;
+        const T root = rule == PROBABILITY ? std::sqrt(std::sqrt(value)) : value;
+        const T level = rule == MASS ? value : 1 - root;
+        const T place = std::isnan(level) ? T(BINS) : level * BINS;
         ++to.histogram_C[std::min<int64_t>(int64_t(place), BINS - 1)];
       }
-      sum += probs_NE[experts.at(k)];
+      sum += p();
     }
     to.taken_N[n] = taken;
     for (int64_t k = 0; k < taken; ++k) ++to.counts_E[to.expert_NK[n * limit + k] = experts.at(k)];
@@ -109,7 +116,7 @@ Tensor numbers(int64_t size) { return Tensor(at::detail::empty_cpu({size}, at::k
 
 template <class T>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> route_as(
-    const Tensor& probs_TE, double threshold, int64_t limit, const std::optional<Tensor>& histogram_C) {
+    const Tensor& probs_TE, double cut, int64_t limit, const std::optional<Tensor>& histogram_C, Rule rule) {
   const int64_t tokens = probs_TE.size(0), E = probs_TE.size(1);
   const int64_t worth = tokens * E * E / THREAD_WORK;
   const int64_t shares = std::max<int64_t>(std::min({free_threads(), tokens, worth}), 1);
@@ -117,7 +124,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> route_as(
   const T* probs = probs_TE.const_data_ptr<T>();
   std::vector<Choices> choices(shares);
   in_threads(shares, [&](int64_t s) {
-    choose(choices[s], probs + first(s) * E, first(s + 1) - first(s), E, threshold, limit,
+    choose(choices[s], probs + first(s) * E, first(s + 1) - first(s), E, rule, cut, limit,
            histogram_C.has_value());
   });
   auto counts_E = numbers(E);
@@ -156,17 +163,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> route_as(
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> route(
-    const Tensor& probs_TE, double threshold, int64_t limit, const std::optional<Tensor>& histogram_C) {
+    const Tensor& probs_TE, double cut, int64_t limit, const std::optional<Tensor>& histogram_C,
+    int64_t rule) {
   at::AutoDispatchBelowADInplaceOrView below;
   AloneInFork alone;
   TORCH_CHECK(probs_TE.dim() == 2 && 1 <= limit && limit <= probs_TE.size(1),
               "probs must be (T, E) and limit in [1, E]");
+  TORCH_CHECK(MASS <= rule && rule <= RELATIVE, "rule must be in [0, 2], got ", rule);
   TORCH_CHECK(!histogram_C || (histogram_C->scalar_type() == at::kLong && histogram_C->is_contiguous() &&
                                histogram_C->numel() == BINS + 2),
               "histogram must be int64, of ", BINS + 2);
   const auto probs = probs_TE.contiguous();
   return AT_DISPATCH_FLOATING_TYPES(probs.scalar_type(), "xmoe::route", [&] {
-    return route_as<scalar_t>(probs, threshold, limit, histogram_C);
+    return route_as<scalar_t>(probs, cut, limit, histogram_C, Rule(rule));
   });
 }
 
@@ -201,7 +210,7 @@ Tensor route_backward(const std::optional<Tensor>& grad_probs_TE, const std::opt
 
 TORCH_LIBRARY_FRAGMENT(xmoe, m) {
   m.def(
-      "route(Tensor probs, float threshold, int limit, Tensor(a!)? histogram) -> "
+      "route(Tensor probs, float cut, int limit, Tensor(a!)? histogram, int rule) -> "
       "(Tensor token, Tensor expert, Tensor rank, Tensor weight, Tensor counts, Tensor first)");
   m.def("route_backward(Tensor? grad_probs, Tensor? grad_weight, Tensor probs, Tensor token, Tensor expert) "
         "-> Tensor");

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from xmoe_fairseq.moe.experts.kernels import PLAIN, forced_kernel
 from xmoe_fairseq.moe.native import missing
+from xmoe_fairseq.moe.rules import RULES, rule_named
 
 
 class Chosen(NamedTuple):
@@ -37,9 +38,13 @@ def can_choose(logits_TE: Tensor) -> bool:
 
 
 def choose_experts(
-    logits_TE: Tensor, limit: int, threshold: float = 1.0, counts_C: Tensor | None = None
+    logits_TE: Tensor,
+    limit: int,
+    threshold: float | Tensor = 1.0,
+    counts_C: Tensor | None = None,
+    rule: str = "mass",
 ) -> Chosen:
-    """A token takes its most probable experts, of equals the lower id first, while their mass is below t.
+    """A token takes its most probable experts, of equals the lower id first, while a rule lets it.
 
     One at least, `limit` at most: `limit=k` alone is top-k. Rows come in order of expert, and within an
     expert of token. For what `can_choose`.
@@ -47,20 +52,22 @@ def choose_experts(
     Args:
         logits_TE: scores, finite unless a loss scaler will see to it.
         limit: in [1, E].
-        threshold: t in [0, 1].
+        threshold: t in [0, 1], of the rule.
         counts_C: of a `Budget` (see its `count`), to which what t allows and might have allowed is added.
+        rule: of `rules.py`.
     """
-    return Chosen(*_Choose.apply(logits_TE, limit, threshold, counts_C))  # type: ignore[no-untyped-call]
+    cut, number = float(rule_named(rule).cut(threshold)), list(RULES).index(rule)
+    return Chosen(*_Choose.apply(logits_TE, limit, cut, counts_C, number))  # type: ignore[no-untyped-call]
 
 
 class _Choose(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, logits_TE: Tensor, limit: int, threshold: float, counts_C: Tensor | None
+        ctx: Any, logits_TE: Tensor, limit: int, cut: float, counts_C: Tensor | None, rule: int
     ) -> tuple[Tensor, ...]:
         probs_TE = torch.softmax(logits_TE, dim=1)
         token_R, expert_R, rank_R, weight_R, counts_E, first_T = torch.ops.xmoe.route(
-            probs_TE, threshold, limit, counts_C
+            probs_TE, cut, limit, counts_C, rule
         )
         ctx.save_for_backward(probs_TE, token_R, expert_R)
         ctx.mark_non_differentiable(token_R, expert_R, rank_R, counts_E, first_T)
@@ -70,14 +77,14 @@ class _Choose(torch.autograd.Function):
     @staticmethod
     def backward(
         ctx: Any, grad_probs_TE: Tensor | None, grad_weight_R: Tensor | None, *_: None
-    ) -> tuple[Tensor | None, None, None, None]:
+    ) -> tuple[Tensor | None, None, None, None, None]:
         probs_TE, token_R, expert_R = ctx.saved_tensors
         if grad_probs_TE is None and grad_weight_R is None:
-            return None, None, None, None
+            return None, None, None, None, None
         if not torch.is_grad_enabled():
             grad_TE = torch.ops.xmoe.route_backward(grad_probs_TE, grad_weight_R, probs_TE, token_R, expert_R)
-            return grad_TE, None, None, None
+            return grad_TE, None, None, None, None
         grad_TE = torch.zeros_like(probs_TE) if grad_probs_TE is None else grad_probs_TE
         if grad_weight_R is not None:
             grad_TE = grad_TE.index_put((token_R, expert_R), grad_weight_R, accumulate=True)
-        return probs_TE * (grad_TE - (grad_TE * probs_TE).sum(1, keepdim=True)), None, None, None
+        return probs_TE * (grad_TE - (grad_TE * probs_TE).sum(1, keepdim=True)), None, None, None, None

@@ -90,7 +90,6 @@ class Router(TokenRouter):
             if not may_hold_nan:
                 check_scores(x_TD, logits_TE)
             chosen = self.chosen(logits_TE)
-            counts_E = chosen.counts_E
             return Routing(
                 token_R=chosen.token_R,
                 expert_R=chosen.expert_R,
@@ -100,7 +99,7 @@ class Router(TokenRouter):
                 rows_wanted=chosen.token_R.numel(),
                 load_balance_of=self.balance_of(chosen),
                 z_loss_of=partial(z_loss, logits_TE),
-                in_order=None if counts_E is None else (chosen.expert_R, counts_E),
+                in_order=None if chosen.counts_E is None else (chosen.expert_R, chosen.counts_E),
             )
 
     def chosen(self, logits_TE: Tensor) -> Chosen:
@@ -164,7 +163,8 @@ class Router(TokenRouter):
         """The checkpoint of a model that was trained with a budget may be used with a fixed t or k; and what
         a loss has gone by may be left out, but not a bias, without which tokens would choose otherwise."""
         for steered in {"budget.threshold", "balancing.share_E"} - dict(self.named_buffers()).keys():
-            state_dict.pop(f"{prefix}{steered}", None)
+            for name in [name for name in state_dict if name.startswith(prefix + steered)]:
+                del state_dict[name]
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 

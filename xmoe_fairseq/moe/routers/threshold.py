@@ -1,15 +1,14 @@
-"""The paper's router: each token takes experts until their mass reaches t."""
+"""The paper's router: each token takes experts until their mass reaches t; and by other rules of one t."""
 
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xmoe_fairseq.moe.budget import Budget, step_budgets
 from xmoe_fairseq.moe.native.routing import Chosen, can_choose, choose_experts
 from xmoe_fairseq.moe.routers.base import BALANCE, Router, by_preference
 from xmoe_fairseq.moe.routers.registry import Flag, Place, register_router
+from xmoe_fairseq.moe.rules import RULES, Rule, rule_named
 
 
 def max_experts_per_token(config: Any) -> int:
@@ -30,12 +29,21 @@ def layer_thresholds(config: Any) -> list[float]:
     return [float(t) for t in given.split(",")] if given else []
 
 
+THRESHOLD = 0.9  # the paper's
+
 FLAGS = (
     Flag(
-        "moe_threshold", 0.9, "a token takes experts until their probabilities reach this mass, in [0, 1]; "
-        "0 = one expert, 1 = all",
+        "moe_threshold", THRESHOLD, "t or tau of the rule: by mass a token takes experts until their "
+        "probabilities reach it; in [0, 1]; 0 = one expert, 1 = all; by probability 1 = one, 0 = all",
         rule="must be in [0, 1]", holds=lambda config: 0 <= config.moe_threshold <= 1,
         unless=("moe_layer_thresholds", "moe_target_experts_per_token"),
+    ),
+    Flag(
+        "moe_threshold_rule", "mass", "a token takes experts until their mass reaches t (mass, the paper's), "
+        "every expert of at least the probability tau (probability), or of at least (1 - tau) times that of "
+        "its best (relative); the best always",
+        rule=f"must be one of {', '.join(RULES)}", holds=lambda config: config.moe_threshold_rule in RULES,
+        refused_elsewhere=True,
     ),
     Flag(
         "moe_layer_thresholds", "", "t of each MoE layer instead, the encoder's first, such as 0.4,0.6,0.5",
@@ -61,47 +69,59 @@ class ThresholdRouter(Router):
     """A token takes experts in order of probability while the mass before an expert is below t.
 
     At least one expert always; `threshold=0` is top-1, `threshold=1` is all experts.
-    Yang et al. 2024 (XMoE), section 3.2, arXiv 2403.18926.
+    Yang et al. 2024 (XMoE), section 3.2, arXiv 2403.18926. `rule` may be another one of `rules.py`.
 
     Args:
-        threshold: t in [0, 1].
+        threshold: t in [0, 1], of the rule.
         max_experts_per_token: keep only a token's first choices; 0 = no limit. Unlike capacity it
             depends on the token alone, so it is causal and the same in any batch.
         target_experts_per_token: steer t to this average instead (see `budget.py`; it takes a call of
             `step_budgets` after each update); 0 = `threshold` as it is.
+        rule: "mass", "probability" (a token takes every expert with p >= t) or "relative" (with
+            p >= (1 - t) max p).
+
+    Raises:
+        ValueError: one of them is out of range.
     """
 
     description = "XMoE: those that reach a probability of t together"
     takes_ones = True
     flags = (*FLAGS, BALANCE)
     deciding = ("candidates", "limit")
+    rule: Rule
 
     def __init__(
         self,
         model_dim: int,
         num_experts: int,
-        threshold: float = 0.9,
+        threshold: float = THRESHOLD,
         max_experts_per_token: int = 0,
         target_experts_per_token: float = 0.0,
+        rule: str = "mass",
     ) -> None:
         super().__init__(model_dim, num_experts)
-        self.fix(threshold)
+        self.fix(threshold, rule)
         if max_experts_per_token < 0 or max_experts_per_token != int(max_experts_per_token):
-            rule = "must be 0 (no limit) or a whole number"
-            raise ValueError(f"max_experts_per_token {rule}, got {max_experts_per_token}")
+            must = "must be 0 (no limit) or a whole number"
+            raise ValueError(f"max_experts_per_token {must}, got {max_experts_per_token}")
         self.max_experts_per_token = max_experts_per_token
         target = target_experts_per_token
         if target and not 1 <= target <= self.limit:
-            rule = f"must be 0 (none) or from 1 to the experts that a token may take, {self.limit}"
-            raise ValueError(f"target_experts_per_token {rule}, got {target}")
-        self.budget = Budget(target, num_experts) if target else None
+            must = f"must be 0 (none) or from 1 to the experts that a token may take, {self.limit}"
+            raise ValueError(f"target_experts_per_token {must}, got {target}")
+        self.budget = Budget(target, num_experts, rule) if target else None
 
     @classmethod
     def check(cls, config: Any, num_layers: int) -> None:
         given, name = config.moe_layer_thresholds, "--moe-layer-thresholds"
+        target, probability = config.moe_target_experts_per_token, config.moe_threshold_rule == "probability"
+        if not (given or target) and probability and config.moe_threshold == THRESHOLD:
+            others = f"{name} or --moe-target-experts-per-token"
+            must = f"must be given with --moe-threshold-rule probability, such as 0.08 (or {others})"
+            raise ValueError(f"--moe-threshold {must}: {THRESHOLD} would be one expert")
         if not given:
             return
-        if config.moe_target_experts_per_token:
+        if target:
             raise ValueError(f"{name} cannot be combined with --moe-target-experts-per-token, got {given}")
         try:
             thresholds = layer_thresholds(config)
@@ -123,6 +143,7 @@ class ThresholdRouter(Router):
             threshold=threshold,
             max_experts_per_token=limit,
             target_experts_per_token=target,
+            rule=config.moe_threshold_rule,
         )
 
     @classmethod
@@ -136,10 +157,15 @@ class ThresholdRouter(Router):
     def after_update(cls, model: nn.Module) -> None:
         step_budgets(model)
 
-    def fix(self, threshold: float) -> None:
-        """Take this t from now on, and no budget. Raises ValueError: it is not in [0, 1]."""
+    def fix(self, threshold: float, rule: str | None = None) -> None:
+        """Take this t from now on, of this rule (None = the present one), and no budget.
+
+        Raises:
+            ValueError: t is not in [0, 1]; there is no such rule.
+        """
         if not 0.0 <= threshold <= 1.0:
             raise ValueError(f"threshold must be in [0, 1], got {threshold}")
+        self.rule = self.rule if rule is None else rule_named(rule)
         self.threshold, self.budget = threshold, None
 
     @property
@@ -155,30 +181,28 @@ class ThresholdRouter(Router):
         return {"threshold": self.threshold_in_use}
 
     def candidates(self, probs_TE: Tensor) -> tuple[Tensor, Tensor]:
-        """The probability of the better choices together, and the expert, of each that a token may take."""
+        """The value by the rule, and the expert, of each choice that a token may take."""
         sorted_TK, expert_TK = by_preference(probs_TE, self.limit)
-        return F.pad(sorted_TK.cumsum(dim=1)[:, :-1], (1, 0)), expert_TK
+        return self.rule.value(sorted_TK), expert_TK
 
     def choose(self, logits_TE: Tensor, probs_TE: Tensor) -> tuple[Tensor, Tensor]:
-        mass_before_TK, expert_TK = self.candidates(probs_TE)
-        if self.budget is not None:
-            chosen_TK = self.budget.take(mass_before_TK, self.training and self.counting)
-        elif self.threshold == 1.0:  # a rounded sum may reach 1 before the last expert
-            chosen_TK = torch.ones_like(mass_before_TK, dtype=torch.bool)
+        value_TK, expert_TK = self.candidates(probs_TE)
+        if self.budget is None:
+            chosen_TK = self.rule.takes(value_TK, self.threshold)
         else:
-            chosen_TK = mass_before_TK < self.threshold
+            chosen_TK = self.budget.take(value_TK, self.training and self.counting)
         chosen_TK[:, 0] = True
         return expert_TK, chosen_TK
 
     def choose_natively(self, logits_TE: Tensor) -> Chosen | None:
         if not (can_choose(logits_TE) and self.chooses_as(ThresholdRouter)):
             return None
-        if self.budget is None:
-            return choose_experts(logits_TE, self.limit, self.threshold)
-        counts_C = self.budget.counts(logits_TE.device) if self.training and self.counting else None
-        return choose_experts(logits_TE, self.limit, self.budget.threshold.item(), counts_C)
+        counting = self.training and self.counting
+        counts_C = self.budget.counts(logits_TE.device) if self.budget and counting else None
+        return choose_experts(logits_TE, self.limit, self.threshold_in_use, counts_C, self.rule.name)
 
     def extra_repr(self) -> str:
         limit = self.max_experts_per_token or "none"
         threshold = self.threshold if self.budget is None else "steered"
-        return f"{super().extra_repr()}, threshold={threshold}, max_experts_per_token={limit}"
+        taken = f"rule={self.rule.name}, threshold={threshold}, max_experts_per_token={limit}"
+        return f"{super().extra_repr()}, {taken}"
