@@ -73,6 +73,8 @@ Tensor added_up(const Tensor& sums_NSD, at::ScalarType dtype) {
 
 namespace {
 
+constexpr int64_t FEW = 4;  // rows
+
 // Room for the largest piece of a share, in tiles and in rows.
 struct Buffers {
   Tensor x, hidden, y, inner_nF, hidden_nF, y_8D;
@@ -106,9 +108,9 @@ void first_layer(const Call& call, const Piece& piece, Buffers& room, T* inner_n
   });
 }
 
-// What has to see the hidden layer row by row: dropout, and activations other than relu.
+// What has to see the hidden layer row by row: dropout, and activations other than relu. Returns these rows.
 template <class T>
-void activate_rows(const Call& call, const Piece& piece, Buffers& room, T* inner_nF) {
+T* activate_rows(const Call& call, const Piece& piece, Buffers& room, T* inner_nF) {
   const int64_t n = piece.rows(), F = call.F();
   T* hidden_nF = inner_nF;
   if (call.activation != RELU) {
@@ -118,10 +120,20 @@ void activate_rows(const Call& call, const Piece& piece, Buffers& room, T* inner
   }
   if (call.keep_RF)
     drop(hidden_nF, call.keep_RF->const_data_ptr<bool>() + piece.begin * F, Sum<T>(call.scale), n * F);
-  to_tiles<T>(room.hidden.mutable_data_ptr<T>(), hidden_nF, nullptr, n, F);
+  return hidden_nF;
 }
 
-// One piece's weighted outputs, added to the share's y_SD.
+template <class T>
+void add_rows(const Call& call, const Piece& piece, const T* rows, int64_t first, int64_t count, Sum<T>* y_SD) {
+  const int64_t D = call.D(), begin = piece.begin + first;
+  const int64_t* source = call.source_R.const_data_ptr<int64_t>() + begin;
+  const auto* weight = call.weight_R ? call.weight_R->const_data_ptr<Sum<T>>() + begin : nullptr;
+  const T* bias = call.fc2_bias.const_data_ptr<T>() + piece.expert * D;
+  for (int64_t r = 0; r < count; ++r)
+    add_weighted(y_SD + source[r] * D, rows + r * D, bias, weight ? weight[r] : Sum<T>(1), D);
+}
+
+// One piece's weighted outputs, added to the share's y_SD. inner_nF: to be filled, or null.
 template <class T>
 void sums_of_piece(const Call& call, const Piece& piece, Buffers& room, T* inner_nF, Sum<T>* y_SD) {
   const int64_t n = piece.rows(), e = piece.expert, D = call.D(), F = call.F();
@@ -129,19 +141,35 @@ void sums_of_piece(const Call& call, const Piece& piece, Buffers& room, T* inner
   to_tiles(room.x.mutable_data_ptr<T>(), call.x_SD.const_data_ptr<T>(), source, n, D);
   if (!inner_nF && call.activates_rows()) inner_nF = room.inner_nF.mutable_data_ptr<T>();
   first_layer(call, piece, room, inner_nF);
-  if (call.activates_rows()) activate_rows(call, piece, room, inner_nF);
-  T *tiles = room.y.mutable_data_ptr<T>(), *y_8D = room.y_8D.mutable_data_ptr<T>();
-  multiply_tiles(tiles, call.fc2_weight.const_data_ptr<T>() + e * D * F, room.hidden.const_data_ptr<T>(), n, D, F);
-  const auto* weight = call.weight_R ? call.weight_R->const_data_ptr<Sum<T>>() + piece.begin : nullptr;
-  const T* bias = call.fc2_bias.const_data_ptr<T>() + e * D;
+  T *hidden = room.hidden.mutable_data_ptr<T>(), *tiles = room.y.mutable_data_ptr<T>();
+  if (call.activates_rows()) to_tiles<T>(hidden, activate_rows(call, piece, room, inner_nF), nullptr, n, F);
+  multiply_tiles<T>(tiles, call.fc2_weight.const_data_ptr<T>() + e * D * F, hidden, n, D, F);
+  T* y_8D = room.y_8D.mutable_data_ptr<T>();
   each_tile<T>(n, [&](int64_t first, int64_t rows) {
-    for (int64_t r = 0; r < rows; ++r) {
-      if (r % TURN == 0)
-        from_tile(y_8D, tiles + first * D, padded(rows), r, std::min(TURN, rows - r), D);
-      const Sum<T> by = weight ? weight[first + r] : Sum<T>(1);
-      add_weighted(y_SD + source[first + r] * D, y_8D + r % TURN * D, bias, by, D);
+    for (int64_t r = 0; r < rows; r += TURN) {
+      const int64_t count = std::min(TURN, rows - r);
+      from_tile(y_8D, tiles + first * D, padded(rows), r, count, D);
+      add_rows(call, piece, y_8D, first + r, count, y_SD);
     }
   });
+}
+
+// The same of so few rows that it is reading the weights which takes the time: vectors' products, of rows
+// where they lie.
+template <class T>
+void sums_of_few(const Call& call, const Piece& piece, Buffers& room, T* inner_nF, Sum<T>* y_SD) {
+  const int64_t n = piece.rows(), e = piece.expert, D = call.D(), F = call.F();
+  const int64_t* source = call.source_R.const_data_ptr<int64_t>() + piece.begin;
+  std::array<const T*, FEW> rows;
+  for (int64_t r = 0; r < n; ++r) rows[r] = call.x_SD.const_data_ptr<T>() + source[r] * D;
+  if (!inner_nF) inner_nF = room.hidden.mutable_data_ptr<T>();
+  dots(inner_nF, rows.data(), n, call.fc1_weight.const_data_ptr<T>() + e * F * D,
+       call.fc1_bias.const_data_ptr<T>() + e * F, F, D, call.activation == RELU);
+  const T* hidden_nF = activate_rows(call, piece, room, inner_nF);
+  for (int64_t r = 0; r < n; ++r) rows[r] = hidden_nF + r * F;
+  T* y_nD = room.y.mutable_data_ptr<T>();
+  dots(y_nD, rows.data(), n, call.fc2_weight.const_data_ptr<T>() + e * D * F, nullptr, D, F, false);
+  add_rows(call, piece, y_nD, 0, n, y_SD);
 }
 
 // inner_RF: what the backward pass needs of the hidden layer; or empty.
@@ -156,8 +184,10 @@ Tensor sums(const Call& call, Tensor inner_RF, bool for_backward) {
     std::fill_n(y_SD, S * D, Sum<T>(0));
     Buffers room(call, shares[s].most_rows);
     T* inner = for_backward ? inner_RF.mutable_data_ptr<T>() : nullptr;
-    for (const auto& piece : shares[s].pieces)
-      sums_of_piece<T>(call, piece, room, inner ? inner + piece.begin * F : nullptr, y_SD);
+    for (const auto& piece : shares[s].pieces) {
+      const auto compute = piece.rows() <= FEW ? sums_of_few<T> : sums_of_piece<T>;
+      compute(call, piece, room, inner ? inner + piece.begin * F : nullptr, y_SD);
+    }
   });
   const auto dtype = call.weight_R ? call.weight_R->scalar_type() : call.x_SD.scalar_type();
   return added_up(sums_NSD, dtype);

@@ -116,6 +116,18 @@ inline __attribute__((always_inline)) void turn_block(T* to, int64_t ld, const T
     for (int64_t f = 0; f < F; ++f) sum += S(a_F[f]) * S(b_F[f]);                                            \
     return sum;                                                                                              \
   }                                                                                                          \
+  KINDS void dots(T* R to, const T* const* x, int64_t n, const T* R weight, const T* R bias, int64_t M,      \
+                  int64_t K, bool relu) {                                                                    \
+    for (int64_t m = 0; m < M; ++m, weight += K)                                                             \
+      for (int64_t r = 0; r < n; ++r) {                                                                      \
+        const T* row = x[r];                                                                                 \
+        S sum = 0;                                                                                           \
+        _Pragma("omp simd reduction(+ : sum)")                                                               \
+        for (int64_t k = 0; k < K; ++k) sum += S(weight[k]) * S(row[k]);                                     \
+        sum += bias ? S(bias[m]) : S(0);                                                                     \
+        to[r * M + m] = T(relu && sum <= 0 ? S(0) : sum);                                                    \
+      }                                                                                                      \
+  }                                                                                                          \
   KINDS void scale(T* to_F, const T* from_F, S by, int64_t F) {                                              \
     _Pragma("omp simd")                                                                                      \
     for (int64_t f = 0; f < F; ++f) to_F[f] = T(S(from_F[f]) * by);                                          \

@@ -30,6 +30,9 @@ template <class T> using Sum = typename sum_of<T>::type;
   /* bias_grad_D += weight * grad_D, where it is wanted; the sum of grad_D * bias_D */                       \
   S second_bias(S* bias_grad_D, const T* grad_D, const T* bias_D, S weight, int64_t D);                      \
   S dot(const T* a_F, const T* b_F, int64_t F);                                                              \
+  /* to[r * M + m] = x[r] . weight[m] + bias[m], of n rows x of width K; no bias = 0; with relu as above */  \
+  void dots(T* to, const T* const* x, int64_t n, const T* weight, const T* bias, int64_t M, int64_t K,       \
+            bool relu);                                                                                      \
   void scale(T* to_F, const T* from_F, S by, int64_t F);                                                     \
   /* grad_F = hidden_F > 0 ? by * grad_F : 0, of hidden_F = relu(...) */                                     \
   void relu_backward(T* grad_F, const T* hidden_F, S by, int64_t F);
