@@ -71,6 +71,22 @@ def test_any_shape(data: st.DataObject) -> None:
     assert_same(got, values_and_gradients(expert_sums_plain, *call), scale=1)
 
 
+@pytest.mark.parametrize("widths", [(72, 40), (40, 136), (8, 1), (1, 70)], ids=str)
+@pytest.mark.parametrize("activation", ["relu", "silu"])
+def test_tiles(activation: str, widths: tuple[int, int], threads: int) -> None:
+    """fp32 goes in tiles of 64 rows, padded to 16, and blocks of 64 columns; up to four rows go by themselves."""
+    counts, (model_dim, expert_dim) = [64, 65, 130, 128, 5, 16, 17, 4, 0, 1, 9], widths
+    rows, stacks = rows_of(counts, 130), stacks_of(len(counts), model_dim, expert_dim)
+    x_SD = torch.randn(130, model_dim, dtype=torch.float64)
+    exact = values_and_gradients(expert_sums_plain, x_SD, rows, stacks, ACTIVATIONS[activation])
+    mine = ExpertRows(rows.source_R, rows.weight_R.float(), rows.counts_E)
+    call = x_SD.float(), mine, in_precision(stacks, torch.float32), ACTIVATIONS[activation]
+    got = values_and_gradients(expert_sums_native, *call)
+    assert_same(got, [tensor.float() for tensor in exact], terms=512, dtype=torch.float32)
+    with torch.no_grad():
+        assert_same(expert_sums_native(*call), got[0])
+
+
 @pytest.mark.parametrize("dtype, terms", [(torch.float32, 512), (torch.bfloat16, 1)])
 @pytest.mark.parametrize("activation", ["gelu", "silu"])
 def test_other_precisions(activation: str, dtype: torch.dtype, terms: int, threads: int) -> None:
