@@ -7,7 +7,8 @@ batches of a validation. Only what is shown is divided.
 import math
 from collections.abc import Callable
 from dataclasses import fields
-from functools import partial
+from functools import partial, reduce
+from operator import add
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ def routing_sums(layers: list[RoutedLayer], records: Records, device: torch.devi
 def layer_sums(layer: RoutedLayer, records: Records, device: torch.device) -> dict[str, Tensor]:
     """() or (E,); 0 for a layer that did not run."""
     calls = [RoutingStats.of(routing) for ran, routing in records if ran is layer]
-    stats = sum(calls, RoutingStats.zeros(layer.num_experts, device))
+    stats = reduce(add, calls) if calls else RoutingStats.zeros(layer.num_experts, device)
     own = {name: value * stats.tokens for name, value in layer.to_log().items()}
     return {**own, **vars(stats), **layer.flops(stats)}
 

@@ -22,7 +22,8 @@ def share_loss(probs_TE: Tensor, share_E: Tensor) -> Tensor:
     num_tokens, num_experts = probs_TE.shape
     if num_tokens == 0:
         return probs_TE.sum()  # 0, and still part of the graph
-    return num_experts * torch.dot(probs_TE.mean(dim=0), share_E.to(probs_TE.dtype))
+    # The sum's gradient is a view; the mean's would be written out, as large as the probabilities.
+    return torch.dot(probs_TE.sum(dim=0), share_E.to(probs_TE.dtype) * (num_experts / num_tokens))
 
 
 def z_loss(logits_TE: Tensor) -> Tensor:

@@ -48,6 +48,7 @@ class RoutingStats:
     @classmethod
     def of(cls, routing: Routing) -> "RoutingStats":
         probs_TE = routing.probs_TE.detach()
+        tiny = torch.finfo(probs_TE.dtype).tiny
 
         def number(value: float) -> Tensor:  # not new_tensor, for whose copy a GPU would wait
             return probs_TE.new_full((), value, dtype=torch.float64)
@@ -58,7 +59,8 @@ class RoutingStats:
             rows_kept_E=routing.rows_per_expert().double(),
             probs_E=probs_TE.sum(dim=0).double(),
             first_choices_E=count(probs_TE.argmax(dim=1), routing.num_experts).double(),
-            entropy=torch.special.entr(probs_TE).sum().double(),
+            # Not torch.special.entr, which takes twice as long.
+            entropy=-(probs_TE * probs_TE.clamp(min=tiny).log()).sum().double(),
             z=routing.z_loss.detach().double() * routing.num_tokens,
         )
 
