@@ -31,7 +31,7 @@ PYTHON
     echo "race:dnnl::" >"$built/not_ours"  # its cache of bf16 products, whose lock ThreadSanitizer does not see
     # Python and torch keep what they allocate until the end. ThreadSanitizer takes OpenMP's barriers for races:
     # torch has one thread, and the kernel has std::thread.
-    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+    OMP_NUM_THREADS=1 ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
         TSAN_OPTIONS=suppressions=$built/not_ours:halt_on_error=1:report_signal_unsafe=0 \
         LD_PRELOAD="$(preload "$library") $(preload libstdc++.so.6)" \
         setarch -R python - "$built/$sanitizer/experts.so" "$@" <<'PYTHON'
