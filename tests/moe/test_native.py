@@ -74,7 +74,7 @@ def test_any_shape(data: st.DataObject) -> None:
 @pytest.mark.parametrize("widths", [(72, 40), (40, 136), (8, 1), (1, 70)], ids=str)
 @pytest.mark.parametrize("activation", ["relu", "silu"])
 def test_tiles(activation: str, widths: tuple[int, int], threads: int) -> None:
-    """fp32 goes in tiles of 64 rows, padded to 16, and blocks of 64 columns; up to four rows by themselves."""
+    """fp32 goes in tiles of 64 rows, padded to 16, and blocks of 64; up to four rows by themselves."""
     counts, (model_dim, expert_dim) = [64, 65, 130, 128, 5, 16, 17, 4, 0, 1, 9], widths
     rows, stacks = rows_of(counts, 130), stacks_of(len(counts), model_dim, expert_dim)
     x_SD = torch.randn(130, model_dim, dtype=torch.float64)
