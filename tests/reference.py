@@ -6,7 +6,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from xmoe_fairseq.moe import ExpertChoiceRouter, HashRouter, MoELayer, Router, ThresholdRouter, TopKRouter
+from xmoe_fairseq.moe import (
+    ExpertChoiceRouter,
+    ExpertThresholdRouter,
+    HashRouter,
+    MoELayer,
+    Router,
+    ThresholdRouter,
+    TopKRouter,
+)
 from xmoe_fairseq.moe.balance import AllChoices, GlobalShare
 
 
@@ -31,20 +39,24 @@ def reference_layer(layer: MoELayer, x_TD: Tensor, ids_T: Tensor | None = None) 
         probs = [torch.softmax(z, dim=0) for z in scores]
         bias = getattr(router.balancing, "bias_E", torch.zeros(num_experts))  # where a token chooses
         ranked = [torch.softmax(z + bias, dim=0) for z in scores]
-        if isinstance(router, ExpertChoiceRouter):
-            choices, margin = chosen_by_experts(router, [p.tolist() for p in probs])
+        if isinstance(router, ExpertThresholdRouter) and not of_batch(router):
+            choices, margin = above_thresholds(router, [z.tolist() for z in scores])
+        elif isinstance(router, ExpertChoiceRouter):
+            own = scores if isinstance(router, ExpertThresholdRouter) else probs
+            choices, margin = chosen_by_experts(router, [p.tolist() for p in own])
         else:
             chosen = [choose(layer, p.tolist()) for p in ranked]
             choices, margin = [c for c, _ in chosen], min([math.inf, *(m for _, m in chosen)])
     kept = keep(layer, choices, [p.tolist() for p in probs], num_experts)
+    weigh = [torch.sigmoid(z) for z in scores] if isinstance(router, ExpertThresholdRouter) else probs
     y, weights = [], []
     for t in range(num_tokens):
-        y_t, weights_t = torch.zeros_like(x_TD[t], dtype=dtype), torch.zeros(num_experts, dtype=dtype)
+        y_t, weights_t = 0 * x_TD[t].to(dtype), torch.zeros(num_experts, dtype=dtype)
         if layer.output_bias is not None:  # combine = ones
             y_t = y_t + layer.output_bias.to(dtype)
         for e in choices[t]:
             if (t, e) in kept:
-                weight = probs[t][e]
+                weight = weigh[t][e]
                 if layer.output_bias is not None:
                     weight = 1 + weight - weight.detach()
                 y_t = y_t + weight * feed_forward(layer, e, x_TD[t])
@@ -99,6 +111,17 @@ def chosen_by_experts(router: ExpertChoiceRouter, p: list[list[float]]) -> tuple
         if takes < len(p):
             margin = min(margin, p[order[takes - 1]][e] - p[order[takes]][e])
     return choices, margin
+
+
+def of_batch(router: ExpertThresholdRouter) -> bool:
+    return router.training and int(router.thresholds.updates) < router.expert_choice_updates
+
+
+def above_thresholds(router: ExpertThresholdRouter, z: list[list[float]]) -> tuple[list[list[int]], float]:
+    """Each token's experts whose thresholds its scores reach, and how close the closest call was."""
+    least = router.thresholds.threshold_E.tolist()
+    choices = [[e for e, (score, c) in enumerate(zip(z_t, least, strict=True)) if score >= c] for z_t in z]
+    return choices, min([math.inf, *(abs(s - c) for z_t in z for s, c in zip(z_t, least, strict=True))])
 
 
 def keep(

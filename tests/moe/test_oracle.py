@@ -7,7 +7,15 @@ from hypothesis import strategies as st
 from reference import reference_layer
 from tolerances import TERMS, assert_same
 
-from xmoe_fairseq.moe import ExpertChoiceRouter, HashRouter, MoELayer, Router, ThresholdRouter, TopKRouter
+from xmoe_fairseq.moe import (
+    ExpertChoiceRouter,
+    ExpertThresholdRouter,
+    HashRouter,
+    MoELayer,
+    Router,
+    ThresholdRouter,
+    TopKRouter,
+)
 from xmoe_fairseq.moe.balance import BALANCES
 from xmoe_fairseq.moe.rules import RULES
 
@@ -119,6 +127,28 @@ def test_hash(capacity_factor: float) -> None:
 def test_expert_choice(num_tokens: int, num_experts: int, per_token: float, seed: int) -> None:
     torch.manual_seed(seed)
     layer = layer_of(ExpertChoiceRouter(6, num_experts, min(per_token, num_experts)), 4, logit_scale=3.0)
+    x = torch.randn(num_tokens, 6, requires_grad=True)
+    assume(reference_layer(layer, x).margin > 1e-5)
+    check_against_oracle(layer, x)
+
+
+@given(
+    num_tokens=st.integers(0, 24),
+    num_experts=st.integers(1, 9),
+    per_token=st.sampled_from([0.5, 1, 2.3]),
+    expert_choice=st.booleans(),
+    training=st.booleans(),
+    seed=st.integers(0, 2**16),
+)
+@settings(max_examples=40)
+def test_expert_threshold(
+    num_tokens: int, num_experts: int, per_token: float, expert_choice: bool, training: bool, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    router = ExpertThresholdRouter(6, num_experts, min(per_token, num_experts), 2 * expert_choice)
+    layer = layer_of(router, 4, logit_scale=3.0).train(training)
+    router.thresholds.updates.fill_(1)
+    router.thresholds.threshold_E.normal_()
     x = torch.randn(num_tokens, 6, requires_grad=True)
     assume(reference_layer(layer, x).margin > 1e-5)
     check_against_oracle(layer, x)

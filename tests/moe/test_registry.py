@@ -18,7 +18,8 @@ def _as_before(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_every_file_registers_its_router() -> None:
-    assert list(registered_routers()) == ["threshold", "base", "expert_choice", "gshard", "hash", "topk"]
+    names = ["threshold", "base", "expert_choice", "expert_threshold", "gshard", "hash", "topk"]
+    assert list(registered_routers()) == names
 
 
 def test_the_readme_has_the_registered_routers() -> None:

@@ -14,12 +14,13 @@ from xmoe_fairseq.config import MoEConfig, read_moe_config
 from xmoe_fairseq.model_config import complete_namespace
 from xmoe_fairseq.models.language_model import XMoETransformerLanguageModelConfig
 from xmoe_fairseq.models.translation import XMoETransformerConfig, XMoETransformerModel
+from xmoe_fairseq.moe.routers.registry import registered_routers
 from xmoe_fairseq.moe.routers.threshold import max_experts_per_token
 from xmoe_fairseq.moe.routers.topk import experts_per_token
 from xmoe_fairseq_compat.errors import FlagError
 
 UNKNOWN = (
-    "--moe-router must be one of threshold, base, expert_choice, gshard, hash, topk, got best; a router of "
+    f"--moe-router must be one of {', '.join(registered_routers())}, got best; a router of "
     "somebody's own needs the --user-dir that registers it"
 )
 BAD = [
@@ -89,7 +90,31 @@ BAD = [
         {"moe_router_temperature": 0.5, "moe_router": "hash"},
         "--moe-router-temperature must be 1 with --moe-router hash, whose scores",
     ),
-    ({"moe_topk": 2}, "--moe-topk needs --moe-router expert_choice or topk, got threshold"),
+    (
+        {"moe_topk": 2},
+        "--moe-topk needs --moe-router expert_choice or expert_threshold or topk, got threshold",
+    ),
+    ({"moe_router": "expert_threshold", "moe_topk": 9}, "must be at most --moe-num-experts 8, got 9"),
+    (
+        {"moe_router": "expert_threshold", "moe_capacity_factor": 1.0},
+        "--moe-capacity-factor must be 0 with --moe-router expert_threshold, which has a capacity of its own",
+    ),
+    (
+        {"moe_router": "expert_threshold", "moe_expert_choice_updates": -1},
+        "--moe-expert-choice-updates must be 0 or more, got -1",
+    ),
+    (
+        {"moe_expert_choice_updates": 10},
+        "--moe-expert-choice-updates needs --moe-router expert_threshold, got threshold",
+    ),
+    (
+        {"moe_router": "expert_threshold", "moe_threshold_decay": 1.0},
+        "--moe-threshold-decay must be in [0, 1)",
+    ),
+    (
+        {"moe_threshold_decay": 0.9},
+        "--moe-threshold-decay needs --moe-router expert_threshold, got threshold",
+    ),
     ({"moe_router": "topk", "moe_topk": 9}, "must be at most --moe-num-experts 8, got 9"),
     ({"moe_router": "topk", "moe_topk": -1}, "--moe-topk must be 0 (= --moe-ffn-split) or more"),
     ({"moe_hash_table": "perfect"}, "--moe-hash-table must be one of balanced, random, got perfect"),

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from fairseq import metrics
+from commands import TRAIN
+from fairseq import checkpoint_utils, metrics
 from fairseq.sequence_generator import SequenceGenerator
-from parallel_runs import EXACT, LM, MT, assert_same_training, put_together, train
+from parallel_runs import EXACT, LM, MT, UNUSED, assert_same_training, put_together, train
 from tolerances import assert_same, printed
 from torch import nn
 from toy import (
@@ -23,7 +24,7 @@ from toy import (
 from xmoe_fairseq.build_moe import build_router
 from xmoe_fairseq.config import MoEConfig
 from xmoe_fairseq.criterions import MoECrossEntropyCriterion
-from xmoe_fairseq.moe import HashRouter, record_routing
+from xmoe_fairseq.moe import HashRouter, moe_layers, record_routing
 from xmoe_fairseq.moe.routers.registry import Place
 from xmoe_fairseq_compat.errors import FlagError
 
@@ -140,11 +141,20 @@ def test_gshard_losses_and_statistics_are_logged() -> None:
     assert logged["moe_decoder_rows_kept_E"].sum() <= 2 * tokens
 
 
+ET = ("--moe-router", "expert_threshold", "--moe-topk", 1)
 ROUTERS = {
     "hash": ("--moe-router", "hash"),
     "hash-random": ("--moe-router", "hash", "--moe-hash-table", "random"),
     "base": ("--moe-router", "base"),
     "expert_choice": ("--moe-router", "expert_choice", "--no-moe-decoder"),
+    "expert_threshold": (
+        "--moe-router",
+        "expert_threshold",
+        "--moe-topk",
+        1,
+        "--moe-expert-choice-updates",
+        3,
+    ),
     "gshard": ("--moe-router", "gshard"),
 }
 
@@ -168,6 +178,43 @@ def test_gshard_ranks_hold_the_same_experts(corpus: tuple[Path, Path]) -> None:
     flags = (corpus[1], *LM, *EXACT, *ROUTERS["gshard"], "--no-save", "--max-update", 3)
     runs = train(2, *flags, "--ddp-backend", "legacy_ddp")
     put_together([run["weights"] for run in runs], set(), 1)
+
+
+def steered(checkpoint: Path) -> dict[str, torch.Tensor]:
+    state = torch.load(checkpoint, weights_only=True)["model"]
+    return {name: value for name, value in state.items() if ".thresholds." in name}
+
+
+@pytest.mark.parametrize("first", [0, 2])
+def test_ranks_steer_expert_thresholds_as_one_process(first: int, corpus: tuple[Path, Path]) -> None:
+    """By all ranks' tokens, and not by those of a dummy batch; with and without expert choice."""
+    flags = (corpus[0], *MT, *EXACT, "--no-save", "--batch-size", 7, "--max-epoch", 1)
+    flags = (*flags, *ET, "--moe-expert-choice-updates", first)
+    runs = train(4, *flags, "--update-freq", 3, "--moe-expert-parallel-size", 2)
+    reference = train(1, *flags, "--update-freq", 12)[0]
+    assert_same_training(runs, reference, 2)
+    used = [log["moe_decoder_threshold 0"] / log["moe_decoder_tokens 0"] for log in reference["logs"]]
+    assert len(set(used)) == len(used) > 1
+
+
+def test_expert_thresholds_are_saved_and_resumed_bit_for_bit(
+    corpus: tuple[Path, Path], tmp_path: Path
+) -> None:
+    flags = (corpus[1], *LM, *TRAIN, *ET, "--moe-expert-choice-updates", 3, "--save-interval-updates", 2)
+    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
+    train(1, *flags, "--max-update", 5, "--save-dir", straight)
+    (middle,) = straight.glob("checkpoint_*_2.pt")
+    train(1, *flags, "--max-update", 5, "--save-dir", resumed, "--restore-file", middle)
+    expected = torch.load(straight / "checkpoint_last.pt", weights_only=True)["model"]
+    got = torch.load(resumed / "checkpoint_last.pt", weights_only=True)["model"]
+    assert all(torch.equal(got[name], value) for name, value in expected.items() if not UNUSED.search(name))
+    thresholds = steered(straight / "checkpoint_last.pt")
+    assert {str(value.dtype) for value in thresholds.values()} == {"torch.float32", "torch.int64"}
+    assert thresholds.keys() == steered(middle).keys()
+    assert not all(torch.equal(value, steered(middle)[name]) for name, value in thresholds.items())
+    (model,), _, _ = checkpoint_utils.load_model_ensemble_and_task([str(straight / "checkpoint_last.pt")])
+    (layer,) = moe_layers(model)
+    assert layer.router.thresholds.updates == 5
 
 
 def test_an_unknown_name_builds_no_router() -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from xmoe_fairseq.moe.losses import share_loss
-from xmoe_fairseq.moe.steered import Steered, of_all_ranks
+from xmoe_fairseq.moe.steered import Steered, step_each
 
 BALANCES = ("first", "all", "global", "bias", "none")
 SPEED = 1e-3  # u of arXiv 2408.15664; there of probabilities, here of the scores before softmax
@@ -44,10 +44,6 @@ class CountsRows(Steered, Balance):
 
     def count(self, rows_E: Tensor) -> None:
         self.counts(rows_E.device).add_(rows_E)
-
-    def step(self, rows_E: Tensor) -> None:
-        """Move, by the rows of all ranks since the last time."""
-        raise NotImplementedError
 
 
 class GlobalShare(CountsRows):
@@ -105,16 +101,6 @@ def balance_named(name: str, num_experts: int) -> Balance | None:
     return {"first": None, "all": AllChoices(), "none": Balance()}[name]
 
 
-@torch.no_grad()
 def step_balance(model: nn.Module) -> None:
-    """Move the state of every balance of `model`; to be called after each update.
-
-    With torch.distributed the counts of all ranks are added up in one exchange, which all ranks must enter:
-    W ranks then go as one that saw all the tokens.
-    """
-    steered = [module for module in model.modules() if isinstance(module, CountsRows)]
-    if not steered:
-        return
-    rows = of_all_ranks(torch.cat([balance.pop_counts() for balance in steered]))
-    for balance, rows_E in zip(steered, rows.split([each.num_counts for each in steered]), strict=True):
-        balance.step(rows_E)
+    """Move the state of every balance of `model`; to be called after each update (see `step_each`)."""
+    step_each(model, CountsRows)

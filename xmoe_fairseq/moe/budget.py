@@ -70,8 +70,8 @@ class Budget(Steered):
             counts_C[TAKEN] += taken_TK[:, 1:].sum()
         return taken_TK
 
-    def step(self, wanted: Tensor, counts_C: Tensor) -> None:
-        """Move t towards `wanted`; a layer without tokens keeps its t."""
+    def move(self, wanted: Tensor, counts_C: Tensor) -> None:
+        """Bring t nearer to `wanted`; a layer without tokens keeps its t."""
         tokens = counts_C[TOKENS]
         self._look(wanted, 1 + counts_C[TAKEN] / tokens)
         rate = torch.where(self.threshold == self.start, 1.0, RATE)
@@ -112,14 +112,18 @@ def level_for(counts_LC: Tensor, target_L: Tensor) -> Tensor:
     Args:
         counts_LC: (L, COUNTS) of L layers, as `Budget.pop_counts` gives them.
     """
-    choices_LB, tokens_L = counts_LC[:, :BINS].double(), counts_LC[:, TOKENS].double()
-    further_L1 = ((target_L - 1) * tokens_L).unsqueeze(1)
-    sum_LB = choices_LB.cumsum(dim=1)
-    bin_L1 = torch.searchsorted(sum_LB, further_L1).clamp_(max=BINS - 1)
-    inside_L1 = choices_LB.gather(1, bin_L1)
-    # Inside a bin the choices are taken to lie evenly.
-    part_L1 = (further_L1 - (sum_LB.gather(1, bin_L1) - inside_L1)) / inside_L1.clamp(min=1)
-    return ((bin_L1 + part_L1.clamp(0, 1)) / BINS).squeeze(1)
+    return place_of((target_L - 1) * counts_LC[:, TOKENS].double(), counts_LC[:, :BINS])
+
+
+def place_of(number_N: Tensor, counts_NB: Tensor) -> Tensor:
+    """(N,) in [0, 1]: below which place so many of those that each histogram has counted lie."""
+    counts_NB, number_N1 = counts_NB.double(), number_N.unsqueeze(1)
+    sum_NB = counts_NB.cumsum(dim=1)
+    bin_N1 = torch.searchsorted(sum_NB, number_N1).clamp_(max=counts_NB.size(1) - 1)
+    inside_N1 = counts_NB.gather(1, bin_N1)
+    # Inside a bin they are taken to lie evenly.
+    part_N1 = (number_N1 - (sum_NB.gather(1, bin_N1) - inside_N1)) / inside_N1.clamp(min=1)
+    return ((bin_N1 + part_N1.clamp(0, 1)) / counts_NB.size(1)).squeeze(1)
 
 
 @torch.no_grad()
@@ -136,4 +140,4 @@ def step_budgets(model: nn.Module) -> None:
     target_L = torch.tensor([budget.target for budget in budgets], device=counts_LC.device).double()
     level_L = level_for(counts_LC, target_L).float()
     for budget, level, counts_C in zip(budgets, level_L, counts_LC, strict=True):
-        budget.step(budget.rule.threshold(level), counts_C)
+        budget.move(budget.rule.threshold(level), counts_C)

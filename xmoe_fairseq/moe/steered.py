@@ -46,6 +46,10 @@ class Steered(nn.Module):
         counts_C = torch.zeros(self.num_counts, dtype=torch.long) if counts_C is None else counts_C
         return counts_C.to(next(self.buffers()).device)
 
+    def step(self, counts_C: Tensor) -> None:
+        """Move, by what all ranks have counted since the last time."""
+        raise NotImplementedError
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Steered":
         """`half()` and `bfloat16()` leave the state in fp32; it only moves to the device."""
         exact = dict(self.named_buffers())
@@ -66,3 +70,18 @@ def of_all_ranks(counts: Tensor) -> Tensor:
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(counts)
     return counts
+
+
+@torch.no_grad()
+def step_each(model: nn.Module, kind: type[Steered]) -> None:
+    """Move the state of all of this kind in `model`; to be called after each update.
+
+    With torch.distributed the counts of all ranks are added up in one exchange, which all ranks must enter:
+    W ranks then go as one that saw all the tokens.
+    """
+    steered = [module for module in model.modules() if isinstance(module, kind)]
+    if not steered:
+        return
+    counts = of_all_ranks(torch.cat([each.pop_counts() for each in steered]))
+    for each, counts_C in zip(steered, counts.split([each.num_counts for each in steered]), strict=True):
+        each.step(counts_C)

@@ -1,13 +1,13 @@
 """Expert choice: the experts choose tokens, not the tokens experts. For comparison."""
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from xmoe_fairseq.moe.routers.base import Router, by_preference
-from xmoe_fairseq.moe.routers.registry import Place, register_router
+from xmoe_fairseq.moe.routers.registry import Flag, Place, register_router
 from xmoe_fairseq.moe.routers.topk import TOPK, check_topk, experts_per_token
 
 
@@ -30,7 +30,7 @@ class ExpertChoiceRouter(Router):
     is_causal = False
     needs_balance_loss = False
     has_own_capacity = True
-    flags = (TOPK,)
+    flags: ClassVar[tuple[Flag, ...]] = (TOPK,)
     check = staticmethod(check_topk)
 
     def __init__(self, model_dim: int, num_experts: int, experts_per_token: float = 1.0) -> None:
@@ -49,13 +49,18 @@ class ExpertChoiceRouter(Router):
         return cls(place.model_dim, place.num_experts, experts_per_token=experts_per_token(place.config))
 
     def choose(self, logits_TE: Tensor, probs_TE: Tensor) -> tuple[Tensor, Tensor]:
-        tokens_each = math.ceil(probs_TE.size(0) * self.experts_per_token / self.num_experts)
-        # Of equally probable tokens the earlier one.
-        token_TE = torch.sort(probs_TE, dim=0, descending=True, stable=True).indices
-        taken_TE = torch.zeros_like(probs_TE, dtype=torch.bool)
-        taken_TE.scatter_(0, token_TE[:tokens_each], True)
         expert_TE = by_preference(probs_TE, self.num_experts)[1]
-        return expert_TE, taken_TE.gather(1, expert_TE)
+        return expert_TE, self.takes(logits_TE, probs_TE).gather(1, expert_TE)
+
+    def takes(self, logits_TE: Tensor, probs_TE: Tensor) -> Tensor:
+        """(T, E) bool: which expert takes which token."""
+        return self.best_of_batch(probs_TE)
+
+    def best_of_batch(self, score_TE: Tensor) -> Tensor:
+        """(T, E) bool: the `ceil(T * c / E)` highest scores of each expert; of equals the earlier token."""
+        tokens_each = math.ceil(score_TE.size(0) * self.experts_per_token / self.num_experts)
+        token_TE = torch.sort(score_TE, dim=0, descending=True, stable=True).indices
+        return torch.zeros_like(score_TE, dtype=torch.bool).scatter_(0, token_TE[:tokens_each], True)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, experts_per_token={self.experts_per_token}"
