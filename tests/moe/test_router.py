@@ -130,6 +130,20 @@ def test_a_fixed_threshold_takes_the_place_of_a_budget() -> None:
     assert router.threshold == 0.5 and router.rule.name == "probability"
 
 
+def test_top_p_takes_what_the_authors_of_the_entropy_loss_take() -> None:
+    """By their inference code (arXiv 2403.07652); and the mean entropy of the same probabilities."""
+    t, e = torch.arange(1, 7).double().unsqueeze(1), torch.arange(1, 9).double()
+    probs_TE = torch.softmax(2 * torch.sin(0.7 * t * e) + torch.cos(0.3 * t * t * e), dim=1)
+    taken = {
+        0.4: [[1], [0, 5], [6], [4], [5], [7, 4]],
+        0.8: [[1, 2, 0], [0, 5, 4], [6, 3], [4, 2, 6], [5, 3], [7, 4, 1, 2]],
+    }
+    for threshold, expected in taken.items():
+        routing = with_probs(ThresholdRouter(8, 8, threshold), probs_TE.tolist())
+        assert chosen(routing) == expected
+        assert routing.entropy_loss.item() == pytest.approx(1.3601, abs=1e-4)
+
+
 def test_topk() -> None:
     assert chosen(with_probs(TopKRouter(4, 4, k=2), PROBS)) == [[1, 3], [0, 1], [0, 1]]
     assert chosen(with_probs(TopKRouter(4, 4), PROBS)) == [[1], [0], [0]]

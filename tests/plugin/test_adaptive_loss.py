@@ -55,7 +55,7 @@ def test_the_adaptive_loss_needs_a_backend_that_bears_unused_weights(
     monkeypatch.setattr("fairseq.distributed.utils.get_global_world_size", lambda: ranks)
     cfg = MoEAdaptiveLossConfig(sentence_avg=False, ddp_backend="pytorch_ddp")
     if ranks == 1:
-        assert MoEAdaptiveLoss.build_criterion(cfg, task()).moe_loss_coeff == 0.01
+        assert MoEAdaptiveLoss.build_criterion(cfg, task()).loss_weights["load_balance_loss"] == 0.01
     else:
         with pytest.raises(ValueError, match="^--criterion moe_adaptive_loss needs --ddp-backend legacy_ddp"):
             MoEAdaptiveLoss.build_criterion(cfg, task())

@@ -2,6 +2,7 @@
 
 import io
 import math
+from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
@@ -19,11 +20,14 @@ from xmoe_fairseq.criterions import (
     MoELabelSmoothedCrossEntropyCriterion,
     routing_log,
 )
-from xmoe_fairseq.moe import RoutingStats, moe_layers, record_routing
+from xmoe_fairseq.moe import RoutingStats, ThresholdRouter, moe_layers, record_routing
 
 
-def criterion(sentence_avg: bool = False, coeff: float = 0.01, z_coeff: float = 0.0) -> Any:
-    return MoELabelSmoothedCrossEntropyCriterion(task(), sentence_avg, 0.1).weigh(coeff, z_coeff)
+def criterion(
+    sentence_avg: bool = False, coeff: float = 0.01, z_coeff: float = 0.0, entropy_coeff: float = 0.0
+) -> Any:
+    stock = MoELabelSmoothedCrossEntropyCriterion(task(), sentence_avg, 0.1)
+    return stock.weigh(coeff, z_coeff, entropy_coeff)
 
 
 def sample() -> dict[str, Any]:
@@ -35,12 +39,37 @@ def test_auxiliary_losses_are_scaled_by_the_sample_size_and_summed_over_layers(s
     model, batch = translation_model(), sample()
     with record_routing(model) as records:
         stock, size, _ = LabelSmoothedCrossEntropyCriterion(task(), sentence_avg, 0.1)(model, batch)
-    loss, same_size, logged = criterion(sentence_avg, coeff=0.3, z_coeff=0.2)(model, batch)
+    loss, same_size, logged = criterion(sentence_avg, 0.3, 0.2, 0.1)(model, batch)
     assert size == same_size
-    expected = sum(0.3 * r.load_balance_loss + 0.2 * r.z_loss for _, r in records) * size
+    entropies = [torch.distributions.Categorical(r.probs_TE).entropy().mean() for _, r in records]
+    expected = sum(0.3 * r.load_balance_loss + 0.2 * r.z_loss for _, r in records) + 0.1 * sum(entropies)
+    expected = expected * size
     assert len(records) == 3
     assert (loss - stock).item() == about(expected, scale=stock)
     assert logged["loss"].item() == about(stock)  # the task's own
+
+
+def test_the_entropy_loss_makes_a_threshold_take_fewer_experts() -> None:
+    """With exact gradients, also where a probability is 0; and of no tokens it is 0."""
+    router, x_TD = ThresholdRouter(4, 6, 0.9).double(), torch.randn(30, 4, dtype=torch.float64)
+    scores_TE = torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
+
+    def loss_of(scores_TE: torch.Tensor) -> torch.Tensor:
+        routing = router(torch.zeros(len(scores_TE), 4, dtype=torch.float64))
+        return replace(routing, probs_TE=torch.softmax(scores_TE, dim=1)).entropy_loss
+
+    assert torch.autograd.gradcheck(loss_of, scores_TE)
+    one = torch.tensor([[0.0, -2000.0, 0, 0, 0, 0]], dtype=torch.float64, requires_grad=True)
+    loss = loss_of(one)
+    loss.backward()
+    assert loss.item() == about(math.log(5)) and not one.grad.any()
+    assert loss_of(scores_TE[:0]) == 0
+    before, optimizer = router(x_TD).experts_per_token, torch.optim.SGD(router.parameters(), 1.0)
+    for _ in range(30):
+        optimizer.zero_grad()
+        router(x_TD).entropy_loss.backward()
+        optimizer.step()
+    assert router(x_TD).experts_per_token < before - 1
 
 
 @pytest.mark.parametrize("coeff", [0.0, 0.01])
@@ -255,7 +284,12 @@ def test_thresholds_by_layer_and_their_mean_in_the_log() -> None:
 
 
 @pytest.mark.parametrize(
-    "flag, kwargs", [("--moe-loss-coeff", {"coeff": -0.1}), ("--moe-z-loss-coeff", {"z_coeff": float("nan")})]
+    "flag, kwargs",
+    [
+        ("--moe-loss-coeff", {"coeff": -0.1}),
+        ("--moe-z-loss-coeff", {"z_coeff": float("nan")}),
+        ("--moe-entropy-coeff", {"entropy_coeff": float("inf")}),
+    ],
 )
 def test_coefficients_are_checked(flag: str, kwargs: dict) -> None:
     with pytest.raises(ValueError, match=f"{flag} must be 0 or more, got"):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from xmoe_fairseq.criterions.routing_log import SIDES, log_side, routing_sums
 from xmoe_fairseq.moe import Routing, moe_layers, record_routing
-from xmoe_fairseq_compat.errors import FlagError
+from xmoe_fairseq_compat.errors import FlagError, flag
 
 
 @dataclass
@@ -22,28 +22,47 @@ class MoELossConfig(FairseqDataclass):
     moe_z_loss_coeff: float = field(
         default=0.0, metadata={"help": "weight of the router z-loss, per MoE layer and unit of sample size"}
     )
+    moe_entropy_coeff: float = field(
+        default=0.0,
+        metadata={
+            "help": "weight of the mean entropy of a token's probabilities, per MoE layer and unit of sample "
+            "size: fewer experts then reach a threshold (1e-4 in arXiv 2403.07652)"
+        },
+    )
+
+
+# The auxiliary losses by their names in a Routing, and the fields above that weigh them.
+WEIGHTS = {
+    "load_balance_loss": "moe_loss_coeff",
+    "z_loss": "moe_z_loss_coeff",
+    "entropy_loss": "moe_entropy_coeff",
+}
 
 
 class MoELossMixin:
     """Put before one of fairseq's criterions.
 
     The loss to minimise is `task_loss + sample_size * sum over MoE layers (coeff * load_balance + z_coeff *
-    z_loss)`. What is logged as `loss` stays the task's own, so that it can be compared with a dense model's.
+    z_loss + entropy_coeff * entropy)`. What is logged as `loss` stays the task's own, so that it can be
+    compared with a dense model's.
     """
 
     of_adaptive_softmax = False
-    moe_loss_coeff, moe_z_loss_coeff = MoELossConfig.moe_loss_coeff, MoELossConfig.moe_z_loss_coeff
+    loss_weights = {name: getattr(MoELossConfig, coeff) for name, coeff in WEIGHTS.items()}
 
     @classmethod
     def build_criterion(cls, cfg: Any, task: Any) -> Any:
-        return super().build_criterion(cfg, task).weigh(cfg.moe_loss_coeff, cfg.moe_z_loss_coeff)
+        return super().build_criterion(cfg, task).weigh(*(getattr(cfg, coeff) for coeff in WEIGHTS.values()))
 
-    def weigh(self, moe_loss_coeff: float, moe_z_loss_coeff: float) -> Any:
+    def weigh(
+        self, moe_loss_coeff: float, moe_z_loss_coeff: float = 0.0, moe_entropy_coeff: float = 0.0
+    ) -> Any:
         """This criterion, with these weights of the auxiliary losses. Raises FlagError."""
-        for flag, value in (("--moe-loss-coeff", moe_loss_coeff), ("--moe-z-loss-coeff", moe_z_loss_coeff)):
+        given = (moe_loss_coeff, moe_z_loss_coeff, moe_entropy_coeff)
+        for coeff, value in zip(WEIGHTS.values(), given, strict=True):
             if not 0 <= value < float("inf"):
-                raise FlagError(f"{flag} must be 0 or more, got {value}")
-        self.moe_loss_coeff, self.moe_z_loss_coeff = moe_loss_coeff, moe_z_loss_coeff
+                raise FlagError(f"{flag(coeff)} must be 0 or more, got {value}")
+        self.loss_weights = dict(zip(WEIGHTS, given, strict=True))
         return self
 
     def forward(
@@ -65,8 +84,7 @@ class MoELossMixin:
 
     def auxiliary_loss(self, routings: Iterable[Routing]) -> Tensor | float:
         """A loss that does not count is left out: 0 times one that has overflowed would be NaN."""
-        weights = {"load_balance_loss": self.moe_loss_coeff, "z_loss": self.moe_z_loss_coeff}
-        used = {name: weight for name, weight in weights.items() if weight}
+        used = {name: weight for name, weight in self.loss_weights.items() if weight}
         terms = [used[name] * getattr(routing, name) for routing in routings for name in used]
         return torch.stack(terms).sum() if terms else 0.0
 

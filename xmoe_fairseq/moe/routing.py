@@ -42,6 +42,17 @@ class Routing:
         with torch.autocast(self.probs_TE.device.type, enabled=False):
             return self.z_loss_of()
 
+    @cached_property
+    def entropy_loss(self) -> Tensor:
+        """Scalar, differentiable: mean entropy of a token's probabilities in nats; 0 without tokens.
+
+        The smaller, the fewer experts reach t together. Huang et al. 2024, arXiv 2403.07652.
+        """
+        probs_TE = self.probs_TE
+        log_TE = probs_TE.clamp(min=torch.finfo(probs_TE.dtype).tiny).log()  # of 0: without infinite gradient
+        with torch.autocast(probs_TE.device.type, enabled=False):
+            return -(probs_TE * log_TE).sum() / max(self.num_tokens, 1)
+
     @property
     def num_tokens(self) -> int:
         return self.probs_TE.size(0)
