@@ -12,6 +12,7 @@ from xmoe_fairseq.moe import (
     HashRouter,
     MoELayer,
     Router,
+    SeqTopKRouter,
     ThresholdRouter,
     TopKRouter,
 )
@@ -44,6 +45,8 @@ def reference_layer(layer: MoELayer, x_TD: Tensor, ids_T: Tensor | None = None) 
         elif isinstance(router, ExpertChoiceRouter):
             own = scores if isinstance(router, ExpertThresholdRouter) else probs
             choices, margin = chosen_by_experts(router, [p.tolist() for p in own])
+        elif isinstance(router, SeqTopKRouter):
+            choices, margin = shared_choices(router, [p.tolist() for p in ranked], ids_T.tolist())
         else:
             chosen = [choose(layer, p.tolist()) for p in ranked]
             choices, margin = [c for c, _ in chosen], min([math.inf, *(m for _, m in chosen)])
@@ -68,7 +71,7 @@ def reference_layer(layer: MoELayer, x_TD: Tensor, ids_T: Tensor | None = None) 
         weights_TE=torch.stack(weights) if y else x_TD.new_zeros(0, num_experts),
         load_balance_loss=torch.zeros(())
         if isinstance(router, HashRouter | ExpertChoiceRouter)
-        else load_balance(probs, shares_to_balance(router, choices), num_experts),
+        else load_balance(probs, shares_to_balance(router, choices, probs), num_experts),
         wanted=sum(len(chosen) for chosen in choices),
         margin=margin,
     )
@@ -113,6 +116,22 @@ def chosen_by_experts(router: ExpertChoiceRouter, p: list[list[float]]) -> tuple
     return choices, margin
 
 
+def shared_choices(
+    router: SeqTopKRouter, p: list[list[float]], sentences: list[int]
+) -> tuple[list[list[int]], float]:
+    """Each token's experts when a sentence's tokens share k each, and how close the closest call was."""
+    choices: list[list[int]] = [[] for _ in p]
+    margin = math.inf
+    for sentence in set(sentences):
+        tokens = [t for t, number in enumerate(sentences) if number == sentence]
+        pairs = sorted((-p[t][e], t, e) for t in tokens for e in range(router.num_experts))
+        for _, t, e in pairs[: len(tokens) * router.k]:
+            choices[t].append(e)
+        gaps = [b - a for (a, *_), (b, *_) in zip(pairs, pairs[1:], strict=False)]
+        margin = min([margin, *(gap for gap in gaps if gap > 0)])
+    return choices, margin
+
+
 def of_batch(router: ExpertThresholdRouter) -> bool:
     return router.training and int(router.thresholds.updates) < router.expert_choice_updates
 
@@ -146,11 +165,11 @@ def feed_forward(layer: MoELayer, e: int, x_D: Tensor) -> Tensor:
     return w2 @ layer.experts.activation(w1 @ x_D + b1) + b2
 
 
-def shares_to_balance(router: Router, choices: list[list[int]]) -> list[float]:
+def shares_to_balance(router: Router, choices: list[list[int]], probs: list[Tensor]) -> list[float]:
     """Of each expert: what of the choices is its own, by those that --moe-balance looks at; 0 = no loss."""
     if isinstance(router.balancing, GlobalShare):  # of the last update
         return router.balancing.share_E.tolist()
-    counted = [chosen[0] for chosen in choices]
+    counted = [int(p.argmax()) for p in probs]  # also of a token without choices
     if isinstance(router.balancing, AllChoices):
         counted = [e for chosen in choices for e in chosen]
     is_loss = router.balancing is None or isinstance(router.balancing, AllChoices)

@@ -138,8 +138,9 @@ def _check_side(config: MoEConfig, kind: type[RouterKind], side: str, model_cfg:
         raise FlagError(f"--moe-freq must be at most --{side}-layers {most} (0 = dense), got {freq}")
     if side == "decoder" and not kind.is_causal:
         raise FlagError(
-            f"--moe-router {config.moe_router} cannot be used in a decoder: its experts choose among all "
-            "tokens, so a token would depend on later ones; add --no-moe-decoder or take another router"
+            f"--moe-router {config.moe_router} cannot be used in a decoder: it chooses among all tokens "
+            "of a batch or sentence, so one would depend on later ones; add --no-moe-decoder or take another "
+            "router"
         )
     for name in ("scale_fc", "quant_noise_pq", "quant_noise_scalar", "base_layers", f"{side}_layers_to_keep"):
         if own(name):

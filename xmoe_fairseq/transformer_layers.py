@@ -112,6 +112,8 @@ class _MoEFeedForward:
         ids, self._token_ids = self._token_ids, None
         if ids is not None:
             ids = ids[:, -x.size(0) :].transpose(0, 1)  # in incremental decoding x is the last token alone
+        if getattr(self.moe, "router", self.moe).goes_by_sentence:
+            ids = torch.arange(x.size(1), device=x.device).expand(x.shape[:2])
         y, _ = self.moe(x, None if mask is None else mask.transpose(0, 1), ids)
         return y
 

@@ -13,6 +13,7 @@ from xmoe_fairseq.moe import (
     HashRouter,
     MoELayer,
     Router,
+    SeqTopKRouter,
     ThresholdRouter,
     TopKRouter,
 )
@@ -152,6 +153,29 @@ def test_expert_threshold(
     x = torch.randn(num_tokens, 6, requires_grad=True)
     assume(reference_layer(layer, x).margin > 1e-5)
     check_against_oracle(layer, x)
+
+
+@given(
+    num_tokens=st.integers(0, 16),
+    num_experts=st.integers(1, 6),
+    k=st.integers(1, 4),
+    capacity_factor=st.sampled_from([0.0, 0.7]),
+    balance=st.sampled_from(["first", "all", "bias"]),
+    seed=st.integers(0, 2**16),
+)
+@settings(max_examples=40)
+def test_seq_topk(
+    num_tokens: int, num_experts: int, k: int, capacity_factor: float, balance: str, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    router = SeqTopKRouter(6, num_experts, min(k, num_experts))
+    layer = layer_of(router, 4, capacity_factor, logit_scale=3.0, min_capacity=1)
+    router.balance_by(balance)
+    for bias_E in router.buffers():
+        bias_E.normal_()
+    x, ids = torch.randn(num_tokens, 6, requires_grad=True), torch.randint(-1, 3, (num_tokens,))
+    assume(reference_layer(layer, x, ids).margin > 1e-5)
+    check_against_oracle(layer, x, ids=ids)
 
 
 @pytest.mark.parametrize("combine", ["probs", "ones"])

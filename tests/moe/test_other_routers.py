@@ -13,6 +13,7 @@ from xmoe_fairseq.moe import (
     HashRouter,
     MoELayer,
     RoutingStats,
+    SeqTopKRouter,
     ThresholdRouter,
     TopKRouter,
     balanced_table,
@@ -79,6 +80,21 @@ def test_tokens_compete_for_experts() -> None:
     assert router(x).combine_weights().bool().tolist() == [[True, False], [False, True]]
     stronger = torch.tensor([[9.0, 0.0], [0.0, 9.0]])
     assert not router(torch.cat([x, stronger])).combine_weights()[:2].all(dim=1).any()
+
+
+def test_a_sentence_s_tokens_share_their_choices() -> None:
+    """Four pairs of the first sentence's two tokens, two of the second's one; of equals the lower expert."""
+    router = SeqTopKRouter(3, 3, 2)
+    with torch.no_grad():
+        router.weight.copy_(torch.eye(3))
+    probs_TE = torch.tensor([[0.4, 0.35, 0.25], [0.98, 0.01, 0.01], [0.3, 0.3, 0.4]])
+    routing = router(probs_TE.log(), torch.tensor([7, 7, 2]))
+    taken = [[True, True, True], [True, False, False], [True, False, True]]
+    assert routing.combine_weights().bool().tolist() == taken
+    assert routing.rank_R.tolist() == [0, 1, 2, 0, 0, 1]
+    assert_same(routing.combine_weights(), probs_TE * torch.tensor(taken))
+    with pytest.raises(ValueError, match="a seq_topk router needs each token's sentence"):
+        router(probs_TE)
 
 
 def test_padding_takes_no_part_in_the_choice() -> None:

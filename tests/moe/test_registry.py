@@ -18,7 +18,7 @@ def _as_before(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_every_file_registers_its_router() -> None:
-    names = ["threshold", "base", "expert_choice", "expert_threshold", "gshard", "hash", "topk"]
+    names = ["threshold", "base", "expert_choice", "expert_threshold", "gshard", "hash", "seq_topk", "topk"]
     assert list(registered_routers()) == names
 
 

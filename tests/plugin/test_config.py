@@ -92,7 +92,7 @@ BAD = [
     ),
     (
         {"moe_topk": 2},
-        "--moe-topk needs --moe-router expert_choice or expert_threshold or topk, got threshold",
+        "--moe-topk needs --moe-router expert_choice or expert_threshold or seq_topk or topk, got threshold",
     ),
     ({"moe_router": "expert_threshold", "moe_topk": 9}, "must be at most --moe-num-experts 8, got 9"),
     (
@@ -115,12 +115,16 @@ BAD = [
         {"moe_threshold_decay": 0.9},
         "--moe-threshold-decay needs --moe-router expert_threshold, got threshold",
     ),
+    (
+        {"moe_router": "seq_topk"},
+        "--moe-router seq_topk cannot be used in a decoder: it chooses among all tokens of a batch",
+    ),
     ({"moe_router": "topk", "moe_topk": 9}, "must be at most --moe-num-experts 8, got 9"),
     ({"moe_router": "topk", "moe_topk": -1}, "--moe-topk must be 0 (= --moe-ffn-split) or more"),
     ({"moe_hash_table": "perfect"}, "--moe-hash-table must be one of balanced, random, got perfect"),
     (
         {"moe_router": "expert_choice"},
-        "--moe-router expert_choice cannot be used in a decoder: its experts choose among all tokens",
+        "--moe-router expert_choice cannot be used in a decoder: it chooses among all tokens",
     ),
     (
         {"moe_router": "expert_choice", "moe_capacity_factor": 1.0},
@@ -146,11 +150,11 @@ BAD = [
     ({"moe_balance": "even"}, "--moe-balance must be one of first, all, global, bias, none, got even"),
     (
         {"moe_balance": "bias", "moe_router": "hash"},
-        "--moe-balance needs --moe-router threshold or topk, got",
+        "--moe-balance needs --moe-router threshold or seq_topk or topk, got",
     ),
     (
         {"moe_balance": "none", "moe_router": "base"},
-        "--moe-balance needs --moe-router threshold or topk, got",
+        "--moe-balance needs --moe-router threshold or seq_topk or topk, got",
     ),
     ({"moe_combine": "sum"}, "--moe-combine must be one of probs, ones, and only --moe-router threshold and"),
     ({"moe_combine": "ones", "moe_router": "base"}, "threshold and topk take ones, got ones"),

@@ -126,6 +126,24 @@ def test_expert_choice_depends_on_the_batch_but_not_on_padding() -> None:
     assert not torch.allclose(encode(source[1:]), together[1:], atol=1e-3)
 
 
+def test_seq_topk_depends_on_its_own_sentence_alone() -> None:
+    """Whatever else is in the batch, and however much padding; its tokens take k experts on average."""
+    model = translation_model(moe_router="seq_topk", moe_topk=2, no_moe_decoder=True).eval()
+    source = sentences([4, 6], left_pad=True)
+
+    def encode(tokens: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad(), record_routing(model) as records:
+            encoded = model.encoder(tokens, tokens.ne(PAD).sum(dim=1))["encoder_out"][0].transpose(0, 1)
+        assert [routing.rows_wanted for _, routing in records] == [2 * int(tokens.ne(PAD).sum())] * 2
+        return encoded
+
+    together = encode(source)
+    wide = encode(torch.cat([torch.full((2, 5), PAD), source], dim=1))
+    assert_same(wide[:, 5:][source != PAD], together[source != PAD])
+    assert_same(encode(source[1:])[0], together[1])
+    assert_same(encode(source[:1, 2:])[0], together[0, 2:])
+
+
 def test_gshard_losses_and_statistics_are_logged() -> None:
     model = language_model(moe_router="gshard")
     criterion = MoECrossEntropyCriterion(task(), False).weigh(0.3, 0.0)
@@ -156,6 +174,7 @@ ROUTERS = {
         3,
     ),
     "gshard": ("--moe-router", "gshard"),
+    "seq_topk": ("--moe-router", "seq_topk", "--moe-topk", 2, "--no-moe-decoder"),
 }
 
 
@@ -170,6 +189,12 @@ def test_trains_through_the_criterion(router: str, corpus: tuple[Path, Path]) ->
 
 def test_hash_experts_are_shared_out_among_ranks(corpus: tuple[Path, Path]) -> None:
     flags = (corpus[1], *LM, *EXACT, *ROUTERS["hash-random"], "--no-save", "--max-update", 2)
+    runs = train(2, *flags, "--moe-expert-parallel-size", 2)
+    assert_same_training(runs, train(1, *flags, "--update-freq", 2)[0], 2)
+
+
+def test_ranks_train_seq_topk_as_one_process(corpus: tuple[Path, Path]) -> None:
+    flags = (corpus[0], *MT, *EXACT, *ROUTERS["seq_topk"], "--no-save", "--max-update", 2)
     runs = train(2, *flags, "--moe-expert-parallel-size", 2)
     assert_same_training(runs, train(1, *flags, "--update-freq", 2)[0], 2)
 

@@ -35,7 +35,8 @@ class RoutedLayer(nn.Module):
         Args:
             x: (..., D) tokens.
             padding_mask: (...) bool, True = padding; None = no padding.
-            token_ids: (...) for a router that goes by them; others pass them over.
+            token_ids: (...) for a router that goes by them, or by the numbers of their sentences; others pass
+                them over.
 
         Returns:
             y of x's shape and dtype, and the Routing of the non-padding tokens in row-major order.

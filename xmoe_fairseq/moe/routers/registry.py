@@ -47,6 +47,7 @@ class RouterKind:
     has_own_capacity: ClassVar[bool] = False  # else it takes capacity factors
     takes_ones: ClassVar[bool] = False  # --moe-combine ones
     goes_by_ids: ClassVar[bool] = False  # needs `ids_T`
+    goes_by_sentence: ClassVar[bool] = False  # needs the number of each token's sentence as `ids_T`
     flags: ClassVar[tuple[Flag, ...]] = ()
 
     counting: bool = True  # off while a batch runs that does not count in training: a rank's dummy batch

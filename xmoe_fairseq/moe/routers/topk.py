@@ -10,7 +10,7 @@ from xmoe_fairseq.moe.routers.base import BALANCE, Router, by_preference
 from xmoe_fairseq.moe.routers.registry import Flag, Place, register_router
 
 TOPK = Flag(
-    "moe_topk", 0, "experts per token, with expert_choice and expert_threshold on average; "
+    "moe_topk", 0, "experts per token, with expert_choice, expert_threshold and seq_topk on average; "
     "0 = --moe-ffn-split, the FLOPs of the dense FFN",
     rule="must be 0 (= --moe-ffn-split) or more", holds=lambda config: config.moe_topk >= 0,
     refused_elsewhere=True,
