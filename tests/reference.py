@@ -11,6 +11,7 @@ from xmoe_fairseq.moe import (
     ExpertThresholdRouter,
     HashRouter,
     MoELayer,
+    ReLURouter,
     Router,
     SeqTopKRouter,
     ThresholdRouter,
@@ -40,7 +41,11 @@ def reference_layer(layer: MoELayer, x_TD: Tensor, ids_T: Tensor | None = None) 
         probs = [torch.softmax(z, dim=0) for z in scores]
         bias = getattr(router.balancing, "bias_E", torch.zeros(num_experts))  # where a token chooses
         ranked = [torch.softmax(z + bias, dim=0) for z in scores]
-        if isinstance(router, ExpertThresholdRouter) and not of_batch(router):
+        if isinstance(router, ReLURouter):  # its "probabilities" are the scores themselves
+            probs = scores
+            choices = [[e for e in range(num_experts) if z[e] > 0] for z in scores]
+            margin = min([math.inf, *(abs(z_e) for z in scores for z_e in z.tolist())])
+        elif isinstance(router, ExpertThresholdRouter) and not of_batch(router):
             choices, margin = above_thresholds(router, [z.tolist() for z in scores])
         elif isinstance(router, ExpertChoiceRouter):
             own = scores if isinstance(router, ExpertThresholdRouter) else probs
@@ -69,9 +74,7 @@ def reference_layer(layer: MoELayer, x_TD: Tensor, ids_T: Tensor | None = None) 
     return Expected(
         y_TD=torch.stack(y) if y else x_TD,
         weights_TE=torch.stack(weights) if y else x_TD.new_zeros(0, num_experts),
-        load_balance_loss=torch.zeros(())
-        if isinstance(router, HashRouter | ExpertChoiceRouter)
-        else load_balance(probs, shares_to_balance(router, choices, probs), num_experts),
+        load_balance_loss=auxiliary_loss(router, probs, choices),
         wanted=sum(len(chosen) for chosen in choices),
         margin=margin,
     )
@@ -155,7 +158,8 @@ def keep(
     kept = set()
     for e in range(num_experts):
         candidates = [t for t, chosen in enumerate(choices) if e in chosen]
-        ranked = sorted((choices[t].index(e), -p[t][e], t) for t in candidates)
+        has_order = not isinstance(layer.router, ReLURouter)
+        ranked = sorted((choices[t].index(e) * has_order, -p[t][e], t) for t in candidates)
         kept |= {(t, e) for _, _, t in ranked[:capacity]}
     return kept
 
@@ -163,6 +167,20 @@ def keep(
 def feed_forward(layer: MoELayer, e: int, x_D: Tensor) -> Tensor:
     w1, b1, w2, b2 = (stack[e] for stack in layer.experts.stacked())
     return w2 @ layer.experts.activation(w1 @ x_D + b1) + b2
+
+
+def auxiliary_loss(router: Router, probs: list[Tensor], choices: list[list[int]]) -> Tensor:
+    if isinstance(router, HashRouter | ExpertChoiceRouter):
+        return torch.zeros(())
+    if isinstance(router, ReLURouter):
+        loss = sum([z.sum() * 0 for z in probs], torch.zeros(()))  # part of the graph, whoever is chosen
+        for t, chosen in enumerate(choices):
+            for e in chosen:  # ReMoE, eq. 10: E / (k T) x tokens of e, and the mean over tokens
+                tokens = sum(e in others for others in choices)
+                share = router.num_experts * tokens / (router.sparsity.target * len(choices))
+                loss = loss + float(router.sparsity.l1_coeff) * share * probs[t][e] / len(choices)
+        return loss
+    return load_balance(probs, shares_to_balance(router, choices, probs), router.num_experts)
 
 
 def shares_to_balance(router: Router, choices: list[list[int]], probs: list[Tensor]) -> list[float]:

@@ -51,6 +51,8 @@ def check_overrides(overrides: Mapping[str, Any], settings: Mapping[str, Any]) -
     if overrides.get(target):
         must = f"{target} must be 0 (to use moe_threshold): a trained model is steered no more"
         refuse(f"{must}, got {overrides[target]}")
+    if overrides.get("moe_topk") and settings.get("moe_router") == "relu":
+        refuse(f"moe_topk counts for nothing in a trained relu model, got {overrides['moe_topk']}")
     layers, rule = "moe_layer_thresholds", "moe_threshold_rule"
     for other, off, kind in ((target, 0, "trained with a budget"), (layers, "", "with a t for each layer")):
         if "moe_threshold" in overrides and settings.get(other):

@@ -38,20 +38,34 @@ class MoETrainer(Trainer):
         if dist.is_initialized():
             introduce()
         self.router_kind = router_kind(read_field(cfg.model, "moe_router", MoEConfig.moe_router))
-        needs_loss = read_field(cfg.model, "moe_balance", MoEConfig.moe_balance) not in ("bias", "none")
-        needs_loss = needs_loss and self.router_kind.needs_balance_loss
-        if needs_loss and not isinstance(criterion, MoELossMixin):
-            name = read_field(cfg.criterion, "_name", type(criterion).__name__)
-            balanced = [f"moe_{name}"] if f"moe_{name}" in CRITERION_REGISTRY else BALANCED
-            logger.warning(
-                f"--criterion {name} leaves out the load-balance loss, so tokens may crowd onto few experts;"
-                f" use {' or '.join(balanced)}"
-            )
+        self._check_criterion(cfg, criterion)
         self._load_report = LoadReport(cfg, model)
         self._valid_subset = ""
         if self.is_data_parallel_master:
             logger.info(describe_model(model, cfg.model))
             self._report_validations(task)
+
+    def _check_criterion(self, cfg: Any, criterion: Any) -> None:
+        """Whether the loss that the routers need is trained."""
+        name = read_field(cfg.criterion, "_name", type(criterion).__name__)
+        use = " or ".join([f"moe_{name}"] if f"moe_{name}" in CRITERION_REGISTRY else BALANCED)
+        is_moe = isinstance(criterion, MoELossMixin)
+        if self.router_kind.weighs_own_loss:
+            router = f"--moe-router {read_field(cfg.model, 'moe_router', MoEConfig.moe_router)}"
+            if not is_moe:
+                raise FlagError(
+                    f"{router} cannot be trained without its loss: use {use}, got --criterion {name}"
+                )
+            given = criterion.loss_weights["load_balance_loss"]
+            if given != MoELossMixin.loss_weights["load_balance_loss"]:
+                rule = f"must be left out with {router}, which steers its own"
+                raise FlagError(f"--moe-loss-coeff {rule}, got {given}")
+        needs_loss = read_field(cfg.model, "moe_balance", MoEConfig.moe_balance) not in ("bias", "none")
+        if needs_loss and self.router_kind.needs_balance_loss and not is_moe:
+            logger.warning(
+                f"--criterion {name} leaves out the load-balance loss, so tokens may crowd onto few experts;"
+                f" use {use}"
+            )
 
     def _report_validations(self, task: Any) -> None:
         """fairseq lets a task, and nobody else, see what a validation has logged."""

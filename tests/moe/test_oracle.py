@@ -12,6 +12,7 @@ from xmoe_fairseq.moe import (
     ExpertThresholdRouter,
     HashRouter,
     MoELayer,
+    ReLURouter,
     Router,
     SeqTopKRouter,
     ThresholdRouter,
@@ -176,6 +177,24 @@ def test_seq_topk(
     x, ids = torch.randn(num_tokens, 6, requires_grad=True), torch.randint(-1, 3, (num_tokens,))
     assume(reference_layer(layer, x, ids).margin > 1e-5)
     check_against_oracle(layer, x, ids=ids)
+
+
+@given(
+    num_tokens=st.integers(0, 24),
+    num_experts=st.integers(1, 9),
+    per_token=st.sampled_from([0.5, 1.0]),
+    capacity_factor=st.sampled_from([0.0, 0.5, 1.3]),
+    training=st.booleans(),
+    seed=st.integers(0, 2**16),
+)
+@settings(max_examples=60)
+def test_relu(num_tokens, num_experts, per_token, capacity_factor, training, seed) -> None:
+    torch.manual_seed(seed)
+    layer = layer_of(ReLURouter(6, num_experts, per_token), 4, capacity_factor, min_capacity=1)
+    layer.router.sparsity.l1_coeff.fill_(0.7)
+    x = torch.randn(num_tokens, 6, requires_grad=True)
+    assume(reference_layer(layer.train(training), x).margin > 1e-5)
+    check_against_oracle(layer, x)
 
 
 @pytest.mark.parametrize("combine", ["probs", "ones"])

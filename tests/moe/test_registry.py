@@ -18,8 +18,9 @@ def _as_before(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_every_file_registers_its_router() -> None:
-    names = ["threshold", "base", "expert_choice", "expert_threshold", "gshard", "hash", "seq_topk", "topk"]
-    assert list(registered_routers()) == names
+    assert list(registered_routers()) == [
+        "threshold", "base", "expert_choice", "expert_threshold", "gshard", "hash", "relu", "seq_topk", "topk"
+    ]  # fmt: skip
 
 
 def test_the_readme_has_the_registered_routers() -> None:

@@ -69,6 +69,17 @@ def test_ranks_balance_as_one_process(balance: str, size: int, corpus: tuple[Pat
     assert_same_training(runs, one_process(*flags, "--update-freq", 12), size)
 
 
+@pytest.mark.parametrize("size", [1, 2])
+def test_ranks_steer_a_relu_router_as_one_process(size: int, corpus: tuple[Path, Path]) -> None:
+    """Its lambda by all ranks' rows, and not by those of a dummy batch; its loss weighs as it says."""
+    flags = (*task_flags("translation", corpus), "--batch-size", 7, "--max-epoch", 1, "--moe-router", "relu")
+    runs = train(4, *flags, "--update-freq", 3, "--moe-expert-parallel-size", size)
+    reference = one_process(*flags, "--update-freq", 12)
+    assert_same_training(runs, reference, size)
+    used = [log["moe_decoder_l1_coeff 0"] / log["moe_decoder_tokens 0"] for log in reference["logs"]]
+    assert used == [pytest.approx(1e-8 * 1.2**update) for update in range(len(used))]
+
+
 def mean_threshold(log: dict[str, float]) -> float:
     return log["moe_decoder_threshold 0"] / log["moe_decoder_tokens 0"]
 

@@ -20,8 +20,8 @@ from xmoe_fairseq.moe.routers.topk import experts_per_token
 from xmoe_fairseq_compat.errors import FlagError
 
 UNKNOWN = (
-    f"--moe-router must be one of {', '.join(registered_routers())}, got best; a router of "
-    "somebody's own needs the --user-dir that registers it"
+    f"--moe-router must be one of {', '.join(registered_routers())}, got best; a router of somebody's own "
+    "needs the --user-dir that registers it"
 )
 BAD = [
     ({"moe_freq": -1}, "--moe-freq must be 0 (dense) or more, got -1"),
@@ -92,7 +92,7 @@ BAD = [
     ),
     (
         {"moe_topk": 2},
-        "--moe-topk needs --moe-router expert_choice or expert_threshold or seq_topk or topk, got threshold",
+        "--moe-topk needs --moe-router expert_choice or expert_threshold or relu or seq_topk or topk, got threshold",
     ),
     ({"moe_router": "expert_threshold", "moe_topk": 9}, "must be at most --moe-num-experts 8, got 9"),
     (
@@ -156,6 +156,11 @@ BAD = [
         {"moe_balance": "none", "moe_router": "base"},
         "--moe-balance needs --moe-router threshold or seq_topk or topk, got",
     ),
+    (
+        {"moe_balance": "all", "moe_router": "relu"},
+        "--moe-balance needs --moe-router threshold or seq_topk or topk",
+    ),
+    ({"moe_topk": 9, "moe_router": "relu"}, "must be at most --moe-num-experts 8, got 9"),
     ({"moe_combine": "sum"}, "--moe-combine must be one of probs, ones, and only --moe-router threshold and"),
     ({"moe_combine": "ones", "moe_router": "base"}, "threshold and topk take ones, got ones"),
     ({"moe_max_experts_per_token": -2}, "--moe-max-experts-per-token must be -1 (= 2 x --moe-ffn-split), 0"),

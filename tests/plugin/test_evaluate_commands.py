@@ -108,6 +108,10 @@ def test_threshold_and_k_can_be_changed_at_evaluation(
     [
         ("{'moe_threshold': -0.1}", "--moe-threshold must be in [0, 1], got -0.1"),
         ("{'moe_thresold': 0.5}", "has no setting moe_thresold; did you mean moe_threshold?"),
+        (
+            "{'moe_router': 'relu', 'moe_topk': 1}",
+            "moe_topk counts for nothing in a trained relu model, got 1",
+        ),
         ("{'moe_loss_coeff': 0.5}", "is no setting of a model, but a flag: --moe-loss-coeff"),
         ("{'dropuot': 0.5}", "has no setting dropuot; did you mean dropout?"),
         (
@@ -122,7 +126,7 @@ def test_threshold_and_k_can_be_changed_at_evaluation(
         ("{'moe_threshold': 'high'}", "moe_threshold must be of type float, got 'high'"),
         (
             "{'moe_router': 'best'}",
-            "hash, topk, got best; a router of somebody's own needs the --user-dir that registers it",
+            "topk, got best; a router of somebody's own needs the --user-dir that registers it",
         ),
     ],
 )

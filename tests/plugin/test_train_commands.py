@@ -232,6 +232,28 @@ ADAPTIVE = ("--criterion", "adaptive_loss", "--adaptive-softmax-cutoff", "10,20"
 
 
 @pytest.mark.parametrize(
+    "flags, message",
+    [
+        (
+            ("--criterion", "cross_entropy"),
+            "--moe-router relu cannot be trained without its loss: use moe_cross_entropy, got --criterion "
+            "cross_entropy",
+        ),
+        (
+            ("--criterion", "moe_cross_entropy", "--moe-loss-coeff", 0.1),
+            "--moe-loss-coeff must be left out with --moe-router relu, which steers its own, got 0.1",
+        ),
+    ],
+)
+def test_a_router_whose_loss_has_a_weight_of_its_own_is_trained_with_it(
+    flags: tuple[object, ...], message: str, corpus: tuple[Path, Path], tmp_path: Path
+) -> None:
+    once = ("--max-update", 1, "--no-save", "--save-dir", tmp_path, "--moe-router", "relu")
+    output = run("fairseq-train", corpus[1], *TINY_LM, *TRAIN, *once, *flags, succeeds=False)
+    assert output.strip().splitlines()[-1] == f"fairseq-train: error: {message}"
+
+
+@pytest.mark.parametrize(
     ("flags", "use"),
     [
         (("--criterion", "cross_entropy", "--moe-router", "topk"), "moe_cross_entropy"),

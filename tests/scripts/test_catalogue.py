@@ -112,9 +112,8 @@ def test_models_use_as_much_compute_as_the_dense_ffn() -> None:
     """What a token takes, in dense FFNs: experts per token over the split."""
     per_token = {"gshard": 2}
     for name, model in models().items():
-        adaptive = (
-            model.flags.get("moe-router") in ("threshold", "expert_threshold") and model.kind == "sparse"
-        )
+        is_adaptive = model.flags.get("moe-router") in ("threshold", "expert_threshold", "relu", "topany")
+        adaptive = is_adaptive and model.kind == "sparse"
         if model.kind in ("dense", "wide") or adaptive:
             continue
         args = options.parse_args_and_arch(

@@ -17,7 +17,10 @@ from xmoe_fairseq_compat.errors import FlagError, flag
 class MoELossConfig(FairseqDataclass):
     moe_loss_coeff: float = field(
         default=0.01,  # Switch Transformer, section 2.2
-        metadata={"help": "weight of the load-balance loss, per MoE layer and unit of sample size"},
+        metadata={
+            "help": "weight of the load-balance loss, per MoE layer and unit of sample size; "
+            "not of --moe-router relu, whose loss has a weight of its own, which is steered"
+        },
     )
     moe_z_loss_coeff: float = field(
         default=0.0, metadata={"help": "weight of the router z-loss, per MoE layer and unit of sample size"}
@@ -43,8 +46,8 @@ class MoELossMixin:
     """Put before one of fairseq's criterions.
 
     The loss to minimise is `task_loss + sample_size * sum over MoE layers (coeff * load_balance + z_coeff *
-    z_loss + entropy_coeff * entropy)`. What is logged as `loss` stays the task's own, so that it can be
-    compared with a dense model's.
+    z_loss + entropy_coeff * entropy)`, with 1 in the place of coeff where a router weighs its own loss. What
+    is logged as `loss` stays the task's own, so that it can be compared with a dense model's.
     """
 
     of_adaptive_softmax = False
@@ -84,8 +87,12 @@ class MoELossMixin:
 
     def auxiliary_loss(self, routings: Iterable[Routing]) -> Tensor | float:
         """A loss that does not count is left out: 0 times one that has overflowed would be NaN."""
-        used = {name: weight for name, weight in self.loss_weights.items() if weight}
-        terms = [used[name] * getattr(routing, name) for routing in routings for name in used]
+        terms = []
+        for routing in routings:
+            weights = dict(self.loss_weights)
+            if routing.loss_weight is not None:
+                weights["load_balance_loss"] = routing.loss_weight
+            terms += [weight * getattr(routing, name) for name, weight in weights.items() if weight]
         return torch.stack(terms).sum() if terms else 0.0
 
     @classmethod

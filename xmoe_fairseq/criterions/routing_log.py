@@ -120,8 +120,9 @@ def ratios(sums: dict[str, Tensor]) -> dict[str, float]:
     stats = RoutingStats(**{f.name: sums[f.name] for f in fields(RoutingStats)})
     flops = {name: sums[name].sum() for name in FLOPS}
     values = {name: ratio(stats, flops) for name, ratio in RATIOS.items()}
-    values |= {name: (sums[name] / stats.tokens).mean() for name in own_of_routers(sums)}
-    return {name: round(value.item(), 4) for name, value in values.items()}
+    own = {name: (sums[name] / stats.tokens).mean() for name in own_of_routers(sums)}
+    shown = {name: round(value.item(), 4) for name, value in values.items()}
+    return shown | {name: float(f"{value.item():.4g}") for name, value in own.items()}  # may be of any size
 
 
 def layer_stats(layers: list[RoutedLayer], meters: MetersDict | None) -> dict[str, RoutingStats]:

@@ -25,6 +25,7 @@ from xmoe_fairseq.moe.routers.expert_choice import ExpertChoiceRouter
 from xmoe_fairseq.moe.routers.expert_threshold import ExpertThresholdRouter, step_expert_thresholds
 from xmoe_fairseq.moe.routers.hash import HashRouter, balanced_table, random_table
 from xmoe_fairseq.moe.routers.registry import register_router
+from xmoe_fairseq.moe.routers.relu import ReLURouter, step_sparsity
 from xmoe_fairseq.moe.routers.seq_topk import SeqTopKRouter
 from xmoe_fairseq.moe.routers.threshold import ThresholdRouter
 from xmoe_fairseq.moe.routers.topk import TopKRouter
@@ -33,8 +34,8 @@ from xmoe_fairseq.moe.stats import RoutingStats
 
 __all__ = [
     "BaseRouter", "Budget", "ExpertChoiceRouter", "ExpertThresholdRouter", "Experts", "HashRouter",
-    "MoELayer", "RoutedLayer", "Router", "Routing", "RoutingStats", "SeqTopKRouter", "ThresholdRouter",
-    "TokenRouter", "TopKRouter", "balanced_table", "moe_layers", "random_table", "record_routing",
-    "register_kernel", "register_router", "step_balance", "step_budgets", "step_expert_thresholds",
-    "use_kernel",
+    "MoELayer", "ReLURouter", "RoutedLayer", "Router", "Routing", "RoutingStats", "SeqTopKRouter",
+    "ThresholdRouter", "TokenRouter", "TopKRouter", "balanced_table", "moe_layers", "random_table",
+    "record_routing", "register_kernel", "register_router", "step_balance", "step_budgets",
+    "step_expert_thresholds", "step_sparsity", "use_kernel",
 ]  # fmt: skip

@@ -25,6 +25,7 @@ class Routing:
     rows_wanted: int  # pairs that the router chose, before any capacity limit
     load_balance_of: Callable[[], Tensor]  # the losses, worked out when they are asked for: in generation
     z_loss_of: Callable[[], Tensor]  # nobody asks, and they would take a third of the router's time
+    loss_weight: float | None = None  # of load_balance_loss; None = what the criterion gives all of them
     all_ones: bool = False  # every weight_R is 1 and takes no gradient: no need to multiply
     # expert_R and its counts (E,), where the rows are in order of expert, and within one of token: no need to
     # sort. They hold for this very tensor, not for what `replace` puts in its place.

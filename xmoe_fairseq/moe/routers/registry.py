@@ -44,6 +44,7 @@ class RouterKind:
     depends_on_batch: ClassVar[str] = "no"  # or "in training", "yes"
     is_causal: ClassVar[bool] = True  # else it is refused in decoders: a token would depend on later ones
     needs_balance_loss: ClassVar[bool] = True  # else training without it gives no warning
+    weighs_own_loss: ClassVar[bool] = False  # no --moe-loss-coeff, and no training without its loss
     has_own_capacity: ClassVar[bool] = False  # else it takes capacity factors
     takes_ones: ClassVar[bool] = False  # --moe-combine ones
     goes_by_ids: ClassVar[bool] = False  # needs `ids_T`

@@ -10,8 +10,8 @@ from xmoe_fairseq.moe.routers.base import BALANCE, Router, by_preference
 from xmoe_fairseq.moe.routers.registry import Flag, Place, register_router
 
 TOPK = Flag(
-    "moe_topk", 0, "experts per token, with expert_choice, expert_threshold and seq_topk on average; "
-    "0 = --moe-ffn-split, the FLOPs of the dense FFN",
+    "moe_topk", 0, "experts per token; on average with expert_choice, expert_threshold, seq_topk and relu, "
+    "which trains towards it; 0 = --moe-ffn-split, the FLOPs of the dense FFN",
     rule="must be 0 (= --moe-ffn-split) or more", holds=lambda config: config.moe_topk >= 0,
     refused_elsewhere=True,
 )  # fmt: skip
