@@ -15,6 +15,7 @@ from xmoe_fairseq.moe import (
     Router,
     SeqTopKRouter,
     ThresholdRouter,
+    TopAnyRouter,
     TopKRouter,
 )
 from xmoe_fairseq.moe.balance import AllChoices, GlobalShare
@@ -47,6 +48,10 @@ def reference_layer(layer: MoELayer, x_TD: Tensor, ids_T: Tensor | None = None) 
             margin = min([math.inf, *(abs(z_e) for z in scores for z_e in z.tolist())])
         elif isinstance(router, ExpertThresholdRouter) and not of_batch(router):
             choices, margin = above_thresholds(router, [z.tolist() for z in scores])
+        elif isinstance(router, TopAnyRouter):
+            found = [choose_any(router, x_TD[t].to(dtype)) for t in range(num_tokens)]
+            choices, probs = [c for c, _, _ in found], [w for _, w, _ in found]
+            margin = min([math.inf, *(m for _, _, m in found)])
         elif isinstance(router, ExpertChoiceRouter):
             own = scores if isinstance(router, ExpertThresholdRouter) else probs
             choices, margin = chosen_by_experts(router, [p.tolist() for p in own])
@@ -103,6 +108,21 @@ def choose(layer: MoELayer, p: list[float]) -> tuple[list[int], float]:
         chosen.append(e)
         mass += p[e]
     return chosen[: router.max_experts_per_token or None], margin
+
+
+def choose_any(router: TopAnyRouter, x_D: Tensor) -> tuple[list[int], Tensor, float]:
+    """DynMoE: a token's experts, their weights (E,), and how close the closest call was."""
+    cosine = [w_D @ x_D / (w_D.norm() * x_D.norm()) for w_D in router.weight.to(x_D.dtype)]
+    score = [torch.sigmoid(c / router.temperature) for c in cosine]
+    passed = [
+        p - torch.sigmoid(g / router.temperature) for p, g in zip(score, router.threshold_E, strict=True)
+    ]
+    order = sorted(range(len(score)), key=lambda e: (passed[e].item() <= 0, -score[e].item(), e))
+    chosen = [e for e in order if passed[e] > 0] or order[:1]
+    chosen = chosen[: router.max_experts_per_token or None]
+    weight_E = torch.stack([(1 + (m - m.detach())) / len(chosen) for m in passed])
+    gaps = [(score[a] - score[b]).item() for a, b in zip(order, order[1:], strict=False)]
+    return chosen, weight_E, min([abs(m) for m in torch.stack(passed).tolist()] + [abs(gap) for gap in gaps])
 
 
 def chosen_by_experts(router: ExpertChoiceRouter, p: list[list[float]]) -> tuple[list[list[int]], float]:
@@ -172,6 +192,12 @@ def feed_forward(layer: MoELayer, e: int, x_D: Tensor) -> Tensor:
 def auxiliary_loss(router: Router, probs: list[Tensor], choices: list[list[int]]) -> Tensor:
     if isinstance(router, HashRouter | ExpertChoiceRouter):
         return torch.zeros(())
+    if isinstance(router, TopAnyRouter):  # DynMoE, eq. 7
+        length = [w_D.norm() for w_D in router.weight]
+        same = [[w @ v / (a * b) for v, b in zip(router.weight, length, strict=True)]
+                for w, a in zip(router.weight, length, strict=True)]  # fmt: skip
+        off = [(c - float(i == j)) ** 2 for i, row in enumerate(same) for j, c in enumerate(row)]
+        return torch.sqrt(torch.stack(off).sum()) + sum(length) / len(length)
     if isinstance(router, ReLURouter):
         loss = sum([z.sum() * 0 for z in probs], torch.zeros(()))  # part of the graph, whoever is chosen
         for t, chosen in enumerate(choices):

@@ -16,6 +16,7 @@ from xmoe_fairseq.moe import (
     Router,
     SeqTopKRouter,
     ThresholdRouter,
+    TopAnyRouter,
     TopKRouter,
 )
 from xmoe_fairseq.moe.balance import BALANCES
@@ -192,6 +193,30 @@ def test_relu(num_tokens, num_experts, per_token, capacity_factor, training, see
     torch.manual_seed(seed)
     layer = layer_of(ReLURouter(6, num_experts, per_token), 4, capacity_factor, min_capacity=1)
     layer.router.sparsity.l1_coeff.fill_(0.7)
+    x = torch.randn(num_tokens, 6, requires_grad=True)
+    assume(reference_layer(layer.train(training), x).margin > 1e-5)
+    check_against_oracle(layer, x)
+
+
+@given(
+    num_tokens=st.integers(0, 24),
+    num_experts=st.integers(2, 9),
+    limit=st.integers(0, 4),
+    capacity_factor=st.sampled_from([0.0, 0.5, 1.3]),
+    temperature=st.sampled_from([0.2, 1.0]),
+    training=st.booleans(),
+    seed=st.integers(0, 2**16),
+)
+@settings(max_examples=60)
+def test_topany(num_tokens, num_experts, limit, capacity_factor, temperature, training, seed) -> None:
+    torch.manual_seed(seed)
+    router = TopAnyRouter(6, num_experts, limit)
+    torch.nn.init.normal_(
+        router.weight
+    )  # as it begins, its loss is 0 but for rounding, a root without gradient
+    layer = layer_of(router, 4, capacity_factor, min_capacity=1)
+    router.threshold_E.data.uniform_(-0.5, 0.8)
+    router.temperature = temperature
     x = torch.randn(num_tokens, 6, requires_grad=True)
     assume(reference_layer(layer.train(training), x).margin > 1e-5)
     check_against_oracle(layer, x)

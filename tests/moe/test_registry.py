@@ -19,7 +19,8 @@ def _as_before(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_every_file_registers_its_router() -> None:
     assert list(registered_routers()) == [
-        "threshold", "base", "expert_choice", "expert_threshold", "gshard", "hash", "relu", "seq_topk", "topk"
+        "threshold", "base", "expert_choice", "expert_threshold", "gshard", "hash", "relu", "seq_topk",
+        "topany", "topk",
     ]  # fmt: skip
 
 

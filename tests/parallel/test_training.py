@@ -80,6 +80,23 @@ def test_ranks_steer_a_relu_router_as_one_process(size: int, corpus: tuple[Path,
     assert used == [pytest.approx(1e-8 * 1.2**update) for update in range(len(used))]
 
 
+def test_ranks_learn_thresholds_as_one_process(corpus: tuple[Path, Path]) -> None:
+    flags = (
+        *task_flags("language", corpus),
+        "--max-update",
+        3,
+        "--moe-router",
+        "topany",
+        "--moe-loss-coeff",
+        1,
+    )
+    runs = train(2, *flags, "--moe-expert-parallel-size", 2)
+    reference = one_process(*flags, "--update-freq", 2)
+    assert_same_training(runs, reference, 2)
+    learned = [value for name, value in reference["weights"].items() if name.endswith("threshold_E")]
+    assert learned and all(value.any() for value in learned)
+
+
 def mean_threshold(log: dict[str, float]) -> float:
     return log["moe_decoder_threshold 0"] / log["moe_decoder_tokens 0"]
 

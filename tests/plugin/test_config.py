@@ -161,6 +161,11 @@ BAD = [
         "--moe-balance needs --moe-router threshold or seq_topk or topk",
     ),
     ({"moe_topk": 9, "moe_router": "relu"}, "must be at most --moe-num-experts 8, got 9"),
+    (
+        {"moe_router": "topany", "moe_router_init_scale": 2.0},
+        "--moe-router-init-scale must be 1 with --moe-router topany, whose scores are cosines, got 2.0",
+    ),
+    ({"moe_router": "topany", "moe_balance": "bias"}, "--moe-balance needs --moe-router threshold or topk"),
     ({"moe_combine": "sum"}, "--moe-combine must be one of probs, ones, and only --moe-router threshold and"),
     ({"moe_combine": "ones", "moe_router": "base"}, "threshold and topk take ones, got ones"),
     ({"moe_max_experts_per_token": -2}, "--moe-max-experts-per-token must be -1 (= 2 x --moe-ffn-split), 0"),

@@ -29,6 +29,7 @@ ROUTERS = [
     {"moe_router": "base"},
     {"moe_router": "expert_threshold", "moe_topk": 2, "moe_expert_choice_updates": 9},
     {"moe_router": "relu"},
+    {"moe_router": "topany"},
     {"moe_router": "hash", "moe_hash_table": "random"},
 ]
 router_cases = pytest.mark.parametrize("router", ROUTERS, ids=lambda r: "-".join(str(v) for v in r.values()))

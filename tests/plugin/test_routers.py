@@ -176,6 +176,7 @@ ROUTERS = {
     "gshard": ("--moe-router", "gshard"),
     "seq_topk": ("--moe-router", "seq_topk", "--moe-topk", 2, "--no-moe-decoder"),
     "relu": ("--moe-router", "relu"),
+    "topany": ("--moe-router", "topany"),
 }
 
 

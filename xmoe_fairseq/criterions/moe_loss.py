@@ -18,8 +18,8 @@ class MoELossConfig(FairseqDataclass):
     moe_loss_coeff: float = field(
         default=0.01,  # Switch Transformer, section 2.2
         metadata={
-            "help": "weight of the load-balance loss, per MoE layer and unit of sample size; "
-            "not of --moe-router relu, whose loss has a weight of its own, which is steered"
+            "help": "weight of the load-balance loss (topany: of its own), per MoE layer and unit of sample "
+            "size; not of --moe-router relu, whose loss has a weight of its own, which is steered"
         },
     )
     moe_z_loss_coeff: float = field(

@@ -28,6 +28,7 @@ from xmoe_fairseq.moe.routers.registry import register_router
 from xmoe_fairseq.moe.routers.relu import ReLURouter, step_sparsity
 from xmoe_fairseq.moe.routers.seq_topk import SeqTopKRouter
 from xmoe_fairseq.moe.routers.threshold import ThresholdRouter
+from xmoe_fairseq.moe.routers.topany import TopAnyRouter
 from xmoe_fairseq.moe.routers.topk import TopKRouter
 from xmoe_fairseq.moe.routing import Routing
 from xmoe_fairseq.moe.stats import RoutingStats
@@ -35,7 +36,7 @@ from xmoe_fairseq.moe.stats import RoutingStats
 __all__ = [
     "BaseRouter", "Budget", "ExpertChoiceRouter", "ExpertThresholdRouter", "Experts", "HashRouter",
     "MoELayer", "ReLURouter", "RoutedLayer", "Router", "Routing", "RoutingStats", "SeqTopKRouter",
-    "ThresholdRouter", "TokenRouter", "TopKRouter", "balanced_table", "moe_layers", "random_table",
-    "record_routing", "register_kernel", "register_router", "step_balance", "step_budgets",
+    "ThresholdRouter", "TokenRouter", "TopAnyRouter", "TopKRouter", "balanced_table", "moe_layers",
+    "random_table", "record_routing", "register_kernel", "register_router", "step_balance", "step_budgets",
     "step_expert_thresholds", "step_sparsity", "use_kernel",
 ]  # fmt: skip

@@ -31,6 +31,12 @@ def layer_thresholds(config: Any) -> list[float]:
 
 THRESHOLD = 0.9  # the paper's
 
+MOST = Flag(
+    "moe_max_experts_per_token", -1, "keep only a token's first choices; 0 = no limit, "
+    "-1 = 2 x --moe-ffn-split, so never more than twice the dense FFN",
+    rule="must be -1 (= 2 x --moe-ffn-split), 0 (no limit) or more",
+    holds=lambda config: config.moe_max_experts_per_token >= -1,
+)  # fmt: skip
 FLAGS = (
     Flag(
         "moe_threshold", THRESHOLD, "t or tau of the rule: by mass a token takes experts until their "
@@ -55,12 +61,7 @@ FLAGS = (
         rule="must be 0 (off), or from 1 to --moe-max-experts-per-token (default: 2s) and --moe-num-experts",
         holds=target_is_possible, refused_elsewhere=True,
     ),
-    Flag(
-        "moe_max_experts_per_token", -1, "keep only a token's first choices; 0 = no limit, "
-        "-1 = 2 x --moe-ffn-split, so never more than twice the dense FFN",
-        rule="must be -1 (= 2 x --moe-ffn-split), 0 (no limit) or more",
-        holds=lambda config: config.moe_max_experts_per_token >= -1,
-    ),
+    MOST,
 )  # fmt: skip
 
 
