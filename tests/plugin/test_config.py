@@ -92,7 +92,7 @@ BAD = [
     ),
     (
         {"moe_topk": 2},
-        "--moe-topk needs --moe-router expert_choice or expert_threshold or relu or seq_topk or topk, got threshold",
+        "--moe-topk needs --moe-router expert_choice or expert_threshold or relu or seq_topk or topk, got",
     ),
     ({"moe_router": "expert_threshold", "moe_topk": 9}, "must be at most --moe-num-experts 8, got 9"),
     (
