@@ -1,5 +1,6 @@
 """What a checkpoint was, against what the command line makes of it."""
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 from xmoe_fairseq.config import MoEConfig
 from xmoe_fairseq.moe.routers.registry import RouterKind, flags_of_routers, registered_routers
 from xmoe_fairseq_compat.errors import CheckpointError
-from xmoe_fairseq_compat.misfits import check_left_out, other_sizes, settings_of
+from xmoe_fairseq_compat.misfits import as_flag, check_left_out, other_sizes, settings_of
 from xmoe_fairseq_compat.settings import as_dict
 
 # They change where the experts lie, what computes them, or how they began, not what a trained model computes.
@@ -30,13 +31,22 @@ def check_saved_settings(path: Any, state: Mapping[str, Any], model_cfg: Any) ->
     if not any(".moe." in name for name in state["model"]):
         raise CheckpointError(
             path,
-            f"it is dense, and this model has experts{other_sizes(saved, here)}; make it sparse with"
-            " xmoe-convert first, or leave the experts out with --moe-freq 0",
+            f"it is dense, and this model has experts{other_sizes(saved, here)}; make it sparse first, by"
+            f" {upcycling(path, here)}, or leave the experts out with --moe-freq 0",
         )
     changed = {name: (saved[name], here[name]) for name in counting(saved) if saved[name] != here[name]}
     if here["moe_router"] not in (saved.get("moe_router"), defaults["moe_router"]):  # asked to be another
         changed.pop("moe_router_args", None)
     check_left_out(path, {name: both for name, both in changed.items() if both[1] == defaults[name]})
+
+
+def upcycling(path: Any, here: Mapping[str, Any]) -> str:
+    """The command that makes a model of this one's experts out of a dense checkpoint."""
+    parts, (copies, rest) = here["moe_ffn_split"], divmod(here["moe_num_experts"], here["moe_ffn_split"])
+    sizes = f"--upcycle {'N' if rest else copies} --split {parts}"
+    further = [as_flag("moe_freq", here["moe_freq"])] if here["moe_freq"] != 1 else []
+    further += [as_flag(name) for name in ("no_moe_encoder", "no_moe_decoder") if here[name]]
+    return " ".join(["xmoe-convert", shlex.quote(str(path)), "moe.pt", sizes, *further])
 
 
 def counting(saved: Mapping[str, Any]) -> list[str]:

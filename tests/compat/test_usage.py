@@ -79,8 +79,8 @@ def test_a_required_setting_is_named() -> None:
 
 def test_a_wrong_call_of_xmoe_convert(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        argument_parser().parse_args(["dense.pt", "sparse.pt", "--split", "8"])
-    wanted = "xmoe-convert: error: the following arguments are required: --calibration\n"
+        argument_parser().parse_args(["dense.pt", "sparse.pt", "--calibration", "data"])
+    wanted = "xmoe-convert: error: the following arguments are required: --split\n"
     assert capsys.readouterr().err == wanted
 
 

@@ -4,14 +4,13 @@ import json
 import math
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from commands import PLUGIN, TRAIN, run
 from distributed import run_ranks
 from parallel_runs import fairseq_train
-from stock import SMALL, Stock
+from stock import LM, SMALL, Stock, one_by_one, outputs
 from tolerances import about, assert_same
 
 from xmoe_fairseq.batches import Batches
@@ -23,12 +22,6 @@ from xmoe_fairseq.thresholds import threshold_command
 from xmoe_fairseq.thresholds.checkpoint import open_meter
 from xmoe_fairseq_compat.errors import CheckpointError
 
-# The model of stock("lm"), as it is typed.
-LM = ("--task", "language_modeling", "--tokens-per-sample", "16", "--decoder-layers", "2",
-      "--decoder-embed-dim", "16", "--decoder-ffn-embed-dim", "64", "--decoder-attention-heads", "2",
-      "--decoder-output-dim", "16", "--decoder-input-dim", "16", "--dropout", "0", "--batch-size", "4",
-      "--criterion", "cross_entropy", "--disable-validation")  # fmt: skip
-
 
 @pytest.fixture(autouse=True)
 def few_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -39,24 +32,6 @@ def few_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
 def convert(dense: Path, sparse: Path, data: Path, *flags: str, split: int = 8) -> None:
     words = [str(dense), str(sparse), "--split", str(split), "--calibration", str(data), *SMALL, *flags]
     convert_command.convert(convert_command.argument_parser().parse_args(words))
-
-
-def outputs(model: Any, sample: dict[str, Any], pad: int) -> torch.Tensor:
-    with torch.no_grad():
-        return model(**sample["net_input"])[0][sample["target"].ne(pad)]
-
-
-def one_by_one(model: Any, sample: dict[str, Any], pad: int) -> torch.Tensor:
-    """As the generator runs the decoder: a token at a time, with what it keeps of the earlier ones."""
-    inputs, state, steps = sample["net_input"], {}, []
-    given = inputs.get("prev_output_tokens", inputs["src_tokens"])
-    with torch.no_grad():
-        source = {}
-        if "prev_output_tokens" in inputs:
-            source["encoder_out"] = model.encoder(inputs["src_tokens"], inputs["src_lengths"])
-        for length in range(1, given.size(1) + 1):
-            steps.append(model.decoder(given[:, :length], incremental_state=state, **source)[0])
-    return torch.cat(steps, dim=1)[sample["target"].ne(pad)]
 
 
 @pytest.mark.parametrize(

@@ -145,7 +145,7 @@ def test_a_dense_checkpoint_is_sent_to_the_converter(
     (got,) = said(1, corpus[1], *LM, *SHORT, 1, "--finetune-from-model", dense, folder=tmp_path)
     assert re.match(
         f"cannot load checkpoint {dense}: it is dense, and this model has experts .*--decoder-embed-dim 16, "
-        "here 32.*; make it sparse with xmoe-convert first",
+        f"here 32.*; make it sparse first, by xmoe-convert {dense} moe.pt --upcycle 4 --split 2 --moe-freq 2, or",
         got,
     )
 

@@ -33,12 +33,14 @@ class FeedForward:
         return self.activation(torch.addmm(self.fc1_bias, x_TD, self.fc1_weight.t()))
 
 
-def feed_forwards(model: nn.Module, sides: tuple[str, ...]) -> list[FeedForward]:
+def feed_forwards(model: nn.Module, sides: tuple[str, ...], freq: int) -> list[FeedForward]:
+    """Of every `freq`-th layer of each side, counted from 1."""
     found = []
     for side in sides:
         stack: Any = getattr(model, side)
         activation = utils.get_activation_fn(stack.cfg.activation_fn)
-        for index, layer in enumerate(stack.layers):
+        for index in range(freq - 1, len(stack.layers), freq):
+            layer = stack.layers[index]
             fc1, fc2 = layer.fc1, layer.fc2
             weights = (fc1.weight.detach(), fc1.bias.detach(), fc2.weight.detach(), fc2.bias.detach())
             found.append(FeedForward(f"{side}.layers.{index}", layer, *weights, activation))

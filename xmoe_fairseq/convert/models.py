@@ -2,24 +2,29 @@
 the sparse one, built by the plugin and filled with the parts of the dense one."""
 
 from argparse import Namespace
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from fairseq import checkpoint_utils, tasks
+from fairseq import checkpoint_utils, tasks, utils
 from fairseq.models import ARCH_MODEL_NAME_REGISTRY, MODEL_DATACLASS_REGISTRY, MODEL_REGISTRY
 from torch import Tensor, nn
 
-from xmoe_fairseq.config import read_field
+from xmoe_fairseq.config import MoEConfig, read_field
 from xmoe_fairseq.convert.ffn import FeedForward
 from xmoe_fairseq.model_config import complete_namespace
-from xmoe_fairseq.thresholds.checkpoint import check_is_file
+from xmoe_fairseq.thresholds.checkpoint import check_is_file, write_checkpoint
+from xmoe_fairseq.thresholds.report import Report, write_report
 from xmoe_fairseq_compat.components import check_components
 from xmoe_fairseq_compat.errors import FlagError, UserError
+from xmoe_fairseq_compat.misfits import as_flag
 
 SPARSE = "xmoe_"  # how the names of the plugin's models begin
 SIDES = {"transformer": ("encoder", "decoder"), "transformer_lm": ("decoder",)}
+TYPED = "flags of fairseq-train"  # in a report
+EXACT = 1e-4  # largest difference of log-probabilities from the dense model's, where there should be none
 # Their units are near 0 for most inputs, so whole groups of them can be left out.
 ACTIVATIONS = ("relu", "relu_squared", "gelu", "gelu_fast", "gelu_accurate")
 
@@ -32,19 +37,22 @@ class Dense:
     kind: str  # "transformer" or "transformer_lm"
 
 
-def read_dense(path: Path, binarised: str) -> Dense:
-    """With the data and dictionaries of a folder, or of several, joined by colons.
+def read_dense(path: Path, binarised: str | None) -> Dense:
+    """With the data and dictionaries of a folder, or of several, joined by colons; None = those it has had.
 
     Raises:
-        UserError: no such file or model, or one that cannot be converted.
+        UserError: no such file, data or model, or one that cannot be converted.
     """
     check_is_file(path)
-    state = checkpoint_utils.load_checkpoint_to_cpu(str(path), {"data": binarised})
+    state = checkpoint_utils.load_checkpoint_to_cpu(str(path), {"data": binarised} if binarised else {})
     cfg = state.get("cfg")
     if cfg is None or "model" not in state:
         raise UserError(f"{path} is no fairseq checkpoint: it has no configuration or no model")
-    kind = check_model(path, cfg.model)
+    kind = check_model(path, cfg.model, state["model"])
     check_components(path, cfg)
+    if not Path(utils.split_paths(cfg.task.data)[0]).is_dir():
+        gone = f"{path} was trained on {cfg.task.data}, which is not there"
+        raise FlagError(f"--calibration must be given: {gone}")
     task = tasks.setup_task(cfg.task)
     (model,), _, task = checkpoint_utils.load_model_ensemble_and_task([str(path)], task=task, state=state)
     for name, parameter in model.named_parameters():  # not the buffers: fairseq leaves one uninitialised
@@ -53,18 +61,15 @@ def read_dense(path: Path, binarised: str) -> Dense:
     return Dense(state, task, model.float().eval(), kind)
 
 
-def check_model(path: Path, model_cfg: Any) -> str:
+def check_model(path: Path, model_cfg: Any, weights: Iterable[str]) -> str:
     """What kind of model it is. Raises UserError."""
     name = read_field(model_cfg, "_name", None) or read_field(model_cfg, "arch", None)
-    kind = ARCH_MODEL_NAME_REGISTRY.get(name, name)
-    if kind in [SPARSE + each for each in SIDES]:
+    kind = str(ARCH_MODEL_NAME_REGISTRY.get(name, name)).removeprefix(SPARSE)  # --moe-freq 0 is dense
+    if kind in SIDES and any(".moe." in weight for weight in weights):
         raise UserError(f"{path} is sparse already: its model is {name}")
     if kind not in SIDES:
         raise UserError(f"{path} must hold a {' or '.join(SIDES)}, got {name}")
-    activation = read_field(model_cfg, "activation_fn", "relu")
-    if activation not in ACTIVATIONS:
-        raise UserError(f"{path}: --activation-fn must be one of {', '.join(ACTIVATIONS)}, got {activation}")
-    return str(kind)
+    return kind
 
 
 def converted_sides(dense: Dense, no_encoder: bool, no_decoder: bool) -> tuple[str, ...]:
@@ -75,22 +80,45 @@ def converted_sides(dense: Dense, no_encoder: bool, no_decoder: bool) -> tuple[s
     return sides
 
 
-def sparse_config(dense: Dense, ffns: list[FeedForward], split: int, sides: tuple[str, ...]) -> Namespace:
-    """Raises FlagError if an FFN cannot be cut so."""
+def sparse_config(
+    dense: Dense, ffns: list[FeedForward], args: Namespace, sides: tuple[str, ...], **settings: Any
+) -> Namespace:
+    """Of the sparse model.
+
+    Args:
+        args: of xmoe-convert.
+        settings: of the MoE layers; for others they have their defaults.
+
+    Raises:
+        FlagError: an FFN cannot be cut so, or nothing of it be left out.
+    """
+    activation = read_field(dense.state["cfg"].model, "activation_fn", "relu")
+    if not args.upcycle and activation not in ACTIVATIONS:
+        rule = f"must be one of {', '.join(ACTIVATIONS)}"
+        raise FlagError(f"{args.dense}: --activation-fn {rule}, got {activation}")
+    least = 1 if args.upcycle else 2
     for ffn in ffns:
         width = ffn.fc1_bias.numel()
-        if split < 2 or width % split:
-            rule = f"must be 2 or more and divide --{ffn.side}-ffn-embed-dim {width}"
-            raise FlagError(f"--split {rule}, got {split}")
+        if args.split < least or width % args.split:
+            rule = f"must be {least} or more and divide --{ffn.side}-ffn-embed-dim {width}"
+            raise FlagError(f"--split {rule}, got {args.split}")
     name = SPARSE + dense.kind
     namespace = complete_namespace(dense.state["cfg"].model, MODEL_DATACLASS_REGISTRY[name], dense.task)
     changes = {
-        "_name": name, "arch": name, "moe_freq": 1, "moe_router": "threshold", "moe_threshold": 1.0,
-        "moe_num_experts": split, "moe_ffn_split": split, "moe_max_experts_per_token": 0,
+        "_name": name, "arch": name, "moe_freq": args.moe_freq, "moe_ffn_split": args.split,
         "moe_combine": "ones", "no_moe_encoder": "encoder" not in sides,
         "no_moe_decoder": "decoder" not in sides,
     }  # fmt: skip
-    return Namespace(**{**vars(namespace), **changes})
+    defaults = {f.name: f.default for f in fields(MoEConfig)}
+    return Namespace(**{**vars(namespace), **defaults, **changes, **settings})
+
+
+def as_typed(config: Namespace, task: Any) -> str:
+    """As flags of fairseq-train, which makes a model of its command line, not of a checkpoint."""
+    plain = vars(complete_namespace(Namespace(), MODEL_DATACLASS_REGISTRY[config._name], task))
+    changed = {name: value for name, value in vars(config).items() if value != plain.get(name, value)}
+    words = (as_flag(n, v) for n, v in changed.items() if n != "_name" and v is not None and v is not False)
+    return " ".join([f"--arch {config.arch}", *words])
 
 
 def build_sparse(dense: Dense, config: Namespace, layers: dict[str, dict[str, Tensor]]) -> nn.Module:
@@ -112,6 +140,31 @@ def build_sparse(dense: Dense, config: Namespace, layers: dict[str, dict[str, Te
         values |= {f"{layer}.moe.{name}": value for name, value in parameters.items()}
     model.load_state_dict(values)
     return model.eval()
+
+
+def compare(dense: Dense, sparse: nn.Module, sample: dict[str, Any]) -> float:
+    """The largest difference of log-probabilities. Raises UserError if it is more than rounding: the dense
+    model has something that we miss."""
+    real = sample["target"].ne(dense.task.target_dictionary.pad())
+    with torch.no_grad():
+        ours, theirs = (
+            model.get_normalized_probs(model(**sample["net_input"]), log_probs=True)[real]  # type: ignore[operator]
+            for model in (sparse, dense.model)
+        )
+    if not (difference := float((ours - theirs).abs().max())) < EXACT:
+        raise UserError(f"the outputs differ from those of the dense model, by {difference:.2g}")
+    return difference
+
+
+def write_sparse(args: Namespace, dense: Dense, config: Namespace, model: nn.Module, report: Report) -> None:
+    """The checkpoint and, once it could be read, the report."""
+    write_checkpoint(args.sparse, dense.state, vars(config), model.state_dict())
+    try:
+        read_sparse(args.sparse, dense.task)
+    except Exception:
+        args.sparse.unlink()
+        raise
+    write_report(args.sparse, report)
 
 
 def read_sparse(path: Path, task: Any) -> nn.Module:

@@ -28,7 +28,7 @@ Place = tuple[nn.Module, nn.Module]  # of an FFN: its first module and its last
 class Quality:
     """Of one model at one setting of its thresholds."""
 
-    thresholds: list[float]  # of each MoE layer; none of a dense model
+    thresholds: list[float]  # of each MoE layer; none of a dense model, or as it is
     bits_per_token: float  # loss, per target token
     experts_per_token: float  # on average over layers; 0 of a dense model
     flops: float  # of the MoE layers, routers included, over those of the dense FFNs
@@ -68,10 +68,15 @@ class Meter:
     def in_use(self) -> list[float]:
         return [float(router.threshold_in_use) for router in self.routers]
 
+    def use(self, thresholds: Sequence[float]) -> None:
+        """None = the model as it is, with any router."""
+        if thresholds:
+            fix_thresholds(self.model, thresholds, self.rule.name)
+
     def measure(self, thresholds: Sequence[float]) -> Quality:
         if tuple(thresholds) in self.known:
             return self.known[tuple(thresholds)]
-        fix_thresholds(self.model, thresholds, self.rule.name)
+        self.use(thresholds)
         totals: dict[str, Any] = defaultdict(float)
         with record_routing(self.model) as records:
 
@@ -84,7 +89,7 @@ class Meter:
                         totals[name] += value
                 records.clear()
 
-            name = f"t {shorten(thresholds)}"
+            name = f"t {shorten(thresholds)}" if thresholds else "as it is"
             loss, seconds = run(self.model, self.places, self.batches, count, name)
         experts = float(totals["rows"]) / max(float(totals["tokens"]), 1.0)
         flops = float(totals["flops"]) / max(float(totals["flops_dense_ffn"]), 1.0)
@@ -115,7 +120,7 @@ class Meter:
 
     def seconds(self, thresholds: Sequence[float], batches: Batches) -> float:
         """Of all FFNs, per target token."""
-        fix_thresholds(self.model, thresholds, self.rule.name)
+        self.use(thresholds)
         return ffn_seconds(self.model, self.places, batches)
 
 

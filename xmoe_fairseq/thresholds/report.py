@@ -58,7 +58,7 @@ def table(report: Report) -> str:
     titles = [*HEAD, f"time / {report.name}"]
     rows = [
         [name, shorten(q.thresholds), f"{q.bits_per_token:.4f}", f"{q.perplexity:.2f}",
-         f"{q.experts_per_token:.2f}" if q.thresholds else "", f"{q.flops:.3f}",
+         f"{q.experts_per_token:.2f}" if q.experts_per_token else "", f"{q.flops:.3f}",
          f"{q.ffn_seconds * 1e6:.1f}", f"{time_ratio(q, report):.2f}"]
         for name, q in {report.name: report.reference, **report.rows}.items()
     ]  # fmt: skip
