@@ -70,8 +70,11 @@ def reference_layer(layer: MoELayer, x_TD: Tensor, ids_T: Tensor | None = None) 
         for e in choices[t]:
             if (t, e) in kept:
                 weight = weigh[t][e]
+                if layer.combine == "normalized":  # over all chosen ones, also those beyond a capacity
+                    weight = weight / sum(weigh[t][chosen] for chosen in choices[t])
                 if layer.output_bias is not None:
                     weight = 1 + weight - weight.detach()
+                weight = weight * layer.output_scale
                 y_t = y_t + weight * feed_forward(layer, e, x_TD[t])
                 weights_t = weights_t + weight * torch.eye(num_experts, dtype=dtype)[e]
         y.append(y_t)

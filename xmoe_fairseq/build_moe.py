@@ -48,6 +48,7 @@ def build_moe(
         expert_parallel_group=parallel.expert_group if parallel else None,
         combine=config.moe_combine,
         kernel=config.moe_kernel,
+        output_scale=config.moe_output_scale,
     )
 
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
-from xmoe_fairseq.flags import MoEConfig, read_field, takers_of_ones
+from xmoe_fairseq.flags import MoEConfig, read_field, takers_of, takes_weights
 from xmoe_fairseq.moe.experts.kernels import kernel_names
 from xmoe_fairseq.moe.layer import COMBINE
 from xmoe_fairseq.moe.routers.base import Router
@@ -77,6 +77,7 @@ _RULES: dict[str, Rule] = {
     "moe_ffn_split": _AT_LEAST_1,
     "moe_router_temperature": _SCALE,
     "moe_router_init_scale": _SCALE,
+    "moe_output_scale": _SCALE,
     "moe_capacity_factor": _CAPACITY,
     "moe_eval_capacity_factor": _CAPACITY,
     "moe_min_capacity": _AT_LEAST_1,
@@ -105,16 +106,18 @@ def _check_router(config: MoEConfig, kind: type[RouterKind]) -> None:
     def refuse(name: str, rule: str) -> None:
         raise FlagError(f"{flag(name)} {rule}, got {getattr(config, name)}")
 
+    here = f"with --moe-router {config.moe_router}"
     for f, takers in flags_of_routers().items():
         if not f.holds(config):
             refuse(f.name, f.rule)
         if f.refused_elsewhere and f not in kind.flags and getattr(config, f.name) != f.default:
             takes = " or ".join(takers)
             raise FlagError(f"{flag(f.name)} needs --moe-router {takes}, got {config.moe_router}")
-    if config.moe_combine not in COMBINE or config.moe_combine == "ones" and not kind.takes_ones:
-        only = f"only --moe-router {takers_of_ones()} take ones"
-        refuse("moe_combine", f"must be one of {', '.join(COMBINE)}, and {only}")
-    here = f"with --moe-router {config.moe_router}"
+    combine = config.moe_combine
+    if combine not in COMBINE:
+        refuse("moe_combine", f"must be one of {', '.join(COMBINE)}")
+    if not takes_weights(kind, combine):
+        refuse("moe_combine", f"must be probs {here}: only {takers_of(combine)} take {combine}")
     for name in ("moe_capacity_factor", "moe_eval_capacity_factor"):
         if kind.has_own_capacity and getattr(config, name):
             refuse(name, f"must be 0 {here}, which has a capacity of its own")

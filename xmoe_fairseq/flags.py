@@ -8,15 +8,19 @@ from typing import Any
 from fairseq.dataclass import FairseqDataclass
 
 from xmoe_fairseq.moe.experts.kernels import AUTO, kernel_names
-from xmoe_fairseq.moe.routers.registry import DEFAULT, flags_of_routers, registered_routers
+from xmoe_fairseq.moe.routers.registry import DEFAULT, RouterKind, flags_of_routers, registered_routers
 
 
 def _flag(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
 
 
-def takers_of_ones() -> str:
-    return " and ".join(name for name, kind in registered_routers().items() if kind.takes_ones)
+def takes_weights(kind: type[RouterKind], combine: str) -> bool:
+    return bool(getattr(kind, f"takes_{combine}", True))
+
+
+def takers_of(combine: str) -> str:
+    return ", ".join(name for name, kind in registered_routers().items() if takes_weights(kind, combine))
 
 
 @dataclass
@@ -38,8 +42,13 @@ class CommonFlags(FairseqDataclass):
     )  # fmt: skip
     moe_router_init_scale: float = _flag(1.0, "multiplies a router's initial weight; 1e-6 to 1e6")
     moe_combine: str = _flag(
-        "probs", "a chosen expert's output counts as often as it is probable (probs), or once (ones; what "
-        f"xmoe-convert makes of a dense model; only --moe-router {takers_of_ones()})"
+        "probs", "a chosen expert's output counts as often as it is probable (probs), as it is among "
+        f"the chosen (normalized; only --moe-router {takers_of('normalized')}), or once (ones; what "
+        f"xmoe-convert makes of a dense model; only --moe-router {takers_of('ones')})"
+    )  # fmt: skip
+    moe_output_scale: float = _flag(
+        1.0, "multiplies what the experts add up to; 1e-6 to 1e6. With probs that is far less at the start "
+        "than a dense FFN's output, the less the more experts there are"
     )  # fmt: skip
     moe_kernel: str = _flag(
         AUTO, f"what computes the experts: {', '.join(kernel_names())}; auto chooses by device, precision, "

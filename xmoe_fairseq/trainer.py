@@ -10,7 +10,7 @@ from fairseq.criterions import CRITERION_REGISTRY
 from fairseq.trainer import Trainer
 from torch import nn
 
-from xmoe_fairseq.activated import describe_model
+from xmoe_fairseq.activated import describe_model, planned_experts
 from xmoe_fairseq.config import MoEConfig, read_field, router_kind
 from xmoe_fairseq.criterions.moe_loss import MoELossMixin
 from xmoe_fairseq.failure import explain, introduce
@@ -34,6 +34,10 @@ class MoETrainer(Trainer):
         if backend not in DDP_BACKENDS:  # nobody has tried the others with experts
             use = "use legacy_ddp or pytorch_ddp"
             raise FlagError(f"--ddp-backend {backend} cannot be combined with MoE layers: {use}")
+        combine, planned = read_field(cfg.model, "moe_combine", "probs"), planned_experts(cfg.model)
+        if combine == "normalized" and planned and planned[1] <= 1:
+            why = "a single one weighs 1, which teaches the router nothing"
+            raise FlagError(f"--moe-combine normalized needs more than one expert per token: {why}")
         super().__init__(cfg, task, model, criterion, quantizer)
         if dist.is_initialized():
             introduce()

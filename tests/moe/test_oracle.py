@@ -20,6 +20,7 @@ from xmoe_fairseq.moe import (
     TopKRouter,
 )
 from xmoe_fairseq.moe.balance import BALANCES
+from xmoe_fairseq.moe.layer import COMBINE
 from xmoe_fairseq.moe.rules import RULES
 
 
@@ -30,6 +31,7 @@ def layer_of(
     logit_scale: float = 1.0,
     min_capacity: int = 4,
     combine: str = "probs",
+    output_scale: float = 1.0,
 ) -> MoELayer:
     num_experts, model_dim = router.weight.shape
     with torch.no_grad():
@@ -44,6 +46,7 @@ def layer_of(
         min_capacity,
         activation="gelu",
         combine=combine,
+        output_scale=output_scale,
     )
     for parameter in layer.parameters():  # an output bias starts at 0
         parameter.data.add_(0.0 if parameter.any() else torch.randn_like(parameter))
@@ -91,7 +94,8 @@ routers = st.one_of(
     capacity_factor=st.sampled_from([0.0, 0.5, 1.0, 1.3, 4.0]),
     min_capacity=st.integers(1, 6),
     logit_scale=st.sampled_from([0.1, 1.0, 10.0]),
-    combine=st.sampled_from(["probs", "ones"]),
+    combine=st.sampled_from(COMBINE),
+    output_scale=st.sampled_from([1.0, 5.0]),
     balance=st.sampled_from(BALANCES),
     training=st.booleans(),
     seed=st.integers(0, 2**16),
@@ -99,12 +103,13 @@ routers = st.one_of(
 @settings(max_examples=100)
 def test_random_layers(
     make_router, num_tokens, num_experts, model_dim, expert_dim, capacity_factor, min_capacity, logit_scale,
-    combine, balance, training, seed,
+    combine, output_scale, balance, training, seed,
 ) -> None:  # fmt: skip
     torch.manual_seed(seed)
     layer = layer_of(
-        make_router(model_dim, num_experts), expert_dim, capacity_factor, logit_scale, min_capacity, combine
-    )
+        make_router(model_dim, num_experts), expert_dim, capacity_factor, logit_scale, min_capacity, combine,
+        output_scale,
+    )  # fmt: skip
     layer.router.balance_by(balance)
     for state_E in layer.router.buffers():  # a bias, or shares
         state_E.copy_(torch.rand_like(state_E))
@@ -222,10 +227,12 @@ def test_topany(num_tokens, num_experts, limit, capacity_factor, temperature, tr
     check_against_oracle(layer, x)
 
 
-@pytest.mark.parametrize("combine", ["probs", "ones"])
+@pytest.mark.parametrize("combine", COMBINE)
 @pytest.mark.parametrize("dtype, terms", [(torch.float64, TERMS), (torch.bfloat16, 1)])
 def test_other_precisions(dtype: torch.dtype, terms: int, combine: str) -> None:
-    layer = layer_of(ThresholdRouter(8, 6, 0.7), 5, logit_scale=3.0, combine=combine).to(dtype)
+    layer = layer_of(ThresholdRouter(8, 6, 0.7), 5, logit_scale=3.0, combine=combine, output_scale=2.0).to(
+        dtype
+    )
     check_against_oracle(layer, torch.randn(20, 8, dtype=dtype, requires_grad=True), terms=terms)
 
 
@@ -277,7 +284,7 @@ def test_non_contiguous_input() -> None:
 @settings(max_examples=40)
 def test_padding_takes_no_part(lengths: list[int], left: bool, seed: int) -> None:
     torch.manual_seed(seed)
-    combine = "ones" if seed % 2 else "probs"
+    combine = COMBINE[seed % 3]
     layer = layer_of(ThresholdRouter(6, 5, 0.6), 4, capacity_factor=1.0, min_capacity=1, combine=combine)
     position = torch.arange(6).expand(len(lengths), 6)
     length = torch.tensor(lengths).unsqueeze(1)

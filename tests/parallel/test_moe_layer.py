@@ -86,8 +86,9 @@ def test_ranks_equal_one_wherever_the_tokens_go(case: str) -> None:
         compare([4, 3], lambda group: layer(group, k, tuple(FAVOURITES[case])))  # noqa: B023
 
 
-def test_ranks_equal_one_with_weights_of_one() -> None:
-    compare(TOKENS["uneven"], lambda group: layer(group, combine="ones"))
+@pytest.mark.parametrize("combine", ["ones", "normalized"])
+def test_ranks_equal_one_with_other_weights(combine: str) -> None:
+    compare(TOKENS["uneven"], lambda group: layer(group, combine=combine))
 
 
 def penalty_gradients(moe: MoELayer, x_TD: Tensor) -> dict[str, Tensor]:

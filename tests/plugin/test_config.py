@@ -165,9 +165,24 @@ BAD = [
         {"moe_router": "topany", "moe_router_init_scale": 2.0},
         "--moe-router-init-scale must be 1 with --moe-router topany, whose scores are cosines, got 2.0",
     ),
-    ({"moe_router": "topany", "moe_balance": "bias"}, "--moe-balance needs --moe-router threshold or topk"),
-    ({"moe_combine": "sum"}, "--moe-combine must be one of probs, ones, and only --moe-router threshold and"),
-    ({"moe_combine": "ones", "moe_router": "base"}, "threshold and topk take ones, got ones"),
+    (
+        {"moe_router": "topany", "moe_balance": "bias"},
+        "--moe-balance needs --moe-router threshold or seq_topk or topk",
+    ),
+    ({"moe_combine": "sum"}, "--moe-combine must be one of probs, ones, normalized, got sum"),
+    (
+        {"moe_combine": "ones", "moe_router": "base"},
+        "must be probs with --moe-router base: only threshold, topk take ones, got ones",
+    ),
+    (
+        {"moe_combine": "normalized", "moe_router": "hash"},
+        "must be probs with --moe-router hash: only threshold, expert_choice, ",
+    ),
+    ({"moe_output_scale": 0.0}, "--moe-output-scale must be from 1e-6 to 1e6, got 0.0"),
+    (
+        {"moe_output_scale": 2.0, "moe_router": "gshard"},
+        "--moe-output-scale must be 1 with --moe-router gshard, whose sums are fairscale's, got 2.0",
+    ),
     ({"moe_max_experts_per_token": -2}, "--moe-max-experts-per-token must be -1 (= 2 x --moe-ffn-split), 0"),
     ({"moe_capacity_factor": -0.5}, "--moe-capacity-factor must be 0 (dropless) or more, got -0.5"),
     (

@@ -26,6 +26,7 @@ ROUTERS = [
     {"moe_threshold_rule": "probability", "moe_threshold": 0.13},
     {"moe_threshold_rule": "relative", "moe_threshold": 0.4},
     {"moe_router": "topk", "moe_topk": 2},
+    {"moe_combine": "normalized", "moe_output_scale": 2.0},
     {"moe_router": "base"},
     {"moe_router": "expert_threshold", "moe_topk": 2, "moe_expert_choice_updates": 9},
     {"moe_router": "relu"},

@@ -206,6 +206,11 @@ def test_hydra_trains_a_translation_model_and_checks_flags(corpus: tuple[Path, P
         (("--moe-threshold", "1.5"), "--moe-threshold must be in [0, 1], got 1.5"),
         (("--moe-ffn-split", "5"), "--moe-ffn-split must divide --encoder-ffn-embed-dim 32, got 5"),
         (("--moe-loss-coeff", "-1"), "--moe-loss-coeff must be 0 or more, got -1.0"),
+        (
+            ("--moe-router", "topk", "--moe-topk", "1", "--moe-combine", "normalized"),
+            "--moe-combine normalized needs more than one expert per token: a single one weighs 1, which "
+            "teaches the router nothing",
+        ),
     ],
 )
 def test_wrong_flags_end_with_one_clear_line(

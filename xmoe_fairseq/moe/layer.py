@@ -1,5 +1,6 @@
 """The MoE layer: route, dispatch, compute, combine."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -16,7 +17,7 @@ from xmoe_fairseq.moe.routed_layer import RoutedLayer
 from xmoe_fairseq.moe.routers.base import TokenRouter
 from xmoe_fairseq.moe.routing import Routing
 
-COMBINE = ("probs", "ones")
+COMBINE = ("probs", "ones", "normalized")
 
 
 class MoELayer(RoutedLayer):
@@ -24,8 +25,10 @@ class MoELayer(RoutedLayer):
 
     Only the chosen (token, expert) rows are computed. Padding takes no part (`RoutedLayer`).
 
-    The weights w are the router's probabilities. With `combine="ones"` they are 1, and every token gets one
-    `output_bias`: parts of a dense FFN then add up to what it computed.
+    The weights w are the router's probabilities. With `combine="normalized"` these over their sum over the
+    token's experts, so softmax over the chosen scores (Shazeer et al. 2017, arXiv 1701.06538, eq. 3). With
+    `combine="ones"` they are 1, and every token gets one `output_bias`: parts of a dense FFN then add up to
+    what it computed.
 
     Args:
         model_dim: width D of a token.
@@ -40,9 +43,10 @@ class MoELayer(RoutedLayer):
         dense_ffn_dim: width of the FFN that this layer replaces, for counting FLOPs; None = expert_dim.
         name: what error messages call this layer.
         expert_parallel_group: the experts lie in equal slices on the ranks of this group; None = all here.
-        combine: "probs", or "ones" for `output_bias_D + sum_e FFN_e(x_t)` over the chosen experts.
+        combine: "probs", "normalized", or "ones" for `output_bias_D + sum_e FFN_e(x_t)`, over the chosen.
         side: "encoder" or "decoder", for statistics; "" = neither.
         kernel: what computes the experts; see `Experts`.
+        output_scale: all weights times this, whatever they are; not the output bias.
     """
 
     def __init__(
@@ -62,12 +66,12 @@ class MoELayer(RoutedLayer):
         combine: str = "probs",
         side: str = "",
         kernel: str = AUTO,
+        output_scale: float = 1.0,
     ) -> None:
         given, expected = (router.num_experts, router.model_dim), (num_experts, model_dim)
         if given != expected:
             raise ValueError(f"router must be for (num_experts, model_dim) = {expected}, got {given}")
-        if combine not in COMBINE:
-            raise ValueError(f"combine must be one of {', '.join(COMBINE)}, got {combine}")
+        check_weights(combine, output_scale)
         check_capacities(capacity_factor, eval_capacity_factor, min_capacity)
         flops = router.flops_per_token
         super().__init__(model_dim, expert_dim, num_experts, flops, dense_ffn_dim, name, side)
@@ -80,16 +84,14 @@ class MoELayer(RoutedLayer):
         sizes = (num_experts, model_dim, expert_dim)
         self.experts = Experts(*sizes, activation, activation_dropout, part, kernel)
         self.capacity_factor, self.eval_capacity_factor = capacity_factor, eval_capacity_factor
-        self.min_capacity, self.combine = min_capacity, combine
+        self.min_capacity, self.combine, self.output_scale = min_capacity, combine, output_scale
         self.output_bias: nn.Parameter | None = None
         if combine == "ones":  # a bias that counts once, whatever is chosen; of the experts' the sum would
             self.output_bias = nn.Parameter(torch.zeros(model_dim))
             nn.init.zeros_(self.experts.fc2_bias)
 
     def forward_tokens(self, x_TD: Tensor, ids_T: Tensor | None = None) -> tuple[Tensor, Routing]:
-        routing = self.limit(self.route(x_TD, ids_T))
-        if self.combine == "ones":
-            routing = weigh_one(routing, x_TD)
+        routing = self.weigh(self.route(x_TD, ids_T), x_TD)
         x_SD, rows, sent = self.dispatcher.dispatch(x_TD, routing)
         y_TD = self.dispatcher.combine(self.experts(x_SD, rows), sent)
         return y_TD if self.output_bias is None else y_TD + self.output_bias, routing
@@ -110,6 +112,17 @@ class MoELayer(RoutedLayer):
         capacity = expert_capacity(routing.num_tokens, self.num_experts, factor, self.min_capacity)
         return keep_within_capacity(routing, capacity)
 
+    def weigh(self, chosen: Routing, x_TD: Tensor) -> Routing:
+        """What is left of a choice within the capacity, with its weights."""
+        routing = self.limit(chosen)
+        if self.combine == "normalized":
+            routing = normalize(routing, chosen)
+        elif self.combine == "ones":
+            routing = weigh_one(routing, x_TD)
+        if self.output_scale == 1.0:
+            return routing
+        return replace(routing, weight_R=routing.weight_R * self.output_scale, all_ones=False)
+
     def expert_parameters(self) -> Iterator[nn.Parameter]:
         return self.experts.parameters()
 
@@ -119,8 +132,16 @@ class MoELayer(RoutedLayer):
     def extra_repr(self) -> str:
         return (
             f"capacity_factor={self.capacity_factor}, eval_capacity_factor={self.eval_capacity_factor}, "
-            f"min_capacity={self.min_capacity}, combine={self.combine}"
+            f"min_capacity={self.min_capacity}, combine={self.combine}, output_scale={self.output_scale}"
         )
+
+
+def check_weights(combine: str, output_scale: float) -> None:
+    """Raises ValueError."""
+    if combine not in COMBINE:
+        raise ValueError(f"combine must be one of {', '.join(COMBINE)}, got {combine}")
+    if not 0 < output_scale < math.inf:
+        raise ValueError(f"output_scale must be above 0 and finite, got {output_scale}")
 
 
 def check_routing(routing: Routing, num_tokens: int, num_experts: int) -> str:
@@ -135,6 +156,13 @@ def check_routing(routing: Routing, num_tokens: int, num_experts: int) -> str:
     if weight_R.dim() != 1 or not weight_R.is_floating_point() or weight_R.element_size() < 4:
         return f"weight_R (R,) in torch.float32 at least, got {weight_R.dtype}, {tuple(weight_R.shape)}"
     return ""
+
+
+def normalize(routing: Routing, chosen: Routing) -> Routing:
+    """Weights over their sum over all that a token chose: what a capacity drops is missing, but changes no
+    other weight. A single expert weighs 1, and teaches the router nothing."""
+    sum_T = chosen.weight_R.new_zeros(chosen.num_tokens).index_add(0, chosen.token_R, chosen.weight_R)
+    return replace(routing, weight_R=routing.weight_R / sum_T.index_select(0, routing.token_R))
 
 
 def weigh_one(routing: Routing, x_TD: Tensor) -> Routing:

@@ -30,6 +30,7 @@ class ExpertChoiceRouter(Router):
     is_causal = False
     needs_balance_loss = False
     has_own_capacity = True
+    takes_normalized = True
     flags: ClassVar[tuple[Flag, ...]] = (TOPK,)
     check = staticmethod(check_topk)
 

@@ -69,12 +69,15 @@ class GShardLayer(RouterKind, RoutedLayer):
     @classmethod
     def check(cls, config: Any, num_layers: int) -> None:
         size, kernel, experts = config.moe_expert_parallel_size, config.moe_kernel, config.moe_num_experts
+        scale = config.moe_output_scale
         here = "with --moe-router gshard"
         if size != 1:
             why = "(fairscale exchanges equal numbers of tokens only)"
             raise ValueError(f"--moe-expert-parallel-size must be 1 {here} {why}, got {size}")
         if kernel != AUTO:
             raise ValueError(f"--moe-kernel must be auto {here}, whose experts are fairscale's, got {kernel}")
+        if scale != 1:
+            raise ValueError(f"--moe-output-scale must be 1 {here}, whose sums are fairscale's, got {scale}")
         if experts < TOP:
             raise ValueError(f"--moe-num-experts must be at least {TOP} {here}, got {experts}")
 

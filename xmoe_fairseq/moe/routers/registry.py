@@ -46,7 +46,8 @@ class RouterKind:
     needs_balance_loss: ClassVar[bool] = True  # else training without it gives no warning
     weighs_own_loss: ClassVar[bool] = False  # no --moe-loss-coeff, and no training without its loss
     has_own_capacity: ClassVar[bool] = False  # else it takes capacity factors
-    takes_ones: ClassVar[bool] = False  # --moe-combine ones
+    takes_ones: ClassVar[bool] = False  # --moe-combine ones: its weights are probabilities
+    takes_normalized: ClassVar[bool] = False  # --moe-combine normalized: a token may have several experts
     goes_by_ids: ClassVar[bool] = False  # needs `ids_T`
     goes_by_sentence: ClassVar[bool] = False  # needs the number of each token's sentence as `ids_T`
     flags: ClassVar[tuple[Flag, ...]] = ()

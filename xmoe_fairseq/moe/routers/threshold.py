@@ -86,7 +86,7 @@ class ThresholdRouter(Router):
     """
 
     description = "XMoE: those that reach a probability of t together"
-    takes_ones = True
+    takes_ones = takes_normalized = True
     flags = (*FLAGS, BALANCE)
     deciding = ("candidates", "limit")
     rule: Rule

@@ -34,7 +34,7 @@ class TopKRouter(Router):
     """Every token takes its k most probable experts; k = 1 is Switch. Noise-free (Fedus et al. 2021)."""
 
     description = "the k most probable; k = 1 is Switch"
-    takes_ones = True
+    takes_ones = takes_normalized = True
     flags = (TOPK, BALANCE)
     check = staticmethod(check_topk)
 
