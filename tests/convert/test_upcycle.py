@@ -44,6 +44,9 @@ def both(side: str) -> list[str]:
         ("lm", (), 1, both("decoder")),
         ("lm", ("--moe-freq", 2), 8, ["decoder.layers.1"]),
         ("lm", threshold("mass", 0.75), 4, both("decoder")),
+        ("lm", ("--moe-topk", 8), 4, both("decoder")),
+        ("mt", ("--moe-topk", 8, "--moe-combine", "normalized"), 4, both("encoder") + both("decoder")),
+        ("lm", (*threshold("mass", 1.0), "--moe-combine", "normalized"), 4, both("decoder")),
         ("mt", ("--moe-freq", 2), 4, ["encoder.layers.1", "decoder.layers.1"]),
         ("mt", (*threshold("probability", 0.08), "--no-moe-decoder"), 4, both("encoder")),
         ("mt", (*threshold("relative", 0.001), "--no-moe-encoder"), 16, both("decoder")),
@@ -63,7 +66,8 @@ def test_it_begins_as_the_dense_model(
         assert_same(outputs(moe, sample, pad), expected)
         assert_same(one_by_one(moe, sample, pad), expected)
     row = report["rows"]["upcycled"]
-    assert row["experts_per_token"] == parts and row["flops"] == about(1 + 3 * parts / (2 * 64))
+    wholes = 2 if "--moe-topk" in flags else 1
+    assert row["experts_per_token"] == wholes * parts and row["flops"] == about(wholes + 3 * parts / (2 * 64))
     assert row["bits_per_token"] == about(report["reference"]["bits_per_token"])
 
 
@@ -82,6 +86,7 @@ def test_fairseq_train_goes_on_on_any_number_of_ranks(stock: Stock, tmp_path: Pa
     """With the flags that the report has. Its first loss is the dense model's; then the copies part."""
     path, data = stock("lm")
     report = upcycle(path, tmp_path / "moe.pt", copies=2)
+    assert "no-moe" not in report["about"][TYPED]
     flags = [
         data, *LM, *EXACT, *shlex.split(report["about"][TYPED]), "--criterion", "moe_cross_entropy",
         "--no-save", "--max-update", 2, going_on, tmp_path / "moe.pt",
@@ -103,6 +108,10 @@ def test_fairseq_train_goes_on_on_any_number_of_ranks(stock: Stock, tmp_path: Pa
         (("--upcycle", 2, "--budget", 0.5), "--budget cannot be combined with --upcycle, got 0.5"),
         (("--upcycle", 2, "--moe-threshold", 0.5), "--moe-threshold needs --moe-router threshold"),
         (("--upcycle", 2, "--moe-threshold-rule", "relative"), "--moe-threshold-rule needs --moe-router"),
+        (("--upcycle", 2, "--moe-topk", 6), "--moe-topk needs --moe-router topk, and must be a multiple of"),
+        (("--upcycle", 2, "--moe-topk", 12), "--moe-topk (default: --moe-ffn-split) must be at most"),
+        (("--upcycle", 2, "--split", 1, "--moe-combine", "normalized"), "needs more than one expert"),
+        (("--moe-combine", "normalized"), "--moe-combine needs --upcycle, got normalized"),
         (("--upcycle", 2, "--moe-router", "threshold"), "must be in [0.75, 1] by the rule mass"),
         (("--upcycle", 2, *threshold("mass", 0.7)), "must be in [0.75, 1] by the rule mass"),
         (("--upcycle", 2, *threshold("probability", 0.125)), "must be in [0, 0.125) by the rule prob"),

@@ -25,7 +25,7 @@ from xmoe_fairseq.convert.finetune import TUNED, finetune
 from xmoe_fairseq.convert.grouping import GROUPINGS, CoActivation, group
 from xmoe_fairseq.convert.models import Dense
 from xmoe_fairseq.convert.router_fit import ROWS, Parts, RouterFit
-from xmoe_fairseq.convert.upcycle import ROUTERS, check_upcycling, upcycle
+from xmoe_fairseq.convert.upcycle import add_flags, check_upcycling, upcycle
 from xmoe_fairseq.moe.records import fix_thresholds
 from xmoe_fairseq.moe.rules import RULES, rule_named
 from xmoe_fairseq.thresholds.checkpoint import settings_for
@@ -48,10 +48,6 @@ def argument_parser() -> argparse.ArgumentParser:
     add("sparse", type=Path, help="checkpoint to write; must not exist yet. A report is written beside it")
     add("--split", type=int, required=True,
         help="experts that an FFN is cut into, such as 8, 16, 32; must divide it")  # fmt: skip
-    add("--upcycle", type=int, metavar="N", help="N copies of each FFN, each cut so; nothing is left out")
-    add("--moe-router", choices=ROUTERS, default=ROUTERS[0], help="of --upcycle: a token takes --split "
-        "experts (topk), or at most so many (threshold) (default: %(default)s)")  # fmt: skip
-    add("--moe-threshold", type=float, metavar="T", help="of --upcycle and --moe-router threshold")
     add("--moe-freq", type=int, default=1, metavar="N", help="only every Nth layer (default: %(default)s)")
     add("--calibration", type=Path, metavar="DATA", help="folder of data-prep or fairseq-preprocess: train, "
         "valid (default, of --upcycle alone: what DENSE was trained on)")  # fmt: skip
@@ -73,6 +69,7 @@ def argument_parser() -> argparse.ArgumentParser:
         help="the router, or also the experts (default: %(default)s)")  # fmt: skip
     add("--finetune-lr", type=float, default=5e-4, help="of Adam, falling to 0 (default: %(default)s)")
     add("--seed", type=int, default=1, help="default: %(default)s")
+    add_flags(parser)
     return parser
 
 

@@ -106,8 +106,7 @@ def sparse_config(
     namespace = complete_namespace(dense.state["cfg"].model, MODEL_DATACLASS_REGISTRY[name], dense.task)
     changes = {
         "_name": name, "arch": name, "moe_freq": args.moe_freq, "moe_ffn_split": args.split,
-        "moe_combine": "ones", "no_moe_encoder": "encoder" not in sides,
-        "no_moe_decoder": "decoder" not in sides,
+        "moe_combine": "ones", **{f"no_moe_{side}": side not in sides for side in SIDES[dense.kind]},
     }  # fmt: skip
     defaults = {f.name: f.default for f in fields(MoEConfig)}
     return Namespace(**{**vars(namespace), **defaults, **changes, **settings})

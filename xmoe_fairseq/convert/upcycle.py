@@ -5,7 +5,7 @@ are the N copies of a part. A token takes one copy, whichever: the model begins 
 the copies part as they are trained by different tokens. That is fairseq-train's affair.
 """
 
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -23,10 +23,22 @@ from xmoe_fairseq.thresholds.measure import Meter, ffn_seconds, measure_dense
 from xmoe_fairseq.thresholds.report import Report
 from xmoe_fairseq_compat.errors import FlagError, flag
 
-ROUTERS = ("topk", "threshold")
-ONLY = ("moe_router", "moe_threshold")  # flags that are for upcycling alone
+ROUTERS, COMBINES = ("topk", "threshold"), ("ones", "normalized")
+ONLY = ("moe_router", "moe_threshold", "moe_topk", "moe_combine")  # flags that are for upcycling alone
 NEVER = ("calibration_tokens", "grouping", "budget", "max_loss", "per_layer", "finetune_updates", "finetune",
          "finetune_lr")  # fmt: skip
+
+
+def add_flags(parser: ArgumentParser) -> None:
+    add = parser.add_argument_group("upcycling").add_argument
+    add("--upcycle", type=int, metavar="N", help="N copies of each FFN, each cut so; nothing is left out")
+    add("--moe-router", choices=ROUTERS, default=ROUTERS[0],
+        help="a token takes --moe-topk experts, or --split at most (default: %(default)s)")  # fmt: skip
+    add("--moe-threshold", type=float, metavar="T", help="of --moe-router threshold")
+    add("--moe-topk", type=int, default=0, metavar="K",
+        help="of --moe-router topk: a multiple of --split, so many whole copies (default: one)")  # fmt: skip
+    add("--moe-combine", choices=COMBINES, default=COMBINES[0],
+        help="weights of the experts (default: %(default)s)")  # fmt: skip
 
 
 def check_upcycling(args: Namespace, default: Callable[[str], Any]) -> None:
@@ -40,16 +52,28 @@ def check_upcycling(args: Namespace, default: Callable[[str], Any]) -> None:
         if getattr(args, name) != default(name):
             rule = "cannot be combined with" if upcycles else "needs"
             raise FlagError(f"{flag(name)} {rule} --upcycle, got {getattr(args, name)}")
-    if upcycles and not (args.upcycle > 0 and args.split > 0):
-        raise FlagError(f"--upcycle and --split must be at least 1, got {args.upcycle} and {args.split}")
-    if upcycles and args.moe_router == "threshold":
+    if not upcycles:
+        return
+    check_copies(args)
+    if args.moe_router == "threshold":
         rule, begins_whole = taking_a_copy(args)
         if given is None or not begins_whole(given):
             begin = f"{rule} by the rule {args.moe_threshold_rule}, to begin as the dense model"
             raise FlagError(f"--moe-threshold must be {begin}, got {given}")
-    elif given is not None or upcycles and args.moe_threshold_rule != default("moe_threshold_rule"):
-        named = "--moe-threshold" if given is not None else "--moe-threshold-rule"
-        raise FlagError(f"{named} needs --moe-router threshold, got --moe-router {args.moe_router}")
+    for name in ("moe_threshold", "moe_threshold_rule") if args.moe_router != "threshold" else ():
+        if getattr(args, name) != default(name):
+            raise FlagError(f"{flag(name)} needs --moe-router threshold, got --moe-router {args.moe_router}")
+
+
+def check_copies(args: Namespace) -> None:
+    """Raises FlagError."""
+    if not (args.upcycle > 0 and args.split > 0):
+        raise FlagError(f"--upcycle and --split must be at least 1, got {args.upcycle} and {args.split}")
+    if args.moe_topk and (args.moe_router != "topk" or args.moe_topk < 0 or args.moe_topk % args.split):
+        rule = f"needs --moe-router topk, and must be a multiple of --split {args.split}"
+        raise FlagError(f"--moe-topk {rule}, got {args.moe_topk}")
+    if args.moe_combine == "normalized" and (args.moe_topk or args.split) == 1:
+        raise FlagError("--moe-combine normalized needs more than one expert per token: add --moe-topk")
 
 
 def taking_a_copy(args: Namespace) -> tuple[str, Callable[[float], bool]]:
@@ -70,13 +94,17 @@ def upcycle(args: Namespace, dense: Dense, ffns: list[FeedForward], sides: tuple
         "moe_router": args.moe_router, "moe_num_experts": args.upcycle * args.split,
         # Of first choices all would be the first part of some copy.
         "moe_balance": "all",
+        "moe_combine": args.moe_combine, "moe_topk": args.moe_topk,
+        # Of several copies the mean; normalized weights add up to 1, and the parts of a copy to G.
+        "moe_output_scale": args.split / (args.moe_topk or args.split if args.moe_combine == "ones" else 1),
     }  # fmt: skip
     if args.moe_router == "threshold":
         threshold = {"moe_threshold": args.moe_threshold, "moe_threshold_rule": args.moe_threshold_rule}
         most = {"moe_max_experts_per_token": args.split, "moe_target_experts_per_token": 0.0}
         settings |= {**threshold, **most}
     config = models.sparse_config(dense, ffns, args, sides, **settings)
-    model = models.build_sparse(dense, config, {f.name: copies(f, args.upcycle, args.split) for f in ffns})
+    layers = {ffn.name: copies(ffn, args.upcycle, args.split, args.moe_combine) for ffn in ffns}
+    model = models.build_sparse(dense, config, layers)
     valid = Batches(dense.task, "valid", args.valid_tokens, args.max_tokens, args.seed)
     difference = models.compare(dense, model, next(iter(valid)))
     about = {
@@ -93,19 +121,22 @@ def upcycle(args: Namespace, dense: Dense, ffns: list[FeedForward], sides: tuple
     models.write_sparse(args, dense, config, model, report)
 
 
-def copies(ffn: FeedForward, number: int, parts: int) -> dict[str, Tensor]:
-    """Parameters of an MoELayer with `combine="ones"`: expert n * G + g is the g-th part of the n-th copy.
+def copies(ffn: FeedForward, number: int, parts: int, combine: str) -> dict[str, Tensor]:
+    """Parameters of an MoELayer: expert n * G + g is the g-th part of the n-th copy.
 
     The parts of a copy have one row of the router's weight, and so one probability: the G most probable
     experts are a whole copy, and add up to the dense FFN.
     """
     model_dim = ffn.fc1_weight.size(1)
+    # Weights of 1 have a bias of their own; others carry a share of it in each expert.
+    shared_bias = {"output_bias": ffn.fc2_bias} if combine == "ones" else {}
+    fc2_bias = torch.zeros_like(ffn.fc2_bias) if combine == "ones" else ffn.fc2_bias / parts
     fc2_weight = ffn.fc2_weight.unflatten(1, (parts, -1)).transpose(0, 1)  # (G, D, F/G)
     return {
         "experts.fc1_weight": ffn.fc1_weight.unflatten(0, (parts, -1)).repeat(number, 1, 1),
         "experts.fc1_bias": ffn.fc1_bias.unflatten(0, (parts, -1)).repeat(number, 1),
         "experts.fc2_weight": fc2_weight.repeat(number, 1, 1),
-        "experts.fc2_bias": torch.zeros(number * parts, model_dim),
-        "output_bias": ffn.fc2_bias,
+        "experts.fc2_bias": fc2_bias.repeat(number * parts, 1),
+        **shared_bias,
         "router.weight": TopKRouter(model_dim, number).weight.detach().repeat_interleave(parts, 0),
     }
