@@ -93,6 +93,7 @@ class ExpertThresholdRouter(ExpertChoiceRouter):
     description = "none to all: those whose threshold, steered to an even load, its score reaches (ET)"
     depends_on_batch = "in the first updates of training"
     is_causal = True
+    takes_normalized = False
     flags = (TOPK, THRESHOLD_DECAY, EXPERT_CHOICE_UPDATES)
 
     def __init__(

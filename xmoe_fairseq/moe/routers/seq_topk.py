@@ -20,7 +20,7 @@ class SeqTopKRouter(TopKRouter):
 
     description = "k on average: of its sentence's pairs the most probable; refused in decoders (SeqTopK)"
     is_causal = False
-    takes_ones = False
+    takes_ones = takes_normalized = False
     goes_by_sentence = True
 
     def forward(self, x_TD: Tensor, ids_T: Tensor | None = None) -> Routing:
