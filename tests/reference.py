@@ -67,6 +67,10 @@ def reference_layer(layer: MoELayer, x_TD: Tensor, ids_T: Tensor | None = None) 
         y_t, weights_t = 0 * x_TD[t].to(dtype), torch.zeros(num_experts, dtype=dtype)
         if layer.output_bias is not None:  # combine = ones
             y_t = y_t + layer.output_bias.to(dtype)
+        if layer.shared is not None:
+            fc1, fc2 = layer.shared.fc1, layer.shared.fc2
+            hidden = layer.experts.activation(fc1.weight @ x_TD[t] + fc1.bias)
+            y_t = y_t + fc2.weight @ hidden + fc2.bias
         for e in choices[t]:
             if (t, e) in kept:
                 weight = weigh[t][e]

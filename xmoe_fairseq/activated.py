@@ -1,4 +1,5 @@
-"""How many of a model's parameters a token meets: those that all tokens share, and the experts it takes."""
+"""How many of a model's parameters a token meets: those that all tokens share, shared experts among
+them, and the experts it takes."""
 
 from collections.abc import Sequence
 from dataclasses import fields

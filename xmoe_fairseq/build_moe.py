@@ -49,6 +49,7 @@ def build_moe(
         combine=config.moe_combine,
         kernel=config.moe_kernel,
         output_scale=config.moe_output_scale,
+        shared_experts=config.moe_shared_experts,
     )
 
 

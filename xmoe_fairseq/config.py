@@ -7,6 +7,7 @@ from typing import Any
 from xmoe_fairseq.flags import MoEConfig, read_field, takers_of, takes_weights
 from xmoe_fairseq.moe.experts.kernels import kernel_names
 from xmoe_fairseq.moe.layer import COMBINE
+from xmoe_fairseq.moe.routed_layer import RoutedLayer
 from xmoe_fairseq.moe.routers.base import Router
 from xmoe_fairseq.moe.routers.registry import RouterKind, flags_of_routers, router_named
 from xmoe_fairseq.router_args import read_router_args
@@ -75,6 +76,7 @@ _RULES: dict[str, Rule] = {
     "moe_freq": ("must be 0 (dense) or more", lambda n: n >= 0),
     "moe_num_experts": ("must be in [1, 2^20]", lambda n: 1 <= n <= 2**20),
     "moe_ffn_split": _AT_LEAST_1,
+    "moe_shared_experts": ("must be 0 (none) or more", lambda n: n >= 0),
     "moe_router_temperature": _SCALE,
     "moe_router_init_scale": _SCALE,
     "moe_output_scale": _SCALE,
@@ -121,6 +123,8 @@ def _check_router(config: MoEConfig, kind: type[RouterKind]) -> None:
     for name in ("moe_capacity_factor", "moe_eval_capacity_factor"):
         if kind.has_own_capacity and getattr(config, name):
             refuse(name, f"must be 0 {here}, which has a capacity of its own")
+    if issubclass(kind, RoutedLayer) and config.moe_shared_experts:
+        refuse("moe_shared_experts", f"must be 0 {here}, which is a layer of its own")
     for name in ("moe_router_temperature", "moe_router_init_scale"):
         if not issubclass(kind, Router) and getattr(config, name) != 1:
             refuse(name, f"must be 1 {here}, whose scores are not the plugin's")

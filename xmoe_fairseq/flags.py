@@ -36,6 +36,10 @@ class CommonFlags(FairseqDataclass):
     )
     moe_num_experts: int = _flag(32, "number of experts E in an MoE layer, after the split")
     moe_ffn_split: int = _flag(4, "s: an expert is 1/s as wide as the dense FFN (--*-ffn-embed-dim / s)")
+    moe_shared_experts: int = _flag(
+        0, "n: experts that compute every token beside those that it chooses, as one FFN n times as wide "
+        "(DeepSeekMoE); not among the E of --moe-num-experts"
+    )  # fmt: skip
     moe_router_temperature: float = _flag(
         1.0, "divides a router's scores, in training and evaluation; below 1 = more decisive from the start; "
         "1e-6 to 1e6"
@@ -47,8 +51,8 @@ class CommonFlags(FairseqDataclass):
         f"xmoe-convert makes of a dense model; only --moe-router {takers_of('ones')})"
     )  # fmt: skip
     moe_output_scale: float = _flag(
-        1.0, "multiplies what the experts add up to; 1e-6 to 1e6. With probs that is far less at the start "
-        "than a dense FFN's output, the less the more experts there are"
+        1.0, "multiplies what the chosen experts add up to, not shared ones; 1e-6 to 1e6. With probs that is "
+        "far less at the start than a dense FFN's output, the less the more experts there are"
     )  # fmt: skip
     moe_kernel: str = _flag(
         AUTO, f"what computes the experts: {', '.join(kernel_names())}; auto chooses by device, precision, "

@@ -20,7 +20,7 @@ from xmoe_fairseq.moe import moe_layers
 from xmoe_fairseq.moe.records import fix_thresholds
 from xmoe_fairseq.thresholds import threshold_command
 from xmoe_fairseq.thresholds.checkpoint import open_meter
-from xmoe_fairseq_compat.errors import CheckpointError
+from xmoe_fairseq_compat.errors import CheckpointError, FlagError
 
 
 @pytest.fixture(autouse=True)
@@ -39,6 +39,7 @@ def convert(dense: Path, sparse: Path, data: Path, *flags: str, split: int = 8) 
     [
         ("lm", ("--activation-fn", "gelu"), "coactivation"),
         ("mt", (), "clustering"),
+        ("lm", (), "coactivation --shared 2 --budget 0.5"),
         ("mt", ("--activation-fn", "gelu_accurate", "--decoder-normalize-before"), "random"),
     ],
 )
@@ -47,7 +48,7 @@ def test_with_all_experts_it_is_the_dense_model(
 ) -> None:
     path, data = stock(kind, *flags)
     sparse_path = tmp_path / "sparse.pt"
-    convert(path, sparse_path, data, "--grouping", grouping)
+    convert(path, sparse_path, data, "--grouping", *grouping.split())
     dense = read_dense(path, str(data))
     sparse = read_sparse(sparse_path, dense.task)
     layers = moe_layers(sparse)
@@ -95,12 +96,16 @@ def test_xmoe_threshold_goes_on_from_the_result(
     stock: Stock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, data = stock("mt")
-    convert(path, tmp_path / "sparse.pt", data)
-    words = ["xmoe-threshold", tmp_path / "sparse.pt", "--data", data, "--budget", 2, "--per-layer"]
-    monkeypatch.setattr(sys, "argv", [*map(str, words)])
+    convert(path, tmp_path / "sparse.pt", data, "--shared", "1", "--budget", "0.5")
+    words = ["xmoe-threshold", tmp_path / "sparse.pt", "--data", data, "--per-layer", "--budget"]
+    monkeypatch.setattr(sys, "argv", [*map(str, words), "1.5"])
+    with pytest.raises(FlagError, match="--budget must be from 2 to 8, what a token may take, got 1.5"):
+        threshold_command.main()  # the shared expert and one more
+    monkeypatch.setattr(sys, "argv", [*map(str, words), "3"])
     threshold_command.main()
     report = json.loads((tmp_path / "sparse.picked.json").read_text())
     t = report["rows"]["chosen"]["thresholds"]
+    assert 2.5 < report["rows"]["chosen"]["experts_per_token"] <= 3
     assert len(set(t)) > 1 and open_meter(tmp_path / "sparse.picked.pt", data).in_use == t
 
 

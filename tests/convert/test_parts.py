@@ -31,8 +31,11 @@ def planted() -> tuple[FeedForward, Tensor, Tensor]:
     return ffn_of(fc1_weight, torch.full((WIDTH,), -1.5)), group_F, x_TD
 
 
-def seen_by(ffn: FeedForward, x_TD: Tensor) -> CoActivation:
-    seen = CoActivation(ffn, pairs=True)
+ALL = torch.arange(WIDTH)
+
+
+def seen_by(ffn: FeedForward, x_TD: Tensor, shared: float = 0.0) -> CoActivation:
+    seen = CoActivation(ffn, pairs=True, shared=shared)
     for batch_TD in x_TD.split(100):
         seen.add(ffn.hidden(batch_TD))
     return seen
@@ -43,17 +46,17 @@ def test_each_neuron_is_in_one_of_the_equal_groups(method: str) -> None:
     ffn = ffn_of(torch.randn(WIDTH, MODEL_DIM), torch.randn(WIDTH) - 2)
     ffn.fc1_bias[3] = -100.0  # a neuron that is never active
     seen = seen_by(ffn, torch.randn(200, MODEL_DIM))
-    for groups in (2, 8, 32):
-        neurons_EF = group(method, ffn, seen, groups, seed=1)
-        assert neurons_EF.shape == (groups, WIDTH // groups)
-        assert neurons_EF.flatten().sort().values.tolist() == list(range(WIDTH))
-        assert torch.equal(neurons_EF, group(method, ffn, seen, groups, seed=1))
+    for neurons_N, groups in ((ALL, 2), (ALL, 8), (ALL, 32), (ALL[8:].flip(0), 3)):
+        neurons_EF = group(method, ffn, seen, groups, 1, neurons_N)
+        assert neurons_EF.shape == (groups, len(neurons_N) // groups)
+        assert neurons_EF.flatten().sort().values.tolist() == sorted(neurons_N.tolist())
+        assert torch.equal(neurons_EF, group(method, ffn, seen, groups, 1, neurons_N))
 
 
 @pytest.mark.parametrize("method", ["coactivation", "clustering"])
 def test_planted_groups_are_found(method: str) -> None:
     ffn, group_F, x_TD = planted()
-    neurons_EF = group(method, ffn, seen_by(ffn, x_TD), NUM_GROUPS, seed=1)
+    neurons_EF = group(method, ffn, seen_by(ffn, x_TD), NUM_GROUPS, 1, ALL)
     assert all(len(set(group_F[neurons].tolist())) == 1 for neurons in neurons_EF)
 
 
@@ -78,7 +81,8 @@ def test_pairs_are_looked_at_in_the_first_tokens_only(monkeypatch: pytest.Monkey
 def test_the_router_ranks_experts_by_what_they_contribute() -> None:
     ffn, _, x_TD = planted()
     seen = seen_by(ffn, x_TD)
-    parts = Parts(ffn, group("coactivation", ffn, seen, NUM_GROUPS, seed=1), seen.mean_hidden())
+    neurons_EF = group("coactivation", ffn, seen, NUM_GROUPS, 1, ALL)
+    parts = Parts(ffn, neurons_EF, seen.mean_hidden(), ALL[:0])
     fit = RouterFit(parts, steps=200, seed=1, lr=0.05)
     for _ in range(100):
         fit.add(x_TD)
@@ -89,13 +93,30 @@ def test_the_router_ranks_experts_by_what_they_contribute() -> None:
     assert F.kl_div(probs_TE.log(), shares_TE, reduction="batchmean") < 0.2 * uniform
 
 
-def test_parts_add_up_to_the_dense_ffn_and_what_is_left_out_to_its_mean() -> None:
+def test_the_most_often_active_neurons_are_shared() -> None:
+    """By what they add: a neuron of large h whose column of fc2 is 0 is never active."""
+    ffn, group_F, x_TD = planted()
+    often_F, idle = group_F == 2, int((group_F == 1).nonzero()[0])
+    ffn.fc1_bias[often_F], ffn.fc1_bias[idle], ffn.fc2_weight[:, idle] = 20.0, 100.0, 0.0
+    shared_N, others_N = seen_by(ffn, x_TD, shared=1 / NUM_GROUPS).shared_and_others()
+    assert sorted(shared_N.tolist()) == often_F.nonzero().flatten().tolist()
+    assert sorted([*shared_N.tolist(), *others_N.tolist()]) == ALL.tolist()
+
+
+@pytest.mark.parametrize("shared", [0, 1])
+def test_parts_add_up_to_the_dense_ffn_and_what_is_left_out_to_its_mean(shared: int) -> None:
     ffn, _, x_TD = planted()
-    seen = seen_by(ffn, x_TD)
-    parts = Parts(ffn, group("random", ffn, seen, NUM_GROUPS, seed=1), seen.mean_hidden())
-    router = ThresholdRouter(MODEL_DIM, NUM_GROUPS, 1.0)
-    layer = MoELayer(MODEL_DIM, WIDTH // NUM_GROUPS, NUM_GROUPS, router, combine="ones")
-    layer.load_state_dict({**parts.state(), "router.weight": torch.eye(NUM_GROUPS, MODEL_DIM)})
-    dense = ffn.hidden(x_TD) @ ffn.fc2_weight.t() + ffn.fc2_bias
+    seen, num_experts = seen_by(ffn, x_TD, shared / NUM_GROUPS), NUM_GROUPS - shared
+    shared_N, routed_N = seen.shared_and_others()
+    neurons_EF = group("random", ffn, seen, num_experts, 1, routed_N)
+    parts = Parts(ffn, neurons_EF, seen.mean_hidden(), shared_N)
+    router = ThresholdRouter(MODEL_DIM, num_experts, 1.0)
+    sizes = MODEL_DIM, WIDTH // NUM_GROUPS, num_experts
+    layer = MoELayer(*sizes, router, combine="ones", shared_experts=shared)
+    layer.load_state_dict({**parts.state(), "router.weight": torch.eye(num_experts, MODEL_DIM)})
+    hidden_TF = ffn.hidden(x_TD)
+    dense = hidden_TF @ ffn.fc2_weight.t() + ffn.fc2_bias
     assert_same(layer(x_TD)[0], dense)
-    assert_same(layer.output_bias.detach(), dense.mean(dim=0))  # no expert at all
+    hidden_TF[:, routed_N] = hidden_TF[:, routed_N].mean(dim=0)  # no routed expert at all
+    expected = hidden_TF @ ffn.fc2_weight.t() + ffn.fc2_bias
+    assert_same(layer.output_bias + (layer.shared(x_TD) if shared else torch.zeros(512, 1)), expected)

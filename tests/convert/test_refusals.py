@@ -21,6 +21,7 @@ from xmoe_fairseq.convert import convert_command
         (("--scale-fc",), {}, "--scale-fc cannot be combined with MoE layers"),
         ((), {"more": ("--budget", "0.01")}, "--budget must be at least 0."),
         ((), {"more": ("--budget", "1.5")}, "--budget must be in (0, 1], got 1.5"),
+        ((), {"more": ("--shared", "7")}, "--shared must be from 0 to --split 8 less 2, got 7"),
         ((), {"more": ("--max-loss", "-1")}, "--max-loss must be above 0, got -1.0"),
         ((), {"more": ("--no-moe-decoder",)}, "leave nothing to convert"),
         ((), {"data": "elsewhere"}, "--calibration must be a folder of data-prep or fairseq-preprocess"),

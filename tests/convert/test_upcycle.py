@@ -105,6 +105,7 @@ def test_fairseq_train_goes_on_on_any_number_of_ranks(stock: Stock, tmp_path: Pa
     [
         (("--upcycle", 0), "--upcycle and --split must be at least 1, got 0 and 4"),
         (("--upcycle", 2, "--split", 5), "--split must be 1 or more and divide --decoder-ffn-embed-dim 64"),
+        (("--upcycle", 2, "--shared", 1), "--shared cannot be combined with --upcycle, got 1"),
         (("--upcycle", 2, "--budget", 0.5), "--budget cannot be combined with --upcycle, got 0.5"),
         (("--upcycle", 2, "--moe-threshold", 0.5), "--moe-threshold needs --moe-router threshold"),
         (("--upcycle", 2, "--moe-threshold-rule", "relative"), "--moe-threshold-rule needs --moe-router"),

@@ -32,6 +32,7 @@ def layer_of(
     min_capacity: int = 4,
     combine: str = "probs",
     output_scale: float = 1.0,
+    shared_experts: int = 0,
 ) -> MoELayer:
     num_experts, model_dim = router.weight.shape
     with torch.no_grad():
@@ -47,6 +48,7 @@ def layer_of(
         activation="gelu",
         combine=combine,
         output_scale=output_scale,
+        shared_experts=shared_experts,
     )
     for parameter in layer.parameters():  # an output bias starts at 0
         parameter.data.add_(0.0 if parameter.any() else torch.randn_like(parameter))
@@ -97,18 +99,19 @@ routers = st.one_of(
     combine=st.sampled_from(COMBINE),
     output_scale=st.sampled_from([1.0, 5.0]),
     balance=st.sampled_from(BALANCES),
+    shared=st.integers(0, 2),
     training=st.booleans(),
     seed=st.integers(0, 2**16),
 )
 @settings(max_examples=100)
 def test_random_layers(
     make_router, num_tokens, num_experts, model_dim, expert_dim, capacity_factor, min_capacity, logit_scale,
-    combine, output_scale, balance, training, seed,
+    combine, output_scale, balance, shared, training, seed,
 ) -> None:  # fmt: skip
     torch.manual_seed(seed)
     layer = layer_of(
         make_router(model_dim, num_experts), expert_dim, capacity_factor, logit_scale, min_capacity, combine,
-        output_scale,
+        output_scale, shared,
     )  # fmt: skip
     layer.router.balance_by(balance)
     for state_E in layer.router.buffers():  # a bias, or shares
@@ -230,9 +233,8 @@ def test_topany(num_tokens, num_experts, limit, capacity_factor, temperature, tr
 @pytest.mark.parametrize("combine", COMBINE)
 @pytest.mark.parametrize("dtype, terms", [(torch.float64, TERMS), (torch.bfloat16, 1)])
 def test_other_precisions(dtype: torch.dtype, terms: int, combine: str) -> None:
-    layer = layer_of(ThresholdRouter(8, 6, 0.7), 5, logit_scale=3.0, combine=combine, output_scale=2.0).to(
-        dtype
-    )
+    how = {"combine": combine, "output_scale": 2.0, "shared_experts": 1}
+    layer = layer_of(ThresholdRouter(8, 6, 0.7), 5, logit_scale=3.0, **how).to(dtype)
     check_against_oracle(layer, torch.randn(20, 8, dtype=dtype, requires_grad=True), terms=terms)
 
 

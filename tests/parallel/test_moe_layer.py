@@ -26,11 +26,12 @@ FAVOURITES = {"as they like": [], "all elsewhere": [7], "none to the first rank"
 
 
 def layer(
-    group: Any = None, k: int = 0, favourites: tuple[int, ...] = (), combine: str = "probs"
+    group: Any = None, k: int = 0, favourites: tuple[int, ...] = (), combine: str = "probs", shared: int = 0
 ) -> MoELayer:
     torch.manual_seed(3)
     router: Any = TopKRouter(MODEL_DIM, NUM_EXPERTS, k) if k else ThresholdRouter(MODEL_DIM, NUM_EXPERTS, 0.6)
-    moe = MoELayer(MODEL_DIM, 6, NUM_EXPERTS, router, expert_parallel_group=group, combine=combine)
+    how: dict[str, Any] = {"expert_parallel_group": group, "combine": combine, "shared_experts": shared}
+    moe = MoELayer(MODEL_DIM, 6, NUM_EXPERTS, router, **how)
     with torch.no_grad():  # the first feature of every token is 1: its weight is a bias
         for expert in favourites:
             moe.router.weight[expert, 0] += 9.0
@@ -54,7 +55,8 @@ def forward_backward(moe: MoELayer, x_TD: Tensor, rank_of_T: Tensor) -> dict[str
 
 def put_together(name: str, results: list[dict[str, Tensor]]) -> Tensor:
     parts = [result[name] for result in results]
-    return sum(parts) if name in ("router.weight", "output_bias") else torch.cat(parts)
+    is_on_all = name in ("router.weight", "output_bias") or name.startswith("shared.")
+    return sum(parts) if is_on_all else torch.cat(parts)
 
 
 def compare(counts: list[int], make: Callable[[Any], MoELayer]) -> None:
@@ -89,6 +91,10 @@ def test_ranks_equal_one_wherever_the_tokens_go(case: str) -> None:
 @pytest.mark.parametrize("combine", ["ones", "normalized"])
 def test_ranks_equal_one_with_other_weights(combine: str) -> None:
     compare(TOKENS["uneven"], lambda group: layer(group, combine=combine))
+
+
+def test_every_rank_holds_the_shared_experts() -> None:
+    compare(TOKENS["some ranks without tokens"], lambda group: layer(group, shared=2))
 
 
 def penalty_gradients(moe: MoELayer, x_TD: Tensor) -> dict[str, Tensor]:

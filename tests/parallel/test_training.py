@@ -52,7 +52,8 @@ def test_dummy_batches_count_for_nothing(size: int, update_freq: int, corpus: tu
 def test_ranks_steer_to_a_budget_as_one_process(size: int, rule: str, corpus: tuple[Path, Path]) -> None:
     """By all ranks' tokens, and not by those of a dummy batch: validation uses the last t."""
     flags = (*task_flags("translation", corpus), "--batch-size", 7, "--max-epoch", 1)
-    flags = (*flags, "--moe-target-experts-per-token", 1.5, "--moe-threshold-rule", rule)
+    flags = (*flags, "--moe-target-experts-per-token", 2.5, "--moe-threshold-rule", rule)
+    flags = (*flags, "--moe-shared-experts", 1)  # which every rank holds; the target counts it
     runs = train(4, *flags, "--update-freq", 3, "--moe-expert-parallel-size", size)
     reference = one_process(*flags, "--update-freq", 12)
     assert_same_training(runs, reference, size)

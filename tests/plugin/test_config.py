@@ -14,6 +14,7 @@ from xmoe_fairseq.config import MoEConfig, read_moe_config
 from xmoe_fairseq.model_config import complete_namespace
 from xmoe_fairseq.models.language_model import XMoETransformerLanguageModelConfig
 from xmoe_fairseq.models.translation import XMoETransformerConfig, XMoETransformerModel
+from xmoe_fairseq.moe import moe_layers
 from xmoe_fairseq.moe.routers.registry import registered_routers
 from xmoe_fairseq.moe.routers.threshold import max_experts_per_token
 from xmoe_fairseq.moe.routers.topk import experts_per_token
@@ -34,6 +35,15 @@ BAD = [
     ({"moe_num_experts": 2.5}, "--moe-num-experts must be of type int, got 2.5"),
     ({"moe_ffn_split": 0}, "--moe-ffn-split must be at least 1, got 0"),
     ({"moe_ffn_split": 7}, "--moe-ffn-split must divide --decoder-ffn-embed-dim 48, got 7"),
+    ({"moe_shared_experts": -1}, "--moe-shared-experts must be 0 (none) or more, got -1"),
+    (
+        {"moe_router": "gshard", "moe_shared_experts": 1},
+        "--moe-shared-experts must be 0 with --moe-router gshard, which is a layer of its own, got 1",
+    ),
+    (
+        {"moe_shared_experts": 1, "moe_target_experts_per_token": 1.5},
+        "and --moe-num-experts, plus --moe-shared-experts, got 1.5",
+    ),
     ({"moe_threshold": 1.01}, "--moe-threshold must be in [0, 1], got 1.01"),
     ({"moe_threshold": float("nan")}, "--moe-threshold must be in [0, 1], got nan"),
     ({"moe_threshold": "0.5"}, "--moe-threshold must be of type float, got '0.5'"),
@@ -59,7 +69,7 @@ BAD = [
         (
             {"moe_target_experts_per_token": target},
             "--moe-target-experts-per-token must be 0 (off), or from 1 to --moe-max-experts-per-token "
-            f"(default: 2s) and --moe-num-experts, got {target}",
+            f"(default: 2s) and --moe-num-experts, plus --moe-shared-experts, got {target}",
         )
         for target in (0.5, -1, 5, float("nan"))
     ),
@@ -266,10 +276,21 @@ def test_experts_may_choose_tokens_in_the_encoder() -> None:
     assert model.encoder.layers[1].moe.router.experts_per_token == 3
 
 
+def test_defaults_leave_room_for_shared_experts() -> None:
+    flags = {"moe_ffn_split": 4, "moe_shared_experts": 1}
+    models = [translation_model(moe_router=name, **flags) for name in ("relu", "topany")]
+    relu, topany = (moe_layers(model)[0].router for model in models)
+    assert relu.sparsity.target == 3 and topany.max_experts_per_token == 7
+
+
 def test_defaults() -> None:
     config = read_moe_config(Namespace(), ())
     assert max_experts_per_token(config) == 8
     assert experts_per_token(config) == 4
+    shared = read_moe_config(Namespace(moe_shared_experts=1), ())
+    assert (max_experts_per_token(shared), experts_per_token(shared)) == (7, 3)  # FLOPs as without
+    many = read_moe_config(Namespace(moe_shared_experts=9), ())
+    assert (max_experts_per_token(many), experts_per_token(many)) == (1, 1)
     assert max_experts_per_token(read_moe_config(Namespace(moe_max_experts_per_token=0), ())) == 0
     assert read_moe_config(OmegaConf.create({"moe_threshold": 1}), ()).moe_threshold == 1
 

@@ -121,7 +121,8 @@ def test_models_use_as_much_compute_as_the_dense_ffn() -> None:
         )
         config = read_moe_config(args, ())
         single = config.moe_router in ("hash", "base")
-        assert per_token.get(name, 1 if single else experts_per_token(config)) / model.split == 1
+        routed = per_token.get(name, 1 if single else experts_per_token(config))
+        assert (routed + config.moe_shared_experts) / model.split == 1
 
 
 def test_every_model_can_be_drawn() -> None:

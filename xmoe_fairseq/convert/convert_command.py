@@ -48,6 +48,8 @@ def argument_parser() -> argparse.ArgumentParser:
     add("sparse", type=Path, help="checkpoint to write; must not exist yet. A report is written beside it")
     add("--split", type=int, required=True,
         help="experts that an FFN is cut into, such as 8, 16, 32; must divide it")  # fmt: skip
+    add("--shared", type=int, default=0, metavar="n", help="of these experts compute every token: the most "
+        "often active neurons (default: none)")  # fmt: skip
     add("--moe-freq", type=int, default=1, metavar="N", help="only every Nth layer (default: %(default)s)")
     add("--calibration", type=Path, metavar="DATA", help="folder of data-prep or fairseq-preprocess: train, "
         "valid (default, of --upcycle alone: what DENSE was trained on)")  # fmt: skip
@@ -84,6 +86,8 @@ def check(args: Namespace) -> None:
     for name in ("calibration_tokens", "valid_tokens", "max_tokens", "moe_freq"):
         if getattr(args, name) < 1:
             raise FlagError(f"{flag(name)} must be at least 1, got {getattr(args, name)}")
+    if not 0 <= args.shared <= max(args.split - 2, 0):
+        raise FlagError(f"--shared must be from 0 to --split {args.split} less 2, got {args.shared}")
     if not 0 < args.budget <= 1:
         raise FlagError(f"--budget must be in (0, 1], got {args.budget}")
     if args.max_loss is not None and not args.max_loss > 0:
@@ -112,8 +116,8 @@ def convert(args: Namespace) -> None:
 
 
 def make_sparse(args: Namespace, dense: Dense, ffns: list[FeedForward], sides: tuple[str, ...]) -> None:
-    whole = {"moe_threshold": 1.0, "moe_max_experts_per_token": 0, "moe_num_experts": args.split}
-    config = models.sparse_config(dense, ffns, args, sides, **whole)
+    whole = {"moe_threshold": 1.0, "moe_max_experts_per_token": 0}
+    config = models.sparse_config(dense, ffns, args, sides, moe_num_experts=args.split - args.shared, **whole)
     valid = Batches(dense.task, "valid", args.valid_tokens, args.max_tokens, args.seed)
     model = models.build_sparse(dense, config, calibrate(args, dense, ffns))
     models.compare(dense, model, next(iter(valid)))
@@ -127,7 +131,7 @@ def make_sparse(args: Namespace, dense: Dense, ffns: list[FeedForward], sides: t
     rows = {"chosen": chosen, **rows_of_budgets(search)}
     config = Namespace(**{**vars(config), **settings_for(chosen.thresholds, args.moe_threshold_rule)})
     about = {
-        "dense": args.dense.name, "experts": args.split, "grouping": args.grouping,
+        "dense": args.dense.name, "experts": args.split, "shared": args.shared, "grouping": args.grouping,
         "calibration tokens": args.calibration_tokens, "fine-tuning updates": args.finetune_updates,
         "fine-tuned": args.finetune if args.finetune_updates else "nothing",
         "thresholds": "per layer" if args.per_layer else "one for all layers",
@@ -141,7 +145,8 @@ def make_sparse(args: Namespace, dense: Dense, ffns: list[FeedForward], sides: t
 def calibrate(args: Namespace, dense: Dense, ffns: list[FeedForward]) -> dict[str, dict[str, Tensor]]:
     """The parameters of each MoE layer: neurons grouped, routers fitted."""
     train = Batches(dense.task, "train", args.calibration_tokens, args.max_tokens, args.seed)
-    seen = {ffn.name: CoActivation(ffn, args.grouping == "coactivation") for ffn in ffns}
+    pairs, shared = args.grouping == "coactivation", args.shared / args.split
+    seen = {ffn.name: CoActivation(ffn, pairs, shared) for ffn in ffns}
     with bar("neurons", args.calibration_tokens) as progress:
         feed(dense.model, ffns, train, lambda ffn, x: seen[ffn.name].add(ffn.hidden(x)), progress)
     fits = {}
@@ -153,8 +158,9 @@ def calibrate(args: Namespace, dense: Dense, ffns: list[FeedForward]) -> dict[st
                 f"{args.dense}: what {ffn.name} computes is beyond fp32, with weights of up to {largest:.2g};"
                 " take an earlier checkpoint"
             )
-        neurons_EF = group(args.grouping, ffn, here, args.split, args.seed + index)
-        parts = Parts(ffn, neurons_EF, here.mean_hidden())
+        shared_N, routed_N = here.shared_and_others()
+        neurons_EF = group(args.grouping, ffn, here, args.split - args.shared, args.seed + index, routed_N)
+        parts = Parts(ffn, neurons_EF, here.mean_hidden(), shared_N)
         fits[ffn.name] = RouterFit(parts, ROUTER_PASSES * here.tokens // ROWS, args.seed)
     with bar("routers", ROUTER_PASSES * args.calibration_tokens) as progress:
         for _ in range(ROUTER_PASSES):
@@ -188,7 +194,7 @@ def within_budget(search: Search, flops: float) -> Quality:
     if chosen := search.largest(lambda quality: quality.flops, flops):
         return chosen
     raise FlagError(
-        f"--budget must be at least {search.at(0.0).flops:.3f}, what one expert per token costs "
+        f"--budget must be at least {search.at(0.0).flops:.3f}, what the fewest experts per token cost "
         f"(a larger --split costs less), got {flops}"
     )
 

@@ -1,4 +1,4 @@
-"""Which neurons of an FFN become one expert: E groups of equal size."""
+"""Which neurons of an FFN are shared, and which of the others become one expert: E groups of equal size."""
 
 from typing import Any
 
@@ -22,21 +22,29 @@ class CoActivation:
     """How often, and how strongly, two neurons of one FFN matter for the same token.
 
     A neuron matters by the length of what it adds to the output, a_i = |h_i| * |column i of fc2|. Kept are
-    the running sums of a_i * a_j, (F, F), of the first PAIR_TOKENS, and of h_i: memory does not grow with the
-    tokens.
+    the running sums of a_i * a_j, (F, F), of the first PAIR_TOKENS, of h_i, and of the tokens for which
+    neuron i is active: memory does not grow with the tokens.
+
+    Args:
+        pairs: whether to look at pairs.
+        shared: the share of neurons that is to be found; so many are active for a token, those that matter
+            most for it: a choice.
     """
 
-    def __init__(self, ffn: FeedForward, pairs: bool) -> None:
+    def __init__(self, ffn: FeedForward, pairs: bool, shared: float = 0.0) -> None:
         self.scale_F = ffn.fc2_weight.norm(dim=0)
         width = self.scale_F.numel()
         self.pairs_FF = torch.zeros(width, width) if pairs else None
+        self.num_shared, self.active_F = round(shared * width), torch.zeros(width, dtype=torch.long)
         self.hidden_F = torch.zeros(width, dtype=torch.float64)
         self.tokens = 0
 
     def add(self, hidden_TF: Tensor) -> None:
+        matters_TF = hidden_TF.abs() * self.scale_F
         if self.pairs_FF is not None and self.tokens < PAIR_TOKENS:
-            matters_TF = hidden_TF.abs() * self.scale_F
             self.pairs_FF.addmm_(matters_TF.t(), matters_TF)
+        active_N = matters_TF.topk(self.num_shared).indices.flatten()
+        self.active_F += torch.bincount(active_N, minlength=self.active_F.numel())
         self.tokens += hidden_TF.size(0)
         self.hidden_F += hidden_TF.sum(dim=0)
 
@@ -47,6 +55,12 @@ class CoActivation:
     def mean_hidden(self) -> Tensor:
         return (self.hidden_F / max(self.tokens, 1)).float()
 
+    def shared_and_others(self) -> tuple[Tensor, Tensor]:
+        """The most often active neurons, and the rest. Pei et al. 2025 (CMoE), arXiv 2502.04416; there a few
+        of largest |h_i| are active."""
+        order_F = self.active_F.argsort(descending=True, stable=True)
+        return order_F[: self.num_shared], order_F[self.num_shared :]
+
     def cosine(self) -> Matrix:
         """(F, F) in [0, 1]; a neuron that never mattered is like no other."""
         assert self.pairs_FF is not None
@@ -54,21 +68,25 @@ class CoActivation:
         return (self.pairs_FF / length_F / length_F.unsqueeze(1)).double().numpy()
 
 
-def group(method: str, ffn: FeedForward, seen: CoActivation, num_groups: int, seed: int) -> Tensor:
-    """(E, F/E) neurons of each expert, each neuron once.
+def group(
+    method: str, ffn: FeedForward, seen: CoActivation, num_groups: int, seed: int, neurons_N: Tensor
+) -> Tensor:
+    """(E, N/E) neurons of each expert, each of these N once.
 
     `clustering`: neurons whose rows of fc1 point the same way. `coactivation`: neurons that matter for the
     same tokens. `random`: what the others must beat.
     """
-    width = ffn.fc1_weight.size(0)
+    neurons_N = neurons_N.sort().values
     if method == "random":
-        return torch.randperm(width, generator=torch.Generator().manual_seed(seed)).view(num_groups, -1)
+        order_N = torch.randperm(neurons_N.numel(), generator=torch.Generator().manual_seed(seed))
+        return neurons_N[order_N].view(num_groups, -1)
     if method == "clustering":
         rows = torch.cat([ffn.fc1_weight, ffn.fc1_bias.unsqueeze(1)], dim=1)
-        points = torch.nn.functional.normalize(rows).double().numpy()
+        points = torch.nn.functional.normalize(rows[neurons_N]).double().numpy()
     else:
-        points = spectral_points(seen.cosine(), num_groups, seed)
-    return balanced_clusters(points, num_groups, seed)
+        chosen_FF = np.ix_(neurons_N.numpy(), neurons_N.numpy())
+        points = spectral_points(seen.cosine()[chosen_FF], num_groups, seed)
+    return neurons_N[balanced_clusters(points, num_groups, seed)]
 
 
 def spectral_points(affinity_FF: Matrix, count: int, seed: int) -> Matrix:

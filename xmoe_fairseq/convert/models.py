@@ -106,7 +106,8 @@ def sparse_config(
     namespace = complete_namespace(dense.state["cfg"].model, MODEL_DATACLASS_REGISTRY[name], dense.task)
     changes = {
         "_name": name, "arch": name, "moe_freq": args.moe_freq, "moe_ffn_split": args.split,
-        "moe_combine": "ones", **{f"no_moe_{side}": side not in sides for side in SIDES[dense.kind]},
+        "moe_shared_experts": args.shared, "moe_combine": "ones",
+        **{f"no_moe_{side}": side not in sides for side in SIDES[dense.kind]},
     }  # fmt: skip
     defaults = {f.name: f.default for f in fields(MoEConfig)}
     return Namespace(**{**vars(namespace), **defaults, **changes, **settings})

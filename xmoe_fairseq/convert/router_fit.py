@@ -19,10 +19,11 @@ class Parts:
     Args:
         neurons_EF: the neurons of each expert.
         mean_hidden_F: of the dense FFN's neurons.
+        shared_N: those that compute every token; they are left out nowhere.
     """
 
-    def __init__(self, ffn: FeedForward, neurons_EF: Tensor, mean_hidden_F: Tensor) -> None:
-        self.ffn, self.neurons_EF = ffn, neurons_EF
+    def __init__(self, ffn: FeedForward, neurons_EF: Tensor, mean_hidden_F: Tensor, shared_N: Tensor) -> None:
+        self.ffn, self.neurons_EF, self.shared_N = ffn, neurons_EF, shared_N
         self.fc1_weight = ffn.fc1_weight[neurons_EF]  # (E, F/E, D)
         self.fc1_bias = ffn.fc1_bias[neurons_EF]
         self.fc2_weight = ffn.fc2_weight.t()[neurons_EF].transpose(1, 2).contiguous()  # (E, D, F/E)
@@ -37,12 +38,20 @@ class Parts:
 
     def state(self) -> dict[str, Tensor]:
         """Parameters of an MoELayer with `combine="ones"`, but for the router's."""
+        shared_N, output_bias = self.shared_N, self.ffn.fc2_bias + self.mean_ED.sum(dim=0)
+        shared = {
+            "shared.fc1.weight": self.ffn.fc1_weight[shared_N],
+            "shared.fc1.bias": self.ffn.fc1_bias[shared_N],
+            "shared.fc2.weight": self.ffn.fc2_weight[:, shared_N],
+            "shared.fc2.bias": torch.zeros_like(output_bias),
+        }
         return {
+            **(shared if shared_N.numel() else {}),
             "experts.fc1_weight": self.fc1_weight,
             "experts.fc1_bias": self.fc1_bias,
             "experts.fc2_weight": self.fc2_weight,
             "experts.fc2_bias": -self.mean_ED,
-            "output_bias": self.ffn.fc2_bias + self.mean_ED.sum(dim=0),
+            "output_bias": output_bias,
         }
 
 

@@ -98,7 +98,7 @@ class Shown:
 RATIOS: dict[str, Callable[[RoutingStats, dict[str, Tensor]], Tensor]] = {
     "load_balance_loss": lambda stats, flops: stats.load_balance_loss.mean(),
     "z_loss": lambda stats, flops: stats.z_loss.mean(),
-    "experts_per_token": lambda stats, flops: stats.rows_kept.sum() / stats.tokens.sum(),
+    "experts_per_token": lambda stats, flops: stats.rows_computed.sum() / stats.tokens.sum(),
     "flops_vs_all_experts": lambda stats, flops: flops["flops"] / flops["flops_all_experts"],
     "flops_vs_dense_ffn": lambda stats, flops: flops["flops"] / flops["flops_dense_ffn"],
     "dropped_share": lambda stats, flops: 1 - stats.rows_kept.sum() / stats.rows_wanted.sum(),
@@ -132,7 +132,8 @@ def layer_stats(layers: list[RoutedLayer], meters: MetersDict | None) -> dict[st
         names = [layer.name for layer in layers if layer.side == side]
         keys = {f.name: f"_moe_{side}_{f.name}" for f in fields(RoutingStats)}
         sums = {name: meters[key].sum for name, key in keys.items() if meters and key in meters}
-        if not torch.is_tensor(sums.get("tokens")):  # a criterion that logs none, or nothing as yet
+        # a criterion that logs none, or nothing as yet, or not all in the checkpoint of an earlier version
+        if len(sums) < len(keys) or not all(map(torch.is_tensor, sums.values())):
             continue
         for index, name in enumerate(names):
             stats = RoutingStats(**{key: total[index] for key, total in sums.items()})

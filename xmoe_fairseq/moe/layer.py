@@ -12,6 +12,7 @@ from xmoe_fairseq.moe.capacity import check_capacities, expert_capacity, keep_wi
 from xmoe_fairseq.moe.dispatch.local import LocalDispatcher
 from xmoe_fairseq.moe.dispatch.parallel import ExpertParallelDispatcher
 from xmoe_fairseq.moe.experts.experts import Experts
+from xmoe_fairseq.moe.experts.feed_forward import FeedForward
 from xmoe_fairseq.moe.experts.kernels import AUTO, Activation
 from xmoe_fairseq.moe.routed_layer import RoutedLayer
 from xmoe_fairseq.moe.routers.base import TokenRouter
@@ -24,6 +25,10 @@ class MoELayer(RoutedLayer):
     """`y_t = sum_e w[t, e] * FFN_e(x_t)` over the experts that token t chose (arXiv 2403.18926, eq. 1).
 
     Only the chosen (token, expert) rows are computed. Padding takes no part (`RoutedLayer`).
+
+    Shared experts compute every token, with weight 1, and their sum is added to y_t (Dai et al. 2024,
+    DeepSeekMoE, eq. 9, arXiv 2401.06066). One FFN n times as wide is what n of them are together. It is as
+    any dense parameter: on several ranks each has all of it.
 
     The weights w are the router's probabilities. With `combine="normalized"` these over their sum over the
     token's experts, so softmax over the chosen scores (Shazeer et al. 2017, arXiv 1701.06538, eq. 3). With
@@ -46,32 +51,24 @@ class MoELayer(RoutedLayer):
         combine: "probs", "normalized", or "ones" for `output_bias_D + sum_e FFN_e(x_t)`, over the chosen.
         side: "encoder" or "decoder", for statistics; "" = neither.
         kernel: what computes the experts; see `Experts`.
-        output_scale: all weights times this, whatever they are; not the output bias.
+        output_scale: all weights times this, whatever they are; not the output bias, not shared experts.
+        shared_experts: n, beside the E that are routed; 0 = none.
     """
 
     def __init__(
-        self,
-        model_dim: int,
-        expert_dim: int,
-        num_experts: int,
-        router: TokenRouter,
-        capacity_factor: float = 0.0,
-        eval_capacity_factor: float = 0.0,
-        min_capacity: int = 4,
-        activation: str | Activation = "relu",
-        activation_dropout: float = 0.0,
-        dense_ffn_dim: int | None = None,
-        name: str = "MoE layer",
-        expert_parallel_group: dist.ProcessGroup | None = None,
-        combine: str = "probs",
-        side: str = "",
-        kernel: str = AUTO,
-        output_scale: float = 1.0,
-    ) -> None:
+        self, model_dim: int, expert_dim: int, num_experts: int, router: TokenRouter,
+        capacity_factor: float = 0.0, eval_capacity_factor: float = 0.0, min_capacity: int = 4,
+        activation: str | Activation = "relu", activation_dropout: float = 0.0,
+        dense_ffn_dim: int | None = None, name: str = "MoE layer",
+        expert_parallel_group: dist.ProcessGroup | None = None, combine: str = "probs", side: str = "",
+        kernel: str = AUTO, output_scale: float = 1.0, shared_experts: int = 0,
+    ) -> None:  # fmt: skip
         given, expected = (router.num_experts, router.model_dim), (num_experts, model_dim)
         if given != expected:
             raise ValueError(f"router must be for (num_experts, model_dim) = {expected}, got {given}")
         check_weights(combine, output_scale)
+        if shared_experts < 0:
+            raise ValueError(f"shared_experts must be 0 (none) or more, got {shared_experts}")
         check_capacities(capacity_factor, eval_capacity_factor, min_capacity)
         flops = router.flops_per_token
         super().__init__(model_dim, expert_dim, num_experts, flops, dense_ffn_dim, name, side)
@@ -85,6 +82,10 @@ class MoELayer(RoutedLayer):
         self.experts = Experts(*sizes, activation, activation_dropout, part, kernel)
         self.capacity_factor, self.eval_capacity_factor = capacity_factor, eval_capacity_factor
         self.min_capacity, self.combine, self.output_scale = min_capacity, combine, output_scale
+        self.shared_experts, self.shared = shared_experts, None
+        if shared_experts:
+            widths = (model_dim, shared_experts * expert_dim)
+            self.shared = FeedForward(*widths, self.experts.activation, activation_dropout)
         self.output_bias: nn.Parameter | None = None
         if combine == "ones":  # a bias that counts once, whatever is chosen; of the experts' the sum would
             self.output_bias = nn.Parameter(torch.zeros(model_dim))
@@ -94,6 +95,8 @@ class MoELayer(RoutedLayer):
         routing = self.weigh(self.route(x_TD, ids_T), x_TD)
         x_SD, rows, sent = self.dispatcher.dispatch(x_TD, routing)
         y_TD = self.dispatcher.combine(self.experts(x_SD, rows), sent)
+        if self.shared is not None:
+            y_TD, routing = y_TD + self.shared(x_TD), replace(routing, shared_experts=self.shared_experts)
         return y_TD if self.output_bias is None else y_TD + self.output_bias, routing
 
     def route(self, x_TD: Tensor, ids_T: Tensor | None) -> Routing:
@@ -132,7 +135,8 @@ class MoELayer(RoutedLayer):
     def extra_repr(self) -> str:
         return (
             f"capacity_factor={self.capacity_factor}, eval_capacity_factor={self.eval_capacity_factor}, "
-            f"min_capacity={self.min_capacity}, combine={self.combine}, output_scale={self.output_scale}"
+            f"min_capacity={self.min_capacity}, combine={self.combine}, output_scale={self.output_scale}, "
+            f"shared_experts={self.shared_experts}"
         )
 
 

@@ -87,7 +87,8 @@ class RoutedLayer(nn.Module):
 
         The router is included. The authors count the experts only; the router is what the saving costs.
         """
-        router, all_rows = stats.tokens * self.router_flops, stats.tokens * self.num_experts
+        router = stats.tokens * self.router_flops
+        all_rows = stats.tokens * self.num_experts + stats.rows_shared
         return {
             "flops": router + ffn_flops(self.rows_computed(stats), self.model_dim, self.expert_dim),
             "flops_all_experts": router + ffn_flops(all_rows, self.model_dim, self.expert_dim),
@@ -96,7 +97,7 @@ class RoutedLayer(nn.Module):
 
     def rows_computed(self, stats: RoutingStats) -> Tensor:
         """Rows that the experts computed in a call with these statistics."""
-        return stats.rows_kept
+        return stats.rows_computed
 
     def to_log(self) -> dict[str, Tensor | float]:
         """What is worth a record beside the statistics of the routing, such as the router's threshold."""

@@ -30,6 +30,7 @@ class Routing:
     # expert_R and its counts (E,), where the rows are in order of expert, and within one of token: no need to
     # sort. They hold for this very tensor, not for what `replace` puts in its place.
     in_order: tuple[Tensor, Tensor] | None = None
+    shared_experts: int = 0  # that compute every token, beside these rows
 
     @cached_property
     def load_balance_loss(self) -> Tensor:
@@ -64,8 +65,9 @@ class Routing:
 
     @property
     def experts_per_token(self) -> float:
-        """Mean number of experts that compute a non-padding token; 0 without tokens."""
-        return self.token_R.numel() / max(self.num_tokens, 1)
+        """Mean number of experts that compute a non-padding token, shared ones too; 0 without tokens."""
+        rows = self.token_R.numel() + self.num_tokens * self.shared_experts
+        return rows / max(self.num_tokens, 1)
 
     def combine_weights(self) -> Tensor:
         """Dense (T, E) weights, 0 where an expert was not chosen or dropped the token."""

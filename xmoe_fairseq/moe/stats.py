@@ -40,6 +40,7 @@ class RoutingStats:
     tokens: Tensor
     rows_wanted: Tensor  # (token, expert) pairs that the router chose
     rows_kept_E: Tensor  # of these, pairs that each expert computed
+    rows_shared: Tensor  # pairs of shared experts, which nobody chose
     probs_E: Tensor  # probability of each expert
     first_choices_E: Tensor  # tokens for which it is the most probable
     entropy: Tensor  # nats, of the router's distribution
@@ -57,6 +58,7 @@ class RoutingStats:
             tokens=number(routing.num_tokens),
             rows_wanted=number(routing.rows_wanted),
             rows_kept_E=routing.rows_per_expert().double(),
+            rows_shared=number(routing.num_tokens * routing.shared_experts),
             probs_E=probs_TE.sum(dim=0).double(),
             first_choices_E=count(probs_TE.argmax(dim=1), routing.num_experts).double(),
             # Not torch.special.entr, which takes twice as long.
@@ -76,6 +78,10 @@ class RoutingStats:
     @property
     def rows_kept(self) -> Tensor:
         return self.rows_kept_E.sum(-1)
+
+    @property
+    def rows_computed(self) -> Tensor:
+        return self.rows_kept + self.rows_shared
 
     @property
     def load_cv(self) -> Tensor:

@@ -65,6 +65,12 @@ class Meter:
         return [layer.router for layer in moe_layers(self.model)]  # type: ignore[misc]
 
     @property
+    def shared_experts(self) -> int:
+        """Of each layer."""
+        layer: Any = moe_layers(self.model)[0]
+        return int(layer.shared_experts)
+
+    @property
     def in_use(self) -> list[float]:
         return [float(router.threshold_in_use) for router in self.routers]
 
@@ -84,7 +90,7 @@ class Meter:
                 """Add up and forget: the records of all batches would fill the memory."""
                 for layer, routing in records:
                     stats = RoutingStats.of(routing)
-                    sums = {**layer.flops(stats), "rows": stats.rows_kept, "tokens": stats.tokens}
+                    sums = {**layer.flops(stats), "rows": stats.rows_computed, "tokens": stats.tokens}
                     for name, value in sums.items():
                         totals[name] += value
                 records.clear()

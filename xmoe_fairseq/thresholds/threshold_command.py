@@ -29,7 +29,8 @@ def argument_parser() -> argparse.ArgumentParser:
     add("checkpoint", type=Path, help="of a model with --moe-router threshold")
     add("--data", type=Path, required=True, help="folder of data-prep or fairseq-preprocess: valid")
     aim = parser.add_mutually_exclusive_group(required=True)
-    aim.add_argument("--budget", type=float, metavar="B", help="experts per token, on average at most")
+    aim.add_argument("--budget", type=float, metavar="B",
+                     help="experts per token, shared ones included, on average at most")  # fmt: skip
     aim.add_argument("--max-loss", type=float, metavar="X", help="instead: the least experts whose loss "
                      "is at most X bits per token above that of the checkpoint as it is")  # fmt: skip
     add("--moe-threshold-rule", choices=RULES, help="whose t it is (default: the checkpoint's)")
@@ -49,15 +50,17 @@ def choose(args: argparse.Namespace) -> None:
     output = check(args)
     import_user_module(args)
     meter = open_meter(args.checkpoint, args.data, args.max_tokens)
-    as_it_is, limit = meter.in_use, meter.routers[0].limit
-    if args.budget is not None and not 1 <= args.budget <= limit:
-        raise FlagError(f"--budget must be from 1 to {limit}, what a token may take, got {args.budget:g}")
+    as_it_is, shared = meter.in_use, meter.shared_experts
+    least, most = shared + 1, shared + meter.routers[0].limit
+    if args.budget is not None and not least <= args.budget <= most:
+        may = f"from {least} to {most}, what a token may take"
+        raise FlagError(f"--budget must be {may}, got {args.budget:g}")
     start = meter.measure(as_it_is)
     tried_by = meter.by(args.moe_threshold_rule)
     search = Search(tried_by, equal_loss(tried_by) if args.per_layer else same_everywhere(tried_by))
     if args.budget is None:
         chosen = search.smallest(start.bits_per_token + args.max_loss)
-    else:  # which is 1 at least, and so can be met
+    else:  # which is one routed expert at least, and so can be met
         chosen = search.largest(lambda q: q.experts_per_token, args.budget) or search.at(0.0)
     tried = sorted((q for q in search.points.values() if q != chosen), key=lambda q: q.flops)
     rows = {"chosen": chosen, **{f"tried {number}": quality for number, quality in enumerate(tried, 1)}}

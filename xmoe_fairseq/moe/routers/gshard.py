@@ -13,6 +13,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from xmoe_fairseq.moe.experts.feed_forward import FeedForward
 from xmoe_fairseq.moe.experts.kernels import AUTO, Activation
 from xmoe_fairseq.moe.losses import z_loss
 from xmoe_fairseq.moe.routed_layer import RoutedLayer
@@ -143,23 +144,6 @@ def outputs_of(*modules: nn.Module) -> Iterator[list[Any]]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-class FeedForward(nn.Module):
-    """An expert as fairscale takes it: a module of its own, initialised as `nn.Linear`."""
-
-    def __init__(self, model_dim: int, expert_dim: int, activation: Activation, dropout: float) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(model_dim, expert_dim)
-        self.fc2 = nn.Linear(expert_dim, model_dim)
-        self.activation = activation
-        self.dropout = dropout
-        self.dropout_in_evaluation = False
-
-    def forward(self, x: Tensor) -> Tensor:
-        drops = self.training or self.dropout_in_evaluation
-        hidden = F.dropout(self.activation(self.fc1(x)), self.dropout, drops)
-        return self.fc2(hidden)  # type: ignore[no-any-return]
 
 
 class OnlyThisProcess(dist.ProcessGroup):

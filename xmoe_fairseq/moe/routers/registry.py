@@ -37,6 +37,12 @@ class Place:
     layer: int = 0  # number of the MoE layer in the model; the encoder's come first
 
 
+def routed_target(config: Any) -> float:
+    """What --moe-target-experts-per-token leaves to a router: shared experts count in it. 0 = no target."""
+    target: float = config.moe_target_experts_per_token
+    return target - config.moe_shared_experts if target else 0.0
+
+
 class RouterKind:
     """What a registered class declares; by default that each token is routed by itself."""
 
@@ -64,8 +70,8 @@ class RouterKind:
 
     @classmethod
     def planned_experts(cls, config: Any) -> tuple[str, float] | None:
-        """Experts per token that the flags ask for, and before it how exactly: "", "about " or "at most ".
-        None = they do not say."""
+        """Routed experts per token that the flags ask for, and before it how exactly: "", "about " or
+        "at most ". None = they do not say."""
         return None
 
     @classmethod

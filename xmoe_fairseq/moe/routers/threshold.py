@@ -7,20 +7,20 @@ from torch import Tensor, nn
 from xmoe_fairseq.moe.budget import Budget, step_budgets
 from xmoe_fairseq.moe.native.routing import Chosen, can_choose, choose_experts
 from xmoe_fairseq.moe.routers.base import BALANCE, Router, by_preference
-from xmoe_fairseq.moe.routers.registry import Flag, Place, register_router
+from xmoe_fairseq.moe.routers.registry import Flag, Place, register_router, routed_target
 from xmoe_fairseq.moe.rules import RULES, Rule, rule_named
 
 
 def max_experts_per_token(config: Any) -> int:
-    """Of the flags; 0 = no limit."""
+    """Of the flags, shared ones apart; 0 = no limit."""
     limit: int = config.moe_max_experts_per_token
-    return 2 * int(config.moe_ffn_split) if limit == -1 else limit
+    return max(2 * config.moe_ffn_split - config.moe_shared_experts, 1) if limit == -1 else limit
 
 
 def target_is_possible(config: Any) -> bool:
-    target: float = config.moe_target_experts_per_token
     num_experts: int = config.moe_num_experts
-    return target == 0 or 1 <= target <= min(max_experts_per_token(config) or num_experts, num_experts)
+    most = min(max_experts_per_token(config) or num_experts, num_experts)
+    return config.moe_target_experts_per_token == 0 or 1 <= routed_target(config) <= most
 
 
 def layer_thresholds(config: Any) -> list[float]:
@@ -33,7 +33,7 @@ THRESHOLD = 0.9  # the paper's
 
 MOST = Flag(
     "moe_max_experts_per_token", -1, "keep only a token's first choices; 0 = no limit, "
-    "-1 = 2 x --moe-ffn-split, so never more than twice the dense FFN",
+    "-1 = 2 x --moe-ffn-split less --moe-shared-experts, so never more than twice the dense FFN",
     rule="must be -1 (= 2 x --moe-ffn-split), 0 (no limit) or more",
     holds=lambda config: config.moe_max_experts_per_token >= -1,
 )  # fmt: skip
@@ -57,8 +57,9 @@ FLAGS = (
     ),
     Flag(
         "moe_target_experts_per_token", 0.0, "in training steer each layer's t, from a low start, so that a "
-        "token takes so many experts on average; --moe-threshold then counts for nothing; 0 = off",
-        rule="must be 0 (off), or from 1 to --moe-max-experts-per-token (default: 2s) and --moe-num-experts",
+        "token takes so many experts on average, shared ones too; --moe-threshold counts for nothing; 0 off",
+        rule="must be 0 (off), or from 1 to --moe-max-experts-per-token (default: 2s) and --moe-num-experts, "
+        "plus --moe-shared-experts",
         holds=target_is_possible, refused_elsewhere=True,
     ),
     MOST,
@@ -137,7 +138,7 @@ class ThresholdRouter(Router):
     def from_config(cls, place: Place) -> "ThresholdRouter":
         config, each = place.config, layer_thresholds(place.config)
         threshold = each[place.layer] if each else config.moe_threshold
-        limit, target = max_experts_per_token(config), config.moe_target_experts_per_token
+        limit, target = max_experts_per_token(config), routed_target(config)
         return cls(
             place.model_dim,
             place.num_experts,
@@ -150,7 +151,7 @@ class ThresholdRouter(Router):
     @classmethod
     def planned_experts(cls, config: Any) -> tuple[str, float]:
         if config.moe_target_experts_per_token:
-            return "about ", config.moe_target_experts_per_token
+            return "about ", routed_target(config)
         most: int = config.moe_num_experts
         return "at most ", min(max_experts_per_token(config) or most, most)
 

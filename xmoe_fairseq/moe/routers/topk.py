@@ -11,15 +11,15 @@ from xmoe_fairseq.moe.routers.registry import Flag, Place, register_router
 
 TOPK = Flag(
     "moe_topk", 0, "experts per token; on average with expert_choice, expert_threshold, seq_topk and relu, "
-    "which trains towards it; 0 = --moe-ffn-split, the FLOPs of the dense FFN",
+    "which trains towards it; 0 = --moe-ffn-split less --moe-shared-experts, the FLOPs of the dense FFN",
     rule="must be 0 (= --moe-ffn-split) or more", holds=lambda config: config.moe_topk >= 0,
     refused_elsewhere=True,
 )  # fmt: skip
 
 
 def experts_per_token(config: Any) -> int:
-    """k, of the flags."""
-    return int(config.moe_topk or config.moe_ffn_split)
+    """k, of the flags: routed ones."""
+    return int(config.moe_topk or max(config.moe_ffn_split - config.moe_shared_experts, 1))
 
 
 def check_topk(config: Any, num_layers: int) -> None:
