@@ -32,7 +32,7 @@ class Expected:
 
 def reference_layer(layer: MoELayer, x_TD: Tensor, ids_T: Tensor | None = None) -> Expected:
     """What `layer` must compute for non-padding tokens; differentiable with respect to x and parameters."""
-    router, num_tokens, num_experts = layer.router, x_TD.size(0), layer.num_experts
+    router, num_tokens, num_experts = layer.router, x_TD.size(0), layer.num_experts  # the cheap apart
     dtype = torch.promote_types(x_TD.dtype, torch.float32)
     if isinstance(router, HashRouter):
         choices, margin = [[int(router.table_V[i])] for i in ids_T], math.inf
@@ -40,7 +40,7 @@ def reference_layer(layer: MoELayer, x_TD: Tensor, ids_T: Tensor | None = None) 
     else:
         scores = [router.weight.to(dtype) @ x_TD[t].to(dtype) for t in range(num_tokens)]
         probs = [torch.softmax(z, dim=0) for z in scores]
-        bias = getattr(router.balancing, "bias_E", torch.zeros(num_experts))  # where a token chooses
+        bias = getattr(router.balancing, "bias_E", torch.zeros(router.num_experts))  # where a token chooses
         ranked = [torch.softmax(z + bias, dim=0) for z in scores]
         if isinstance(router, ReLURouter):  # its "probabilities" are the scores themselves
             probs = scores
@@ -72,7 +72,9 @@ def reference_layer(layer: MoELayer, x_TD: Tensor, ids_T: Tensor | None = None) 
             hidden = layer.experts.activation(fc1.weight @ x_TD[t] + fc1.bias)
             y_t = y_t + fc2.weight @ hidden + fc2.bias
         for e in choices[t]:
-            if (t, e) in kept:
+            if e >= num_experts:
+                y_t = y_t + weigh[t][e] * cheap_expert(layer, e - num_experts, x_TD[t].to(dtype))
+            elif (t, e) in kept:
                 weight = weigh[t][e]
                 if layer.combine == "normalized":  # over all chosen ones, also those beyond a capacity
                     weight = weight / sum(weigh[t][chosen] for chosen in choices[t])
@@ -87,7 +89,7 @@ def reference_layer(layer: MoELayer, x_TD: Tensor, ids_T: Tensor | None = None) 
         y_TD=torch.stack(y) if y else x_TD,
         weights_TE=torch.stack(weights) if y else x_TD.new_zeros(0, num_experts),
         load_balance_loss=auxiliary_loss(router, probs, choices),
-        wanted=sum(len(chosen) for chosen in choices),
+        wanted=sum(e < num_experts for chosen in choices for e in chosen),
         margin=margin,
     )
 
@@ -196,6 +198,16 @@ def feed_forward(layer: MoELayer, e: int, x_D: Tensor) -> Tensor:
     return w2 @ layer.experts.activation(w1 @ x_D + b1) + b2
 
 
+def cheap_expert(layer: MoELayer, z: int, x_D: Tensor) -> Tensor:
+    """MoE++: zero ones first, then those that copy, then constant ones."""
+    zero, copy, _ = layer.cheap.numbers
+    if z < zero + copy:
+        return x_D * (z >= zero)
+    c = z - zero - copy
+    mix = torch.softmax(layer.cheap.mix.weight[2 * c : 2 * c + 2].to(x_D.dtype) @ x_D, dim=0)
+    return mix[0] * x_D + mix[1] * layer.cheap.vector_CD[c].to(x_D.dtype)
+
+
 def auxiliary_loss(router: Router, probs: list[Tensor], choices: list[list[int]]) -> Tensor:
     if isinstance(router, HashRouter | ExpertChoiceRouter):
         return torch.zeros(())
@@ -218,13 +230,14 @@ def auxiliary_loss(router: Router, probs: list[Tensor], choices: list[list[int]]
 
 def shares_to_balance(router: Router, choices: list[list[int]], probs: list[Tensor]) -> list[float]:
     """Of each expert: what of the choices is its own, by those that --moe-balance looks at; 0 = no loss."""
+    times = [1.0] * (router.num_experts - router.num_cheap) + [router.cheap_balance] * router.num_cheap
     if isinstance(router.balancing, GlobalShare):  # of the last update
-        return router.balancing.share_E.tolist()
+        return [share * n for share, n in zip(router.balancing.share_E.tolist(), times, strict=True)]
     counted = [int(p.argmax()) for p in probs]  # also of a token without choices
     if isinstance(router.balancing, AllChoices):
         counted = [e for chosen in choices for e in chosen]
     is_loss = router.balancing is None or isinstance(router.balancing, AllChoices)
-    return [counted.count(e) / max(len(counted), 1) * is_loss for e in range(router.num_experts)]
+    return [counted.count(e) / max(len(counted), 1) * is_loss * n for e, n in enumerate(times)]
 
 
 def load_balance(probs: list[Tensor], share: list[float], num_experts: int) -> Tensor:

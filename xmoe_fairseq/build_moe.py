@@ -7,7 +7,8 @@ from fairseq.modules import gelu
 from torch import nn
 
 from xmoe_fairseq.config import MoEConfig, router_kind
-from xmoe_fairseq.moe import MoELayer, RoutedLayer, Router, TokenRouter
+from xmoe_fairseq.moe import CheapExperts, MoELayer, RoutedLayer, Router, TokenRouter
+from xmoe_fairseq.moe.routers.cheap_flags import num_cheap
 from xmoe_fairseq.moe.routers.registry import Place
 from xmoe_fairseq.parallel.groups import ExpertParallel
 from xmoe_fairseq.router_args import NAME, read_router_args
@@ -38,7 +39,9 @@ def build_moe(
     kind = router_kind(config.moe_router)
     if issubclass(kind, RoutedLayer):  # a layer with a router and experts of its own
         return kind(**common, **read_router_args(config.moe_router, kind, config.moe_router_args))
-    place = Place(common["model_dim"], config.moe_num_experts, config, stack.dictionary, number)
+    cheap = build_cheap(common["model_dim"], config)
+    scored = config.moe_num_experts + num_cheap(config)
+    place = Place(common["model_dim"], scored, config, stack.dictionary, number)
     return MoELayer(
         **common,
         router=build_router(place),
@@ -50,7 +53,13 @@ def build_moe(
         kernel=config.moe_kernel,
         output_scale=config.moe_output_scale,
         shared_experts=config.moe_shared_experts,
+        cheap=cheap,
     )
+
+
+def build_cheap(model_dim: int, config: MoEConfig) -> CheapExperts | None:
+    numbers = (config.moe_zero_experts, config.moe_copy_experts, config.moe_constant_experts)
+    return CheapExperts(model_dim, *numbers, config.moe_cheap_balance) if any(numbers) else None
 
 
 def build_router(place: Place) -> TokenRouter:

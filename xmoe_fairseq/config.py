@@ -9,6 +9,7 @@ from xmoe_fairseq.moe.experts.kernels import kernel_names
 from xmoe_fairseq.moe.layer import COMBINE
 from xmoe_fairseq.moe.routed_layer import RoutedLayer
 from xmoe_fairseq.moe.routers.base import Router
+from xmoe_fairseq.moe.routers.cheap_flags import num_cheap
 from xmoe_fairseq.moe.routers.registry import RouterKind, flags_of_routers, router_named
 from xmoe_fairseq.router_args import read_router_args
 from xmoe_fairseq_compat.errors import FlagError, flag
@@ -120,6 +121,8 @@ def _check_router(config: MoEConfig, kind: type[RouterKind]) -> None:
         refuse("moe_combine", f"must be one of {', '.join(COMBINE)}")
     if not takes_weights(kind, combine):
         refuse("moe_combine", f"must be probs {here}: only {takers_of(combine)} take {combine}")
+    if combine != "probs" and num_cheap(config):
+        refuse("moe_combine", "must be probs with zero, copy or constant experts")
     for name in ("moe_capacity_factor", "moe_eval_capacity_factor"):
         if kind.has_own_capacity and getattr(config, name):
             refuse(name, f"must be 0 {here}, which has a capacity of its own")

@@ -51,8 +51,9 @@ class CommonFlags(FairseqDataclass):
         f"xmoe-convert makes of a dense model; only --moe-router {takers_of('ones')})"
     )  # fmt: skip
     moe_output_scale: float = _flag(
-        1.0, "multiplies what the chosen experts add up to, not shared ones; 1e-6 to 1e6. With probs that is "
-        "far less at the start than a dense FFN's output, the less the more experts there are"
+        1.0, "multiplies what the chosen experts add up to, not shared, zero, copy or constant ones; 1e-6 to "
+        "1e6. With probs that is far less at the start than a dense FFN's output, the less the more experts "
+        "there are"
     )  # fmt: skip
     moe_kernel: str = _flag(
         AUTO, f"what computes the experts: {', '.join(kernel_names())}; auto chooses by device, precision, "

@@ -65,5 +65,6 @@ def check_overrides(overrides: Mapping[str, Any], settings: Mapping[str, Any]) -
 plugins.after_load.append(read_whole)
 plugins.override_rules.append(check_overrides)
 plugins.shaping.append(
-    "no_moe_.*|moe_(freq|num_experts|ffn_split|router|router_args|shared_experts|combine|balance|target_.*)"
+    "no_moe_.*|moe_(freq|(num|shared|zero|copy|constant)_experts|ffn_split|router|router_args|combine"
+    "|balance|target_.*)"
 )

@@ -8,6 +8,7 @@ from reference import reference_layer
 from tolerances import TERMS, assert_same
 
 from xmoe_fairseq.moe import (
+    CheapExperts,
     ExpertChoiceRouter,
     ExpertThresholdRouter,
     HashRouter,
@@ -33,8 +34,10 @@ def layer_of(
     combine: str = "probs",
     output_scale: float = 1.0,
     shared_experts: int = 0,
+    cheap: CheapExperts | None = None,
 ) -> MoELayer:
     num_experts, model_dim = router.weight.shape
+    num_experts -= len(cheap) if cheap else 0
     with torch.no_grad():
         router.weight.mul_(logit_scale)
     layer = MoELayer(
@@ -49,6 +52,7 @@ def layer_of(
         combine=combine,
         output_scale=output_scale,
         shared_experts=shared_experts,
+        cheap=cheap,
     )
     for parameter in layer.parameters():  # an output bias starts at 0
         parameter.data.add_(0.0 if parameter.any() else torch.randn_like(parameter))
@@ -126,6 +130,31 @@ def test_hash(capacity_factor: float) -> None:
     layer = MoELayer(8, 5, 4, HashRouter(8, 4, torch.randint(4, (30,))), capacity_factor, min_capacity=1)
     x, ids = torch.randn(20, 8, requires_grad=True), torch.randint(30, (20,))
     check_against_oracle(layer, x, ids=ids)
+
+
+@given(
+    make_router=routers,
+    num_tokens=st.integers(0, 24),
+    num_experts=st.integers(1, 9),
+    cheap=st.tuples(*[st.integers(0, 2)] * 3).filter(any),
+    capacity_factor=st.sampled_from([0.0, 0.5]),
+    tau=st.sampled_from([0.5, 1.0]),
+    balance=st.sampled_from(BALANCES),
+    seed=st.integers(0, 2**16),
+)
+@settings(max_examples=60)
+def test_cheap_experts(
+    make_router, num_tokens, num_experts, cheap, capacity_factor, tau, balance, seed
+) -> None:  # fmt: skip
+    torch.manual_seed(seed)
+    router, experts = make_router(6, num_experts + sum(cheap)), CheapExperts(6, *cheap, tau)
+    layer = layer_of(router, 4, capacity_factor, 3.0, 1, output_scale=2.0, cheap=experts)
+    layer.router.balance_by(balance)
+    for state_E in layer.router.buffers():
+        state_E.copy_(torch.rand_like(state_E))
+    x = torch.randn(num_tokens, 6, requires_grad=True)
+    assume(reference_layer(layer, x).margin > 1e-5)
+    check_against_oracle(layer, x)
 
 
 @given(

@@ -10,7 +10,7 @@ from distributed import run_ranks
 from tolerances import assert_same
 from torch import Tensor
 
-from xmoe_fairseq.moe import MoELayer, ThresholdRouter, TopKRouter
+from xmoe_fairseq.moe import CheapExperts, MoELayer, ThresholdRouter, TopKRouter
 from xmoe_fairseq.moe.dispatch.all_to_all import exchange_rows
 
 MODEL_DIM, NUM_EXPERTS = 8, 8
@@ -26,11 +26,18 @@ FAVOURITES = {"as they like": [], "all elsewhere": [7], "none to the first rank"
 
 
 def layer(
-    group: Any = None, k: int = 0, favourites: tuple[int, ...] = (), combine: str = "probs", shared: int = 0
+    group: Any = None,
+    k: int = 0,
+    favourites: tuple[int, ...] = (),
+    combine: str = "probs",
+    shared: int = 0,
+    cheap: tuple[int, ...] = (),
 ) -> MoELayer:
     torch.manual_seed(3)
-    router: Any = TopKRouter(MODEL_DIM, NUM_EXPERTS, k) if k else ThresholdRouter(MODEL_DIM, NUM_EXPERTS, 0.6)
+    sizes = MODEL_DIM, NUM_EXPERTS + sum(cheap)
+    router: Any = TopKRouter(*sizes, k) if k else ThresholdRouter(*sizes, 0.6)
     how: dict[str, Any] = {"expert_parallel_group": group, "combine": combine, "shared_experts": shared}
+    how["cheap"] = CheapExperts(MODEL_DIM, *cheap) if cheap else None
     moe = MoELayer(MODEL_DIM, 6, NUM_EXPERTS, router, **how)
     with torch.no_grad():  # the first feature of every token is 1: its weight is a bias
         for expert in favourites:
@@ -55,7 +62,7 @@ def forward_backward(moe: MoELayer, x_TD: Tensor, rank_of_T: Tensor) -> dict[str
 
 def put_together(name: str, results: list[dict[str, Tensor]]) -> Tensor:
     parts = [result[name] for result in results]
-    is_on_all = name in ("router.weight", "output_bias") or name.startswith("shared.")
+    is_on_all = name in ("router.weight", "output_bias") or name.startswith(("shared.", "cheap."))
     return sum(parts) if is_on_all else torch.cat(parts)
 
 
@@ -95,6 +102,11 @@ def test_ranks_equal_one_with_other_weights(combine: str) -> None:
 
 def test_every_rank_holds_the_shared_experts() -> None:
     compare(TOKENS["some ranks without tokens"], lambda group: layer(group, shared=2))
+
+
+@pytest.mark.parametrize("case", ["uneven", "some ranks without tokens"])
+def test_cheap_experts_are_where_the_tokens_are(case: str) -> None:
+    compare(TOKENS[case], lambda group: layer(group, cheap=(1, 1, 2)))
 
 
 def penalty_gradients(moe: MoELayer, x_TD: Tensor) -> dict[str, Tensor]:

@@ -24,6 +24,7 @@ UNKNOWN = (
     f"--moe-router must be one of {', '.join(registered_routers())}, got best; a router of somebody's own "
     "needs the --user-dir that registers it"
 )
+CHOOSERS = "threshold or seq_topk or topk"  # that take cheap experts
 BAD = [
     ({"moe_freq": -1}, "--moe-freq must be 0 (dense) or more, got -1"),
     ({"moe_freq": 4}, "--moe-freq must be at most --decoder-layers 3 (0 = dense), got 4"),
@@ -43,6 +44,34 @@ BAD = [
     (
         {"moe_shared_experts": 1, "moe_target_experts_per_token": 1.5},
         "and --moe-num-experts, plus --moe-shared-experts, got 1.5",
+    ),
+    ({"moe_zero_experts": -1}, "--moe-zero-experts must be 0 (none) or more, got -1"),
+    *(
+        (
+            {"moe_copy_experts": 1, "moe_router": n},
+            f"--moe-copy-experts needs --moe-router {CHOOSERS}, got {n}",
+        )
+        for n in ("hash", "relu", "topany")
+    ),
+    *(
+        (
+            {"moe_constant_experts": 1, "moe_combine": combine},
+            f"--moe-combine must be probs with zero, copy or constant experts, got {combine}",
+        )
+        for combine in ("ones", "normalized")
+    ),
+    *(
+        (
+            {"moe_cheap_balance": tau, **flags},
+            "--moe-cheap-balance must be above 0, and 1 without such experts or without a loss "
+            f"(--moe-balance bias, none), got {tau}",
+        )
+        for tau, flags in (
+            (0.5, {}),
+            (0.5, {"moe_zero_experts": 1, "moe_balance": "bias"}),
+            (0.0, {"moe_zero_experts": 1}),
+            (float("inf"), {"moe_zero_experts": 1}),
+        )
     ),
     ({"moe_threshold": 1.01}, "--moe-threshold must be in [0, 1], got 1.01"),
     ({"moe_threshold": float("nan")}, "--moe-threshold must be in [0, 1], got nan"),

@@ -114,6 +114,10 @@ def test_a_damaged_file_does_not_end_the_training(report: LoadReport, tmp_path: 
 def test_activated_parameters_by_hand() -> None:
     for flags, text in (
         ({"moe_router": "topk", "moe_topk": 2}, "{two} ({shared} shared + 2 x {one})"),
+        (
+            {"moe_router": "topk", "moe_topk": 2, "moe_zero_experts": 1},
+            "at most {two} ({shared} shared + 2 x {one})",
+        ),
         ({"moe_router": "hash"}, "{alone} ({shared} shared + 1 x {one})"),
         ({"moe_target_experts_per_token": 1.5}, "about {most} ({shared} shared + 1.5 x {one})"),
         (

@@ -256,7 +256,12 @@ TAKES = "--moe-router own takes, k (int), noise (float or NoneType), hard (any v
             '--moe-router-args: noise must be of type float or NoneType, got "x"',
         ),
         ("own", '{"k": 9}', "--moe-router-args: k must be a whole number in [1, num_experts = 8], got 9"),
-        ("topk", '{"k": 2}', 'with --moe-router topk, which takes --moe-topk, --moe-balance, got {"k": 2}'),
+        (
+            "topk",
+            '{"k": 2}',
+            "with --moe-router topk, which takes --moe-topk, --moe-balance, --moe-zero-experts, "
+            '--moe-copy-experts, --moe-constant-experts, --moe-cheap-balance, got {"k": 2}',
+        ),
         ("gshard", '{"k": 2}', 'must be empty with --moe-router gshard, which takes none, got {"k": 2}'),
     ],
 )

@@ -23,6 +23,7 @@ from xmoe_fairseq.criterions import MoECrossEntropyCriterion
 ROUTERS = [
     {"moe_threshold": 0.5},
     {"moe_shared_experts": 1},
+    {"moe_zero_experts": 1, "moe_copy_experts": 2, "moe_constant_experts": 2, "moe_threshold": 0.6},
     {"moe_threshold": 1.0, "moe_max_experts_per_token": 0},
     {"moe_threshold_rule": "probability", "moe_threshold": 0.13},
     {"moe_threshold_rule": "relative", "moe_threshold": 0.4},

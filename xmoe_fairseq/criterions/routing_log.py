@@ -36,7 +36,8 @@ def routing_sums(layers: list[RoutedLayer], records: Records, device: torch.devi
 def layer_sums(layer: RoutedLayer, records: Records, device: torch.device) -> dict[str, Tensor]:
     """() or (E,); 0 for a layer that did not run."""
     calls = [RoutingStats.of(routing) for ran, routing in records if ran is layer]
-    stats = reduce(add, calls) if calls else RoutingStats.zeros(layer.num_experts, device)
+    none = RoutingStats.zeros(layer.num_experts, device, layer.num_cheap)
+    stats = reduce(add, calls) if calls else none
     own = {name: value * stats.tokens for name, value in layer.to_log().items()}
     return {**own, **vars(stats), **layer.flops(stats)}
 
@@ -54,7 +55,8 @@ def log_side(side: str, logging_outputs: list[dict[str, Any]]) -> None:
     for name, total in sums.items():
         metrics.log_scalar_sum(f"_{prefix}{name}", total)  # fairseq does not show what begins with _
     shown = Shown(f"_{prefix}", list(sums))
-    for name in (*RATIOS, *own_of_routers(sums)):
+    of_all = [name for name in RATIOS if name != "cheap_per_token" or sums["rows_cheap"].any()]
+    for name in (*of_all, *own_of_routers(sums)):
         log_derived(f"{prefix}{name}", partial(shown.ratio, name))
 
 
@@ -99,6 +101,7 @@ RATIOS: dict[str, Callable[[RoutingStats, dict[str, Tensor]], Tensor]] = {
     "load_balance_loss": lambda stats, flops: stats.load_balance_loss.mean(),
     "z_loss": lambda stats, flops: stats.z_loss.mean(),
     "experts_per_token": lambda stats, flops: stats.rows_computed.sum() / stats.tokens.sum(),
+    "cheap_per_token": lambda stats, flops: stats.rows_cheap.sum() / stats.tokens.sum(),
     "flops_vs_all_experts": lambda stats, flops: flops["flops"] / flops["flops_all_experts"],
     "flops_vs_dense_ffn": lambda stats, flops: flops["flops"] / flops["flops_dense_ffn"],
     "dropped_share": lambda stats, flops: 1 - stats.rows_kept.sum() / stats.rows_wanted.sum(),

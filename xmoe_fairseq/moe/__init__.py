@@ -10,10 +10,12 @@ A capital suffix is a tensor's shape: `probs_TE` is (T, E). Without one the shap
     S  rows that the experts here read            W  ranks in all
     L  layers                                     N  ranks that share out the experts, or any number
     V  token ids                                  B, C  bins of a histogram, and all of its counts
+    Z  cheap experts, behind the E                C  also constant ones among these
 """
 
 from xmoe_fairseq.moe.balance import step_balance
 from xmoe_fairseq.moe.budget import Budget, step_budgets
+from xmoe_fairseq.moe.cheap import CheapExperts
 from xmoe_fairseq.moe.experts.experts import Experts
 from xmoe_fairseq.moe.experts.kernels import register_kernel, use_kernel
 from xmoe_fairseq.moe.layer import MoELayer
@@ -34,9 +36,9 @@ from xmoe_fairseq.moe.routing import Routing
 from xmoe_fairseq.moe.stats import RoutingStats
 
 __all__ = [
-    "BaseRouter", "Budget", "ExpertChoiceRouter", "ExpertThresholdRouter", "Experts", "HashRouter",
-    "MoELayer", "ReLURouter", "RoutedLayer", "Router", "Routing", "RoutingStats", "SeqTopKRouter",
-    "ThresholdRouter", "TokenRouter", "TopAnyRouter", "TopKRouter", "balanced_table", "moe_layers",
-    "random_table", "record_routing", "register_kernel", "register_router", "step_balance", "step_budgets",
-    "step_expert_thresholds", "step_sparsity", "use_kernel",
+    "BaseRouter", "Budget", "CheapExperts", "ExpertChoiceRouter", "ExpertThresholdRouter", "Experts",
+    "HashRouter", "MoELayer", "ReLURouter", "RoutedLayer", "Router", "Routing", "RoutingStats",
+    "SeqTopKRouter", "ThresholdRouter", "TokenRouter", "TopAnyRouter", "TopKRouter", "balanced_table",
+    "moe_layers", "random_table", "record_routing", "register_kernel", "register_router", "step_balance",
+    "step_budgets", "step_expert_thresholds", "step_sparsity", "use_kernel",
 ]  # fmt: skip

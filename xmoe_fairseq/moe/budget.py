@@ -53,11 +53,12 @@ class Budget(Steered):
         self.register_buffer("threshold", torch.tensor(self.start, dtype=torch.float32))
         self._missed = torch.zeros((), dtype=torch.long)  # updates in a row
 
-    def take(self, value_TK: Tensor, counting: bool) -> Tensor:
+    def take(self, value_TK: Tensor, counting: bool, costs_TK: Tensor | None = None) -> Tensor:
         """(T, K) bool: the choices that t allows; and count them, taken or not.
 
         Args:
             value_TK: by the rule.
+            costs_TK: bool, whether a choice is of an expert that computes; None = all are.
         """
         taken_TK = self.rule.takes(value_TK, self.threshold)
         if counting:
@@ -65,9 +66,14 @@ class Budget(Steered):
             # The first choice is taken anyway. NaN: an overflow on its way to the loss scaler.
             level_N = self.rule.level(value_TK[:, 1:]).nan_to_num(1.0).reshape(-1)
             bin_N = (level_N * BINS).long().clamp_(max=BINS - 1)
-            counts_C.scatter_add_(0, bin_N, torch.ones_like(bin_N))
+            costs_TK = torch.ones_like(taken_TK) if costs_TK is None else costs_TK
+            counts_C.scatter_add_(0, bin_N, costs_TK[:, 1:].reshape(-1).long())
             counts_C[TOKENS] += value_TK.size(0)
-            counts_C[TAKEN] += taken_TK[:, 1:].sum()
+            counts_C[TAKEN] += (taken_TK & costs_TK)[:, 1:].sum()
+            # A free first choice leaves room for one more: as a further one that any t takes, of -1 expert.
+            free = (~costs_TK[:, 0]).sum()
+            counts_C[0] -= free
+            counts_C[TAKEN] -= free
         return taken_TK
 
     def move(self, wanted: Tensor, counts_C: Tensor) -> None:

@@ -9,8 +9,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from xmoe_fairseq.moe.capacity import check_capacities, expert_capacity, keep_within_capacity
-from xmoe_fairseq.moe.dispatch.local import LocalDispatcher
-from xmoe_fairseq.moe.dispatch.parallel import ExpertParallelDispatcher
+from xmoe_fairseq.moe.cheap import CheapExperts
+from xmoe_fairseq.moe.dispatch.parallel import dispatcher_for
 from xmoe_fairseq.moe.experts.experts import Experts
 from xmoe_fairseq.moe.experts.feed_forward import FeedForward
 from xmoe_fairseq.moe.experts.kernels import AUTO, Activation
@@ -30,6 +30,8 @@ class MoELayer(RoutedLayer):
     DeepSeekMoE, eq. 9, arXiv 2401.06066). One FFN n times as wide is what n of them are together. It is as
     any dense parameter: on several ranks each has all of it.
 
+    Cheap experts are chosen as the others are, and compute next to nothing; see `CheapExperts`.
+
     The weights w are the router's probabilities. With `combine="normalized"` these over their sum over the
     token's experts, so softmax over the chosen scores (Shazeer et al. 2017, arXiv 1701.06538, eq. 3). With
     `combine="ones"` they are 1, and every token gets one `output_bias`: parts of a dense FFN then add up to
@@ -39,7 +41,7 @@ class MoELayer(RoutedLayer):
         model_dim: width D of a token.
         expert_dim: hidden width F of one expert.
         num_experts: number of experts E.
-        router: for D and E.
+        router: for D and E, or E + Z with cheap experts.
         capacity_factor: in training an expert keeps at most ceil(T / E * capacity_factor) rows; 0 = all.
         eval_capacity_factor: the same in evaluation.
         min_capacity: an expert may always keep this many rows.
@@ -51,8 +53,9 @@ class MoELayer(RoutedLayer):
         combine: "probs", "normalized", or "ones" for `output_bias_D + sum_e FFN_e(x_t)`, over the chosen.
         side: "encoder" or "decoder", for statistics; "" = neither.
         kernel: what computes the experts; see `Experts`.
-        output_scale: all weights times this, whatever they are; not the output bias, not shared experts.
+        output_scale: all weights times this, whatever they are; not the output bias, shared or cheap experts.
         shared_experts: n, beside the E that are routed; 0 = none.
+        cheap: Z experts more to choose from; None = none.
     """
 
     def __init__(
@@ -62,22 +65,22 @@ class MoELayer(RoutedLayer):
         dense_ffn_dim: int | None = None, name: str = "MoE layer",
         expert_parallel_group: dist.ProcessGroup | None = None, combine: str = "probs", side: str = "",
         kernel: str = AUTO, output_scale: float = 1.0, shared_experts: int = 0,
+        cheap: CheapExperts | None = None,
     ) -> None:  # fmt: skip
-        given, expected = (router.num_experts, router.model_dim), (num_experts, model_dim)
+        num_cheap = 0 if cheap is None else len(cheap)
+        given, expected = (router.num_experts, router.model_dim), (num_experts + num_cheap, model_dim)
         if given != expected:
             raise ValueError(f"router must be for (num_experts, model_dim) = {expected}, got {given}")
-        check_weights(combine, output_scale)
+        check_weights(combine, output_scale, num_cheap)
         if shared_experts < 0:
             raise ValueError(f"shared_experts must be 0 (none) or more, got {shared_experts}")
         check_capacities(capacity_factor, eval_capacity_factor, min_capacity)
         flops = router.flops_per_token
         super().__init__(model_dim, expert_dim, num_experts, flops, dense_ffn_dim, name, side)
-        self.router = router
-        self.dispatcher = LocalDispatcher()
-        part = (0, 1)
-        if expert_parallel_group is not None:
-            self.dispatcher = ExpertParallelDispatcher(expert_parallel_group)
-            part = (dist.get_rank(expert_parallel_group), dist.get_world_size(expert_parallel_group))
+        self.router, self.cheap, self.num_cheap = router, cheap, num_cheap
+        if cheap is not None:
+            router.num_cheap, router.cheap_balance = num_cheap, cheap.balance
+        self.dispatcher, part = dispatcher_for(expert_parallel_group)
         sizes = (num_experts, model_dim, expert_dim)
         self.experts = Experts(*sizes, activation, activation_dropout, part, kernel)
         self.capacity_factor, self.eval_capacity_factor = capacity_factor, eval_capacity_factor
@@ -92,9 +95,14 @@ class MoELayer(RoutedLayer):
             nn.init.zeros_(self.experts.fc2_bias)
 
     def forward_tokens(self, x_TD: Tensor, ids_T: Tensor | None = None) -> tuple[Tensor, Routing]:
-        routing = self.weigh(self.route(x_TD, ids_T), x_TD)
+        routing = self.route(x_TD, ids_T)
+        if self.cheap is not None:
+            routing, weight_TZ = self.cheap.take_out(routing)
+        routing = self.weigh(routing, x_TD)
         x_SD, rows, sent = self.dispatcher.dispatch(x_TD, routing)
         y_TD = self.dispatcher.combine(self.experts(x_SD, rows), sent)
+        if self.cheap is not None:
+            y_TD = y_TD + self.cheap(x_TD, weight_TZ)
         if self.shared is not None:
             y_TD, routing = y_TD + self.shared(x_TD), replace(routing, shared_experts=self.shared_experts)
         return y_TD if self.output_bias is None else y_TD + self.output_bias, routing
@@ -104,7 +112,7 @@ class MoELayer(RoutedLayer):
             routing: Routing = self.router(x_TD, ids_T)
         except FloatingPointError as error:
             raise FloatingPointError(f"{self.name}: {error}") from None
-        if wrong := check_routing(routing, x_TD.size(0), self.num_experts):
+        if wrong := check_routing(routing, x_TD.size(0), self.router.num_experts):
             raise ValueError(f"{self.name}: {type(self.router).__name__} must give {wrong}")
         return routing
 
@@ -140,10 +148,12 @@ class MoELayer(RoutedLayer):
         )
 
 
-def check_weights(combine: str, output_scale: float) -> None:
+def check_weights(combine: str, output_scale: float, num_cheap: int) -> None:
     """Raises ValueError."""
     if combine not in COMBINE:
         raise ValueError(f"combine must be one of {', '.join(COMBINE)}, got {combine}")
+    if num_cheap and combine != "probs":
+        raise ValueError(f"combine must be probs with cheap experts, got {combine}")
     if not 0 < output_scale < math.inf:
         raise ValueError(f"output_scale must be above 0 and finite, got {output_scale}")
 

@@ -26,6 +26,15 @@ def share_loss(probs_TE: Tensor, share_E: Tensor) -> Tensor:
     return torch.dot(probs_TE.sum(dim=0), share_E.to(probs_TE.dtype) * (num_experts / num_tokens))
 
 
+def weigh_cheap(probs_TE: Tensor, num_cheap: int, weight: float) -> Tensor:
+    """What `share_loss` is to see in the place of p: the last experts' shares then count `weight` times in
+    `E * sum_e eta_e f_e P_e` (Jin et al. 2024, MoE++, section 3.3, arXiv 2410.07348)."""
+    if not num_cheap or weight == 1:
+        return probs_TE
+    others_TE, cheap_TZ = probs_TE.tensor_split([probs_TE.size(1) - num_cheap], dim=1)
+    return torch.cat([others_TE, cheap_TZ * weight], dim=1)
+
+
 def z_loss(logits_TE: Tensor) -> Tensor:
     """Mean squared log-partition of the router, which keeps its logits small.
 

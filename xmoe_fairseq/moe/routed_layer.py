@@ -16,6 +16,8 @@ class RoutedLayer(nn.Module):
         router_flops: of the router, for a token. The others are those of `MoELayer`.
     """
 
+    num_cheap = 0  # experts that compute nothing, beside the E; see cheap.py
+
     def __init__(
         self, model_dim: int, expert_dim: int, num_experts: int, router_flops: int, dense_ffn_dim: int | None,
         name: str, side: str,

@@ -21,7 +21,7 @@ class Routing:
     expert_R: Tensor  # global expert id
     rank_R: Tensor  # 0 = the token's first choice
     weight_R: Tensor  # combine weight, at least fp32; carries the task gradient to the router
-    probs_TE: Tensor  # softmax over all experts
+    probs_TE: Tensor  # softmax over all experts, and the cheap ones
     rows_wanted: int  # pairs that the router chose, before any capacity limit
     load_balance_of: Callable[[], Tensor]  # the losses, worked out when they are asked for: in generation
     z_loss_of: Callable[[], Tensor]  # nobody asks, and they would take a third of the router's time
@@ -31,6 +31,8 @@ class Routing:
     # sort. They hold for this very tensor, not for what `replace` puts in its place.
     in_order: tuple[Tensor, Tensor] | None = None
     shared_experts: int = 0  # that compute every token, beside these rows
+    num_cheap: int = 0  # of `probs_TE`, the last ones: their rows have been taken out (cheap.py)
+    rows_cheap: int = 0  # so many
 
     @cached_property
     def load_balance_loss(self) -> Tensor:
@@ -61,7 +63,7 @@ class Routing:
 
     @property
     def num_experts(self) -> int:
-        return self.probs_TE.size(1)
+        return self.probs_TE.size(1) - self.num_cheap
 
     @property
     def experts_per_token(self) -> float:

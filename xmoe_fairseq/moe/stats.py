@@ -33,14 +33,15 @@ class RoutingStats:
     those of all tokens, however they were cut. The mean of each part's ratio is not: two tokens cannot load
     32 experts evenly.
 
-    float64 on the tokens' device, () or (E,); of L layers stacked (L,) or (L, E). Taking them does not make
-    the device wait for the host.
+    float64 on the tokens' device, () or (E,); of L layers stacked (L,) or (L, E). Probabilities and first
+    choices are of cheap experts too, which come last. Taking them does not make the device wait for the host.
     """
 
     tokens: Tensor
     rows_wanted: Tensor  # (token, expert) pairs that the router chose
     rows_kept_E: Tensor  # of these, pairs that each expert computed
     rows_shared: Tensor  # pairs of shared experts, which nobody chose
+    rows_cheap: Tensor  # pairs of cheap experts, which are not among those wanted
     probs_E: Tensor  # probability of each expert
     first_choices_E: Tensor  # tokens for which it is the most probable
     entropy: Tensor  # nats, of the router's distribution
@@ -59,17 +60,19 @@ class RoutingStats:
             rows_wanted=number(routing.rows_wanted),
             rows_kept_E=routing.rows_per_expert().double(),
             rows_shared=number(routing.num_tokens * routing.shared_experts),
+            rows_cheap=number(routing.rows_cheap),
             probs_E=probs_TE.sum(dim=0).double(),
-            first_choices_E=count(probs_TE.argmax(dim=1), routing.num_experts).double(),
+            first_choices_E=count(probs_TE.argmax(dim=1), probs_TE.size(1)).double(),
             # Not torch.special.entr, which takes twice as long.
             entropy=-(probs_TE * probs_TE.clamp(min=tiny).log()).sum().double(),
             z=routing.z_loss.detach().double() * routing.num_tokens,
         )
 
     @classmethod
-    def zeros(cls, num_experts: int, device: torch.device) -> "RoutingStats":
+    def zeros(cls, num_experts: int, device: torch.device, num_cheap: int = 0) -> "RoutingStats":
         """Of no tokens."""
-        shapes = {f.name: num_experts if f.name.endswith("_E") else () for f in fields(cls)}
+        shapes = {f.name: num_experts + num_cheap if f.name.endswith("_E") else () for f in fields(cls)}
+        shapes["rows_kept_E"] = num_experts
         return cls(**{n: torch.zeros(s, dtype=torch.float64, device=device) for n, s in shapes.items()})
 
     def __add__(self, other: "RoutingStats") -> "RoutingStats":

@@ -51,6 +51,13 @@ class ExpertParallelDispatcher(LocalDispatcher):
         return copy(self)  # a process group is one thing, whoever holds it
 
 
+def dispatcher_for(group: dist.ProcessGroup | None) -> tuple[LocalDispatcher, tuple[int, int]]:
+    """And (i, N): the i-th of N equal parts of the experts lies here. None = all of them do."""
+    if group is None:
+        return LocalDispatcher(), (0, 1)
+    return ExpertParallelDispatcher(group), (dist.get_rank(group), dist.get_world_size(group))
+
+
 def rows_in_arrival(received_NE: Tensor, num_rows: int) -> ExpertRows:
     """The rows of each expert held here among those that arrived by rank, then expert: within an expert by
     rank.

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xmoe_fairseq.moe.balance import BALANCES, LossFreeBias, balance_named
-from xmoe_fairseq.moe.losses import load_balance_loss, z_loss
+from xmoe_fairseq.moe.losses import load_balance_loss, weigh_cheap, z_loss
 from xmoe_fairseq.moe.native.routing import Chosen
 from xmoe_fairseq.moe.routers.registry import Flag, RouterKind
 from xmoe_fairseq.moe.routing import Routing, count
@@ -59,12 +59,9 @@ class TokenRouter(RouterKind, nn.Module):
 
 
 class Router(TokenRouter):
-    """Linear scores without a bias, softmax, and a choice that a subclass makes.
+    """Linear scores without a bias, softmax, and a choice that a subclass makes."""
 
-    `temperature` divides the scores: below 1 a router is more decisive.
-    """
-
-    temperature = 1.0
+    temperature = 1.0  # divides the scores: below 1 a router is more decisive
     deciding: ClassVar[tuple[str, ...]] = ()  # methods by which `choose` goes
     flags: ClassVar[tuple[Flag, ...]] = (BALANCE,)
 
@@ -115,13 +112,14 @@ class Router(TokenRouter):
 
     def balance_of(self, chosen: Chosen) -> Callable[[], Tensor]:
         """The auxiliary loss, to be worked out when it is asked for; what is steered counts the rows now."""
+        probs_TE = weigh_cheap(chosen.probs_TE, self.num_cheap, self.cheap_balance)
         if self.balancing is None:
-            return partial(self.balance, chosen.probs_TE, chosen.first_T)
+            return partial(self.balance, probs_TE, chosen.first_T)
         counts_E = chosen.counts_E
         rows_E = count(chosen.expert_R, self.num_experts) if counts_E is None else counts_E
         if self.training and self.counting:
             self.balancing.count(rows_E)
-        return partial(self.balancing.loss, chosen.probs_TE, rows_E)
+        return partial(self.balancing.loss, probs_TE, rows_E)
 
     def choose_natively(self, logits_TE: Tensor) -> Chosen | None:
         """The same in C++, for a router that goes by probabilities alone; None = it cannot."""

@@ -58,6 +58,8 @@ class RouterKind:
     goes_by_sentence: ClassVar[bool] = False  # needs the number of each token's sentence as `ids_T`
     flags: ClassVar[tuple[Flag, ...]] = ()
 
+    num_cheap: int = 0  # of its experts, the last ones; the layer that has them says so, and
+    cheap_balance: float = 1.0  # how many times they count in a load-balance loss
     counting: bool = True  # off while a batch runs that does not count in training: a rank's dummy batch
 
     @classmethod

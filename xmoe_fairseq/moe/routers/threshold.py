@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from xmoe_fairseq.moe.budget import Budget, step_budgets
 from xmoe_fairseq.moe.native.routing import Chosen, can_choose, choose_experts
 from xmoe_fairseq.moe.routers.base import BALANCE, Router, by_preference
+from xmoe_fairseq.moe.routers.cheap_flags import CHEAP
 from xmoe_fairseq.moe.routers.registry import Flag, Place, register_router, routed_target
 from xmoe_fairseq.moe.rules import RULES, Rule, rule_named
 
@@ -88,7 +89,7 @@ class ThresholdRouter(Router):
 
     description = "XMoE: those that reach a probability of t together"
     takes_ones = takes_normalized = True
-    flags = (*FLAGS, BALANCE)
+    flags = (*FLAGS, BALANCE, *CHEAP)
     deciding = ("candidates", "limit")
     rule: Rule
 
@@ -139,14 +140,9 @@ class ThresholdRouter(Router):
         config, each = place.config, layer_thresholds(place.config)
         threshold = each[place.layer] if each else config.moe_threshold
         limit, target = max_experts_per_token(config), routed_target(config)
-        return cls(
-            place.model_dim,
-            place.num_experts,
-            threshold=threshold,
-            max_experts_per_token=limit,
-            target_experts_per_token=target,
-            rule=config.moe_threshold_rule,
-        )
+        how: dict[str, Any] = {"threshold": threshold, "max_experts_per_token": limit}
+        how |= {"target_experts_per_token": target, "rule": config.moe_threshold_rule}
+        return cls(place.model_dim, place.num_experts, **how)
 
     @classmethod
     def planned_experts(cls, config: Any) -> tuple[str, float]:
@@ -192,15 +188,18 @@ class ThresholdRouter(Router):
         if self.budget is None:
             chosen_TK = self.rule.takes(value_TK, self.threshold)
         else:
-            chosen_TK = self.budget.take(value_TK, self.training and self.counting)
+            costs_TK = expert_TK < self.num_experts - self.num_cheap if self.num_cheap else None
+            chosen_TK = self.budget.take(value_TK, self.training and self.counting, costs_TK)
         chosen_TK[:, 0] = True
         return expert_TK, chosen_TK
 
     def choose_natively(self, logits_TE: Tensor) -> Chosen | None:
         if not (can_choose(logits_TE) and self.chooses_as(ThresholdRouter)):
             return None
-        counting = self.training and self.counting
-        counts_C = self.budget.counts(logits_TE.device) if self.budget and counting else None
+        counting = self.budget if self.training and self.counting else None
+        if counting and self.num_cheap:  # C++ takes it that every choice costs the same
+            return None
+        counts_C = counting.counts(logits_TE.device) if counting else None
         return choose_experts(logits_TE, self.limit, self.threshold_in_use, counts_C, self.rule.name)
 
     def extra_repr(self) -> str:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from xmoe_fairseq.moe.native.routing import Chosen, can_choose, choose_experts
 from xmoe_fairseq.moe.routers.base import BALANCE, Router, by_preference
+from xmoe_fairseq.moe.routers.cheap_flags import CHEAP, num_cheap
 from xmoe_fairseq.moe.routers.registry import Flag, Place, register_router
 
 TOPK = Flag(
@@ -35,7 +36,7 @@ class TopKRouter(Router):
 
     description = "the k most probable; k = 1 is Switch"
     takes_ones = takes_normalized = True
-    flags = (TOPK, BALANCE)
+    flags = (TOPK, BALANCE, *CHEAP)
     check = staticmethod(check_topk)
 
     def __init__(self, model_dim: int, num_experts: int, k: int = 1) -> None:
@@ -46,7 +47,7 @@ class TopKRouter(Router):
 
     @classmethod
     def planned_experts(cls, config: Any) -> tuple[str, float]:
-        return "", experts_per_token(config)
+        return "at most " if num_cheap(config) else "", experts_per_token(config)
 
     @classmethod
     def from_config(cls, place: Place) -> "TopKRouter":
