@@ -8,7 +8,7 @@ from torch import Tensor
 
 from xmoe_fairseq.moe.routers.base import Router, by_preference
 from xmoe_fairseq.moe.routers.registry import Flag, Place, register_router
-from xmoe_fairseq.moe.routers.topk import TOPK, check_topk, experts_per_token
+from xmoe_fairseq.moe.routers.topk import TOPK, check_average, check_topk, experts_per_token
 
 
 @register_router("expert_choice")
@@ -36,9 +36,7 @@ class ExpertChoiceRouter(Router):
 
     def __init__(self, model_dim: int, num_experts: int, experts_per_token: float = 1.0) -> None:
         super().__init__(model_dim, num_experts)
-        if not 0 < experts_per_token <= num_experts:
-            rule = f"must be in (0, num_experts = {num_experts}]"
-            raise ValueError(f"experts_per_token {rule}, got {experts_per_token}")
+        check_average(experts_per_token, num_experts)
         self.experts_per_token = experts_per_token
 
     @classmethod

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from xmoe_fairseq.moe.native.routing import Chosen
 from xmoe_fairseq.moe.routers.base import Router
 from xmoe_fairseq.moe.routers.registry import Place, register_router
-from xmoe_fairseq.moe.routers.topk import TOPK, check_topk, experts_per_token
+from xmoe_fairseq.moe.routers.topk import TOPK, check_average, check_topk, experts_per_token
 from xmoe_fairseq.moe.routing import Routing
 from xmoe_fairseq.moe.steered import Steered, of_all_ranks
 
@@ -55,9 +55,7 @@ class ReLURouter(Router):
 
     def __init__(self, model_dim: int, num_experts: int, experts_per_token: float = 1.0) -> None:
         super().__init__(model_dim, num_experts)
-        if not 0 < experts_per_token <= num_experts:
-            rule = f"must be in (0, num_experts = {num_experts}]"
-            raise ValueError(f"experts_per_token {rule}, got {experts_per_token}")
+        check_average(experts_per_token, num_experts)
         self.sparsity = Sparsity(experts_per_token)
 
     @classmethod

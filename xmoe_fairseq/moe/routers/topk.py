@@ -23,6 +23,13 @@ def experts_per_token(config: Any) -> int:
     return int(config.moe_topk or max(config.moe_ffn_split - config.moe_shared_experts, 1))
 
 
+def check_average(per_token: float, num_experts: int) -> None:
+    """Of a router whose tokens take so many experts on average. Raises ValueError."""
+    if not 0 < per_token <= num_experts:
+        rule = f"must be in (0, num_experts = {num_experts}]"
+        raise ValueError(f"experts_per_token {rule}, got {per_token}")
+
+
 def check_topk(config: Any, num_layers: int) -> None:
     """Raises ValueError."""
     if num_layers and experts_per_token(config) > config.moe_num_experts:
