@@ -1,6 +1,6 @@
 """Trains and scores models of models.toml, several seeds each, one thread pinned to a core per run.
 
-    python scripts/run.py experiments.grid wmt|lm PRESET DATA OUT --models MODEL ... [--seeds 1 2 3]
+    python scripts/run.py experiments.grid wmt|lm PRESET DATA OUT --models MODEL ... [--seeds 1 2 3] [--splits test]
 
 MODEL may have further flags of fairseq-train: "xmoe-s4 --moe-threshold 0.8". A run is OUT/MODEL-SEED; one
 that is scored is left alone, one that was stopped goes on from its last checkpoint. All models' first seeds
@@ -29,14 +29,16 @@ def folder_name(model: str, seed: int) -> str:
     return re.sub(r"[^\w.]+", "-", f"{model} {seed}")
 
 
-def train_and_score(task: str, preset: str, model: str, seed: int, data: Path, run: Path, core: int) -> bool:
+def train_and_score(
+    task: str, preset: str, model: str, seed: int, data: Path, run: Path, core: int, splits: list[str]
+) -> bool:
     """False if it failed; what it printed is RUN.log."""
     env = os.environ | {"OMP_NUM_THREADS": "1", "SEED": str(seed)}
     name, *flags = shlex.split(model)
     python = ["taskset", "-c", str(core), sys.executable, str(ROOT / "scripts/run.py")]
     commands = [
         ["experiments.train", task, preset, name, str(data), str(run), *flags],
-        ["experiments.score", task, str(run), "--splits", "test"],
+        ["experiments.score", task, str(run), "--splits", *splits],
     ]
     with run.with_name(run.name + ".log").open("a", encoding="utf-8") as log:
         try:
@@ -55,6 +57,7 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="folder for the runs")
     parser.add_argument("--models", nargs="+", default=[], metavar="MODEL", help=f"of {', '.join(models())}")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3], metavar="SEED")
+    parser.add_argument("--splits", nargs="+", default=["test"], metavar="SPLIT", help="to score (default: test)")
     args = parser.parse_args()
     for model in args.models:
         Plan(args.task, args.preset, model.split()[0])
@@ -72,7 +75,7 @@ def main() -> None:
         core = cores.get()
         print(f"[grid] {run.name} on core {core}", flush=True)
         try:
-            if train_and_score(args.task, args.preset, model, seed, args.data, run, core):
+            if train_and_score(args.task, args.preset, model, seed, args.data, run, core, args.splits):
                 return None
         finally:
             cores.put(core)

@@ -15,7 +15,10 @@ def called(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, int]]:
     """(model, seed, core) of each run; those of switch fail."""
     calls: list[tuple[str, int, int]] = []
 
-    def train_and_score(_: str, __: str, model: str, seed: int, ___: Path, run: Path, core: int) -> bool:
+    def train_and_score(
+        _: str, __: str, model: str, seed: int, ___: Path, run: Path, core: int, splits: list[str]
+    ) -> bool:
+        assert splits == ["test"]
         calls.append((model, seed, core))
         run.mkdir()
         (run / "scores.best.json").write_text("{}")
