@@ -45,3 +45,10 @@ bash "$root/data-prep/prepare_lm_sample.sh" "$root/data/lm-sample"
 for seed in "${seeds[@]}"; do
   for task in "${tasks[@]}"; do train "$task" "$seed"; done
 done
+for task in "${tasks[@]}"; do
+  split=test; [ "$task" = lm ] || split=test1
+  first=("$OUT/$task"/*-"${seeds[0]}"/scores.best.json) runs=("$OUT/$task"/*/scores.best.json)   # also those of other calls
+  first=("${first[@]%/scores.best.json}") runs=("${runs[@]%/scores.best.json}")
+  python "$root/scripts/run.py" benchmarks.trained_models "$OUT/$task/dense-${seeds[0]}" "${first[@]}"
+  python "$root/scripts/run.py" experiments.compare_routers "${runs[@]}" --split "$split" --out "$OUT/$task/routers"
+done

@@ -16,7 +16,12 @@ import time
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 from unittest import mock
+
+import pytest
+
+from xmoe_fairseq_compat.errors import UserError
 
 BIN = Path(sys.executable).parent
 REPO = Path(__file__).parents[1]
@@ -201,3 +206,12 @@ def write_corpus(folder: Path) -> tuple[Path, Path]:
     text_only = [f"--{split}pref={folder / split}.en" for split in ("train", "valid", "test")]
     run("fairseq-preprocess", "--only-source", "--destdir", folder / "lm", "--workers", 1, *text_only)
     return folder / "mt", folder / "lm"
+
+
+def refusal(main: Any, monkeypatch: pytest.MonkeyPatch, *arguments: object) -> str:
+    """The one line with which a tool ends."""
+    monkeypatch.setattr(sys, "argv", ["tool", *map(str, arguments)])
+    with pytest.raises(UserError) as ended:
+        main()
+    assert "\n" not in str(ended.value)
+    return str(ended.value)

@@ -32,20 +32,23 @@ from xmoe_fairseq_compat.errors import FlagError, UserError
 SHOWN = {"wmt": ("bleu", "chrf++", "perplexity"), "lm": ("perplexity", "perplexity_per_word")}
 TITLES = {"bleu": "BLEU", "chrf++": "chrF++", "perplexity": "ppl", "perplexity_per_word": "ppl/word"}
 FLOPS, FFN_SECONDS = "MoE FLOPs / dense FFN", "FFN seconds / the first's"
-FLOPS_SPLIT = "test"  # the split whose routing is shown
 DIGITS = {"updates": 0, "training seconds": 0, "s/update": 3, "parameters (M)": 1}
 
 
-def load(folder: Path, tag: str) -> Run:
+def load(folder: Path, tag: str, flops_split: str = "test") -> Run:
+    """
+    Args:
+        flops_split: whose routing is shown.
+    """
     about, scores = read_run(folder), folder / f"scores.{tag}.json"
     log, splits = folder / "train.log", read_json(scores)["splits"]
-    if FLOPS_SPLIT not in splits:
-        raise UserError(f"{scores}: holds no {FLOPS_SPLIT}; score the run again without --splits")
+    if flops_split not in splits:
+        raise UserError(f"{scores}: holds no {flops_split}; score the run again without --splits")
     values: dict[str, float] = {}
     for split, result in splits.items():
         values |= {f"{split} {TITLES[key]}": result[key] for key in SHOWN[about["task"]]}
     plan = Plan(about["task"], about["preset"], about["model"])
-    sides = list(splits[FLOPS_SPLIT]["routing"].values())
+    sides = list(splits[flops_split]["routing"].values())
     values["experts/token"] = statistics.mean(s["experts"] for s in sides) if sides else math.nan
     dense_flops = plan.ffn_dim / plan.size.ffn_dim
     values[FLOPS] = statistics.mean(s["flops"] for s in sides) if sides else dense_flops

@@ -1,6 +1,6 @@
 """Trains and scores models of models.toml, several seeds each, one thread pinned to a core per run.
 
-    python scripts/run.py experiments.grid wmt|lm PRESET DATA OUT --models MODEL ... [--seeds 1 2 3] [--splits test]
+    python scripts/run.py experiments.grid wmt|lm PRESET DATA OUT --models MODEL ... [--seeds 1 2 3]
 
 MODEL may have further flags of fairseq-train: "xmoe-s4 --moe-threshold 0.8". A run is OUT/MODEL-SEED; one
 that is scored is left alone, one that was stopped goes on from its last checkpoint. All models' first seeds
@@ -57,7 +57,7 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="folder for the runs")
     parser.add_argument("--models", nargs="+", default=[], metavar="MODEL", help=f"of {', '.join(models())}")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3], metavar="SEED")
-    parser.add_argument("--splits", nargs="+", default=["test"], metavar="SPLIT", help="to score (default: test)")
+    parser.add_argument("--splits", nargs="+", default=["test"], metavar="SPLIT")
     args = parser.parse_args()
     for model in args.models:
         Plan(args.task, args.preset, model.split()[0])

@@ -1,0 +1,59 @@
+"""Times whole updates and greedy decoding of the models of runs, all in turn; writes RUN/speed.json.
+
+    python scripts/run.py benchmarks.trained_models RUN ... [--rounds 15]
+
+The first RUN is what the others are compared with. Batches are of validation text, as large as in training;
+one thread.
+"""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from fairseq.trainer import Trainer
+
+from benchmarks.decoding import STEPS, decode, inputs_of_data
+from benchmarks.timing import add_rounds, in_turn, machine
+from benchmarks.updates import BATCHES, updates
+from experiments.results import read_run, write_json
+from xmoe_fairseq.batches import Batches
+from xmoe_fairseq.thresholds.checkpoint import open_model
+
+SENTENCES = 8  # decoded at a time
+Work = dict[str, Callable[[], Any]]
+
+
+def as_trained(model: Any, task: Any, cfg: Any) -> Callable[[], None]:
+    """What updates the model further, its statistics and budgets included."""
+    tokens = cfg.dataset.max_tokens or cfg.dataset.batch_size * cfg.task.tokens_per_sample
+    samples = list(Batches(task, "valid", BATCHES * tokens, tokens, seed=1))
+    trainer = Trainer(cfg, task, model, task.build_criterion(cfg.criterion))
+    return updates(trainer, samples[:BATCHES])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN")
+    add_rounds(parser, default=15)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    opened = {
+        str(run): open_model(run / "checkpoint_best.pt", Path(read_run(run)["data"])) for run in args.runs
+    }
+    decoding: Work = {
+        run: decode(model, inputs_of_data(task, SENTENCES), STEPS) for run, (model, task, _) in opened.items()
+    }
+    found = {"decoding": in_turn(decoding, args.rounds)}
+    training: Work = {run: as_trained(*each) for run, each in opened.items()}
+    found["update"] = in_turn(training, args.rounds, calls=BATCHES)
+    for run in opened:
+        timings = {what: timing[run] for what, timing in found.items()}
+        print(f"{Path(run).name}: " + "; ".join(f"{what} {timing}" for what, timing in timings.items()))
+        about = {"tokens decoded": SENTENCES * STEPS, "to": args.runs[0].name, "machine": machine()}
+        write_json(Path(run) / "speed.json", {**timings, **about})
+
+
+if __name__ == "__main__":
+    main()
