@@ -11,7 +11,7 @@ from commands import logged, refusal, script
 from sacrebleu.metrics import BLEU, CHRF
 from tolerances import assert_same
 
-from benchmarks import sweep, trained_layers
+from benchmarks import sweep, trained_layers, trained_models
 from experiments import average_checkpoints, score, train
 from xmoe_fairseq_compat.errors import CheckpointError
 
@@ -72,9 +72,12 @@ def test_language_model(lm_data: Path, tmp_path: Path, monkeypatch: pytest.Monke
     )  # a piece is a word here
     assert scores["perplexity_per_word"] == pytest.approx(scores["perplexity"])
     assert scores["routing"] == {"decoder": {"experts": 1.0, "flops": 1.0}}
-    monkeypatch.setattr(sys, "argv", ["trained_layers", str(run), str(run), "--rounds", "3"])
+    monkeypatch.setattr(sys, "argv", ["timing", str(run), str(run), "--rounds", "3"])
     trained_layers.main()
     assert json.loads((run / "seconds.json").read_text())["ratio"] > 0
+    trained_models.main()
+    speed = json.loads((run / "speed.json").read_text())
+    assert speed["update"]["ratio"] > 0 and speed["decoding"]["ratio"] > 0 and speed["to"] == "run"
 
     paths = sorted(run.glob("checkpoint_*_*.pt"))[-2:]
     first, second, mean = (
