@@ -30,8 +30,8 @@ METRICS = {
     "not) over those of the dense FFN that they replace",
     "flops_vs_all_experts": "the same over those with all experts",
     "load_balance_loss": "E x sum over experts of (mean probability x share of first choices), for every "
-    "router, trained with it or not; E = one expert takes all. It is 1 when either is even, so a router that is "
-    "still undecided shows 1 although most experts are dead: look at `dead_experts`",
+    "router, trained with it or not; E = one expert takes all. It is 1 when either is even, so a router that "
+    "is still undecided shows 1 although most experts are dead: look at `dead_experts`",
     "z_loss": "unscaled",
     "cheap_per_token": "zero, copy and constant experts that a token took; only where there are any",
     "dropped_share": "of the (token, expert) pairs chosen; 0 unless there is a capacity",
@@ -102,8 +102,8 @@ xmoe_fairseq --arch ARCH --help` says the same.
     logged = """## Logged numbers
 
 Of training and validation, and for TensorBoard, as `moe_encoder_...` and `moe_decoder_...`: ratios of sums
-over all tokens since the last record (for a validation: all of it), layer by layer, then the mean over layers. So
-they do not depend on `--update-freq`, the number of ranks or the batch size.
+over all tokens since the last record (for a validation: all of it), layer by layer, then their mean.
+So they do not depend on `--update-freq`, the number of ranks or the batch size.
 """
     return "\n".join([
         head, *flag_tables(),
