@@ -73,5 +73,5 @@ def build_router(place: Place) -> TokenRouter:
         raise FlagError(f"{where}: {error}") from error
     if isinstance(router, Router):
         router.temperature = config.moe_router_temperature
-        router.balance_by(config.moe_balance)
+        router.balance_by(config.moe_balance, config.moe_balance_step)
     return router

@@ -12,18 +12,18 @@ from tolerances import about, assert_same
 from torch import Tensor, nn
 
 from xmoe_fairseq.moe import MoELayer, Router, ThresholdRouter, TopKRouter, step_balance, step_budgets
-from xmoe_fairseq.moe.balance import BALANCES, SPEED
+from xmoe_fairseq.moe.balance import BALANCES, STEP
 from xmoe_fairseq.moe.steered import MANY
 
 # Probabilities of three tokens, which take two experts each: 0 and 1; 0 and 1; 2 and 0.
 PROBS = torch.tensor([[0.6, 0.3, 0.1], [0.5, 0.3, 0.2], [0.3, 0.1, 0.6]])
 
 
-def router_of(balance: str, num_experts: int = 3, k: int = 2) -> TopKRouter:
+def router_of(balance: str, num_experts: int = 3, k: int = 2, step: float = STEP) -> TopKRouter:
     """Whose scores are its input."""
     router = TopKRouter(num_experts, num_experts, k)
     router.weight.data = torch.eye(num_experts)
-    router.balance_by(balance)
+    router.balance_by(balance, step)
     return router
 
 
@@ -49,10 +49,10 @@ def test_bias_by_hand() -> None:
     router = router_of("bias")
     router(PROBS.log())
     step_balance(router)
-    assert_same(router.balancing.bias_E, SPEED * torch.tensor([-1.0, 0.0, 1.0]))
+    assert_same(router.balancing.bias_E, STEP * torch.tensor([-1.0, 0.0, 1.0]))
     router(PROBS.log()[:2])  # rows 2, 2, 0: the mean of d is -u / 3
     step_balance(router)
-    assert_same(router.balancing.bias_E, SPEED / 3 * torch.tensor([-5.0, -2.0, 7.0]))
+    assert_same(router.balancing.bias_E, STEP / 3 * torch.tensor([-5.0, -2.0, 7.0]))
     assert router.balancing.bias_E.dtype == torch.float32
 
 
@@ -89,15 +89,16 @@ def test_a_budget_counts_with_the_bias() -> None:
     assert router.eval()(x_TD).experts_per_token == pytest.approx(2.0, abs=0.02)
 
 
-def test_a_bias_evens_out_a_router_that_prefers_some_experts() -> None:
+@pytest.mark.parametrize("step, updates", [(STEP, 150), (10 * STEP, 15)])
+def test_a_bias_evens_out_a_router_that_prefers_some_experts(step: float, updates: int) -> None:
     torch.manual_seed(0)
-    router, drawn = router_of("bias", 8), torch.linspace(0, 0.2, 8)
+    router, drawn = router_of("bias", 8, step=step), torch.linspace(0, 0.2, 8)
 
     def rows() -> Tensor:
         return router(torch.randn(400, 8) * 0.1 + drawn).rows_per_expert()
 
     before = rows()
-    for _ in range(150):
+    for _ in range(updates):
         step_balance(router)
         rows()
     assert before.max() > 1.7 * before.float().mean()
@@ -152,6 +153,12 @@ def test_a_loop_that_never_steps_is_told_so() -> None:
 def test_an_unknown_balance_is_refused() -> None:
     with pytest.raises(ValueError, match="balance must be one of first, all, global, bias, none, got even"):
         router_of("even")
+
+
+@pytest.mark.parametrize("step", [0.0, -0.1, float("nan")])
+def test_a_step_that_goes_nowhere_is_refused(step: float) -> None:
+    with pytest.raises(ValueError, match=f"step must be above 0, got {step}"):
+        router_of("bias", step=step)
 
 
 def test_own_losses_of_a_subclass_are_those_of_first() -> None:

@@ -163,7 +163,5 @@ def test_a_loop_that_never_steps_is_told_so() -> None:
 def test_what_it_cannot_be_is_refused() -> None:
     with pytest.raises(ValueError, match=r"experts_per_token must be in \(0, num_experts = 3\], got 4"):
         ReLURouter(3, 3, 4)
-    with pytest.raises(
-        ValueError, match="balance must be first with a ReLU router, whose loss is its own, got bias"
-    ):
+    with pytest.raises(ValueError, match="balance must be first with ReLURouter, whose loss is .*got bias"):
         router_of().balance_by("bias")

@@ -81,5 +81,5 @@ def test_a_threshold_learns_by_what_its_experts_weight_would() -> None:
 def test_what_it_cannot_be_is_refused() -> None:
     with pytest.raises(ValueError, match=r"max_experts_per_token must be 0 \(no limit\) or a whole.*got -1"):
         TopAnyRouter(3, 3, -1)
-    with pytest.raises(ValueError, match="balance must be first with a top-any router, .*got bias"):
+    with pytest.raises(ValueError, match="balance must be first with TopAnyRouter, .*got bias"):
         axes(0.0, 0.0).balance_by("bias")

@@ -68,6 +68,7 @@ def test_ranks_balance_as_one_process(balance: str, size: int, corpus: tuple[Pat
     """By the choices of all ranks and micro-batches, and not by those of a dummy batch."""
     flags = (*task_flags("translation", corpus), "--batch-size", 7, "--max-epoch", 1)
     flags = (*flags, "--moe-balance", balance, "--moe-loss-coeff", 1.0, *CHEAP)
+    flags += ("--moe-balance-step", 0.05) * (balance == "bias")
     runs = train(4, *flags, "--update-freq", 3, "--moe-expert-parallel-size", size)
     assert_same_training(runs, one_process(*flags, "--update-freq", 12), size)
 

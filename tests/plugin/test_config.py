@@ -199,6 +199,13 @@ BAD = [
         {"moe_balance": "all", "moe_router": "relu"},
         "--moe-balance needs --moe-router threshold or seq_topk or topk",
     ),
+    *(
+        (
+            {"moe_balance_step": u, **flags},
+            f"--moe-balance-step must be above 0, and 0.001 without --moe-balance bias, got {u}",
+        )
+        for u, flags in ((0.01, {}), (0.01, {"moe_balance": "global"}), (0.0, {"moe_balance": "bias"}))
+    ),
     ({"moe_topk": 9, "moe_router": "relu"}, "must be at most --moe-num-experts 8, got 9"),
     (
         {"moe_router": "topany", "moe_router_init_scale": 2.0},

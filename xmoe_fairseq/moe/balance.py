@@ -11,7 +11,7 @@ from xmoe_fairseq.moe.losses import share_loss
 from xmoe_fairseq.moe.steered import Steered, step_each
 
 BALANCES = ("first", "all", "global", "bias", "none")
-SPEED = 1e-3  # u of arXiv 2408.15664; there of probabilities, here of the scores before softmax
+STEP = 1e-3  # u of arXiv 2408.15664; there of probabilities, here of the scores before softmax
 
 
 class Balance(nn.Module):
@@ -79,25 +79,31 @@ class LossFreeBias(CountsRows):
 
     bias_E: Tensor
 
-    def __init__(self, num_experts: int) -> None:
+    def __init__(self, num_experts: int, step_size: float) -> None:
         super().__init__("bias_E", torch.zeros(num_experts), "bias")
+        self.step_size = step_size
 
     def step(self, rows_E: Tensor) -> None:
         # E times the mean less E times the rows: whole numbers, whose sign no rounding can turn.
-        moved_E = SPEED * torch.sign(rows_E.sum() - rows_E.numel() * rows_E).float()
+        moved_E = self.step_size * torch.sign(rows_E.sum() - rows_E.numel() * rows_E).float()
         self.bias_E.add_(moved_E - moved_E.mean())
 
 
-def balance_named(name: str, num_experts: int) -> Balance | None:
+def balance_named(name: str, num_experts: int, step: float = STEP) -> Balance | None:
     """None for `first`, which is the router's own loss.
 
+    Args:
+        step: u of `bias`.
+
     Raises:
-        ValueError: there is no such balance.
+        ValueError: there is no such balance; or step is not above 0.
     """
     if name not in BALANCES:
         raise ValueError(f"balance must be one of {', '.join(BALANCES)}, got {name}")
+    if not step > 0:
+        raise ValueError(f"step must be above 0, got {step}")
     if name in ("global", "bias"):
-        return (GlobalShare if name == "global" else LossFreeBias)(num_experts)
+        return GlobalShare(num_experts) if name == "global" else LossFreeBias(num_experts, step)
     return {"first": None, "all": AllChoices(), "none": Balance()}[name]
 
 

@@ -14,19 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from xmoe_fairseq.moe.balance import BALANCES, LossFreeBias, balance_named
+from xmoe_fairseq.moe.balance import STEP, LossFreeBias, balance_named
 from xmoe_fairseq.moe.losses import load_balance_loss, weigh_cheap, z_loss
 from xmoe_fairseq.moe.native.routing import Chosen
+from xmoe_fairseq.moe.routers.balance_flags import BALANCE
 from xmoe_fairseq.moe.routers.registry import Flag, RouterKind
 from xmoe_fairseq.moe.routing import Routing, count
-
-BALANCE = Flag(
-    "moe_balance", "first", "what keeps experts evenly used: a loss by first choices (first), by all choices "
-    "(all), by those in the last update's whole batch (global); no loss, but a bias on scores where tokens "
-    "choose (bias); or none",
-    rule=f"must be one of {', '.join(BALANCES)}", holds=lambda config: config.moe_balance in BALANCES,
-    refused_elsewhere=True,
-)  # fmt: skip
 
 
 class TokenRouter(RouterKind, nn.Module):
@@ -63,7 +56,8 @@ class Router(TokenRouter):
 
     temperature = 1.0  # divides the scores: below 1 a router is more decisive
     deciding: ClassVar[tuple[str, ...]] = ()  # methods by which `choose` goes
-    flags: ClassVar[tuple[Flag, ...]] = (BALANCE,)
+    has_own_loss: ClassVar[bool] = False  # that no balance may take the place of
+    flags: ClassVar[tuple[Flag, ...]] = BALANCE
 
     def __init__(self, model_dim: int, num_experts: int) -> None:
         super().__init__(model_dim, num_experts, 2 * model_dim * num_experts)
@@ -71,9 +65,16 @@ class Router(TokenRouter):
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))  # as nn.Linear
         self.balance_by("first")
 
-    def balance_by(self, name: str) -> None:
-        """See `balance.py`; `first` is this class's own `balance`. Raises ValueError: none is named so."""
-        self.balancing = balance_named(name, self.num_experts)
+    def balance_by(self, name: str, step: float = STEP) -> None:
+        """See `balance.py`; `first` is this class's own `balance`, the step is u of `bias`.
+
+        Raises:
+            ValueError: no balance is named so, or may stand here; the step is not above 0.
+        """
+        if name != "first" and self.has_own_loss:
+            kind = type(self).__name__
+            raise ValueError(f"balance must be first with {kind}, whose loss is its own, got {name}")
+        self.balancing = balance_named(name, self.num_experts, step)
 
     def forward(self, x_TD: Tensor, ids_T: Tensor | None = None) -> Routing:
         """

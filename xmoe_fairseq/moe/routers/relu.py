@@ -49,7 +49,7 @@ class ReLURouter(Router):
     """
 
     description = "ReMoE: those of positive score, on average k after some hundred updates, perhaps none"
-    weighs_own_loss = True
+    has_own_loss = weighs_own_loss = True
     flags = (TOPK,)
     check = staticmethod(check_topk)
 
@@ -69,11 +69,6 @@ class ReLURouter(Router):
     @classmethod
     def after_update(cls, model: nn.Module) -> None:
         step_sparsity(model)
-
-    def balance_by(self, name: str) -> None:
-        if name != "first":
-            raise ValueError(f"balance must be first with a ReLU router, whose loss is its own, got {name}")
-        super().balance_by(name)
 
     def forward(self, x_TD: Tensor, ids_T: Tensor | None = None) -> Routing:
         return replace(super().forward(x_TD, ids_T), loss_weight=1.0)

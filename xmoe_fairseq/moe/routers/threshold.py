@@ -6,7 +6,8 @@ from torch import Tensor, nn
 
 from xmoe_fairseq.moe.budget import Budget, step_budgets
 from xmoe_fairseq.moe.native.routing import Chosen, can_choose, choose_experts
-from xmoe_fairseq.moe.routers.base import BALANCE, Router, by_preference
+from xmoe_fairseq.moe.routers.balance_flags import BALANCE
+from xmoe_fairseq.moe.routers.base import Router, by_preference
 from xmoe_fairseq.moe.routers.cheap_flags import CHEAP
 from xmoe_fairseq.moe.routers.registry import Flag, Place, register_router, routed_target
 from xmoe_fairseq.moe.rules import RULES, Rule, rule_named
@@ -89,7 +90,7 @@ class ThresholdRouter(Router):
 
     description = "XMoE: those that reach a probability of t together"
     takes_ones = takes_normalized = True
-    flags = (*FLAGS, BALANCE, *CHEAP)
+    flags = (*FLAGS, *BALANCE, *CHEAP)
     deciding = ("candidates", "limit")
     rule: Rule
 

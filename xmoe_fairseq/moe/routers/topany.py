@@ -32,6 +32,7 @@ class TopAnyRouter(Router):
     """
 
     description = "DynMoE: those whose cosine passes a learned threshold of theirs, or the best; weight 1/k"
+    has_own_loss = True
     flags = (MOST,)
 
     def __init__(self, model_dim: int, num_experts: int, max_experts_per_token: int = 0) -> None:
@@ -57,13 +58,6 @@ class TopAnyRouter(Router):
     @classmethod
     def from_config(cls, place: Place) -> "TopAnyRouter":
         return cls(place.model_dim, place.num_experts, max_experts_per_token(place.config))
-
-    def balance_by(self, name: str) -> None:
-        if name != "first":
-            raise ValueError(
-                f"balance must be first with a top-any router, whose loss is its own, got {name}"
-            )
-        super().balance_by(name)
 
     def score(self, x_TD: Tensor) -> Tensor:
         dtype = torch.promote_types(x_TD.dtype, torch.float32)

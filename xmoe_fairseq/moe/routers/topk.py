@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from xmoe_fairseq.moe.native.routing import Chosen, can_choose, choose_experts
-from xmoe_fairseq.moe.routers.base import BALANCE, Router, by_preference
+from xmoe_fairseq.moe.routers.balance_flags import BALANCE
+from xmoe_fairseq.moe.routers.base import Router, by_preference
 from xmoe_fairseq.moe.routers.cheap_flags import CHEAP, num_cheap
 from xmoe_fairseq.moe.routers.registry import Flag, Place, register_router
 
@@ -43,7 +44,7 @@ class TopKRouter(Router):
 
     description = "the k most probable; k = 1 is Switch"
     takes_ones = takes_normalized = True
-    flags = (TOPK, BALANCE, *CHEAP)
+    flags = (TOPK, *BALANCE, *CHEAP)
     check = staticmethod(check_topk)
 
     def __init__(self, model_dim: int, num_experts: int, k: int = 1) -> None:
