@@ -159,5 +159,6 @@ def listing() -> str:
     sections["MODEL"] = {name: model.label for name, model in models().items()}
     lines = []
     for title, entries in sections.items():
-        lines += ["", title, *(f"  {name:<16}{about}" for name, about in entries.items())]
+        width = max(map(len, entries)) + 2
+        lines += ["", title, *(f"  {name:<{width}}{about}" for name, about in entries.items())]
     return "\n".join(lines)

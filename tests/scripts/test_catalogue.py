@@ -135,6 +135,7 @@ def test_help_explains_presets_and_models() -> None:
     said = script("lm/train.sh", "--help")
     assert "xmoe-s4-budget" in said and "half the dense FFN's FLOPs" in said
     assert "PRESET of lm" in said and "12 layers, width 768" in said
+    assert all(f"\n  {name}  " in said for name in models())
 
 
 @pytest.fixture
