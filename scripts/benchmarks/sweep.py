@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from fairseq.checkpoint_utils import load_checkpoint_to_cpu
 from torch import nn
 
 from benchmarks.timing import add_rounds
@@ -15,11 +16,13 @@ from benchmarks.trained_layers import places
 from experiments import plots
 from experiments.results import mean_and_deviation, read_run
 from xmoe_fairseq.batches import Batches
+from xmoe_fairseq.moe.rules import rule_named
 from xmoe_fairseq.tables import markdown
-from xmoe_fairseq.thresholds.checkpoint import open_meter, open_model, whole_valid
+from xmoe_fairseq.thresholds.checkpoint import check_is_file, open_meter, open_model, whole_valid
 from xmoe_fairseq.thresholds.measure import Place, Quality, ffn_seconds, measure_dense
 from xmoe_fairseq.thresholds.report import Report, write_json
 from xmoe_fairseq_compat.files import write_atomically
+from xmoe_fairseq_compat.misfits import settings_of
 
 TITLES = ("t", "perplexity", "experts/token", "MoE FLOPs / dense FFN", "FFN seconds / {}", "perplexity / {}")
 Row = dict[str, list[float]]  # by title, of each run
@@ -71,8 +74,8 @@ def plot(rows: list[Row], titles: list[str], dense: list[float], path: Path) -> 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN")
-    tenths = [tenth / 10 for tenth in range(3, 11)]
-    parser.add_argument("--thresholds", type=float, nargs="+", default=tenths, metavar="T", help="0.3 to 1.0")
+    parser.add_argument("--thresholds", type=float, nargs="+", default=[], metavar="T",
+                        help="default: 0.3 to 1.0; by the rule probability 0.24 to 0")  # fmt: skip
     parser.add_argument("--dense", type=Path, nargs="+", default=[], metavar="RUN")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     add_rounds(parser, default=15)
@@ -80,8 +83,18 @@ def parse() -> argparse.Namespace:
     args = parser.parse_args()
     if bad := [t for t in args.thresholds if not 0 <= t <= 1]:
         parser.error(f"--thresholds must be in [0, 1], got {bad[0]:g}")
-    args.thresholds = sorted(set(args.thresholds))
+    args.thresholds = thresholds(args.runs[0], args.thresholds)
     return args
+
+
+def thresholds(run: Path, given: list[float]) -> list[float]:
+    """To be measured, that of the fewest experts first; none given = at levels 0.3 to 1 of the run's rule."""
+    read_run(run)
+    check_is_file(run / "checkpoint_best.pt")
+    settings = settings_of(load_checkpoint_to_cpu(str(run / "checkpoint_best.pt")))
+    rule = rule_named(settings.get("moe_threshold_rule", "mass"))
+    found = given or [float(f"{rule.threshold(tenth / 10):.2g}") for tenth in range(3, 11)]
+    return sorted(set(found), reverse=rule.threshold(1.0) < rule.threshold(0.0))
 
 
 def table(rows: list[Row], titles: list[str], dense: list[float]) -> str:
