@@ -69,12 +69,20 @@ def test_activated_parameters_are_told(tmp_path: Path) -> None:
     says = f"{shared + 3 * one:,} ({shared:,} shared + 3 x {one:,}), of {total:,}"
     assert f"parameters: {total:,}, of these in experts {experts:,}" in text
     assert f"\nactivated parameters per token: {says}\n" in text
+    assert "experts per token in" not in text
+    logged = [("tokens", 10.0), ("rows_kept_E", [9.0, 12.0]), ("rows_shared", 10.0)]
+    meters = [(10, f"_moe_decoder_{name}", "SumMeter", {"sum": torch.tensor(v)}) for name, v in logged]
+    for group, where in (("train", "training, since its epoch began"), ("valid", "the last validation")):
+        of["extra_state"].setdefault("metrics", {})[group] = meters
+        _, text = call(
+            checkpoint_command.main, "xmoe-checkpoint", "info", saved(of, tmp_path / f"{group}.pt")
+        )
+        assert f"\nexperts per token in {where}: decoder 3.10\n" in text
+    of["extra_state"]["metrics"] = {"train": meters[:1], "valid": [3]}
     of["cfg"]["model"].update(moe_topk="three")
     _, text = call(checkpoint_command.main, "xmoe-checkpoint", "info", saved(of, tmp_path / "damaged.pt"))
-    assert (
-        f"\nactivated parameters per token: {shared:,} shared + experts per token x {one:,}, of {total:,}"
-        in text
-    )
+    says = f"{shared:,} shared + experts per token x {one:,}, of {total:,}"
+    assert f"\nactivated parameters per token: {says}\n" in text and "experts per token in" not in text
 
 
 EXPERTS = "decoder.layers.1.moe.experts.fc1_weight"

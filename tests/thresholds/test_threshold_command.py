@@ -66,6 +66,7 @@ def test_budget(checkpoint: Path, data: Path, pick: Any, capsys: pytest.CaptureF
     state = torch.load(output, weights_only=True)
     assert state["cfg"]["model"]["moe_target_experts_per_token"] == 0
     assert not any("budget" in name for name in state["model"]) and not state["last_optimizer_state"]
+    assert "metrics" not in state["extra_state"]  # measured of other thresholds
     meter, (t, other) = meter_of(output, data)
     assert t == other == state["cfg"]["model"]["moe_threshold"]
     chosen, above = meter.measure([t, t]), meter.measure([t + 1 / 512] * 2)

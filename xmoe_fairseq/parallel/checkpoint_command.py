@@ -23,6 +23,7 @@ from xmoe_fairseq_compat.reading import without_sums
 from xmoe_fairseq_compat.usage import Parser
 
 EXPERTS = re.compile(r".+\.experts\.fc[12]_(weight|bias)")
+ROWS = ("rows_kept_E", "rows_shared")  # as routing_log.py logs them
 
 
 def argument_parser() -> Parser:
@@ -75,6 +76,7 @@ def describe(path: Path) -> list[str]:
         f"{path}: {updates(state)} updates, {model_name(state)}",
         f"parameters: {parameters:,}, of these in experts {experts:,}",
         *activated(parameters - experts, [*first.values()], settings_of(state)),
+        *measured(state),
         f"optimizer state: {'yes' if state.get('last_optimizer_state') else 'no'}",
         *(["experts (number, width, model width):", *layers] if layers else ["experts: none"]),
         f"expert files: {len(files) or 'none, all in this one'}",
@@ -88,6 +90,23 @@ def activated(shared: int, shapes: list[list[int]], settings: dict[str, Any]) ->
         return []
     numbers, widths, model_widths = zip(*shapes, strict=True)
     return [describe_activated(shared, numbers, [*map(ffn_parameters, model_widths, widths)], settings)]
+
+
+def measured(state: State) -> list[str]:
+    """Experts per token, shared ones included, of what the run had logged when it wrote the checkpoint."""
+    for group, where in (("valid", "the last validation"), ("train", "training, since its epoch began")):
+        try:
+            entries = state["extra_state"]["metrics"][group]
+            sums = {name: float(meter["sum"].sum()) for _, name, _, meter in entries if "_moe_" in name}
+            found = [
+                f"{side} {sum(sums[f'_moe_{side}_{rows}'] for rows in ROWS) / tokens:.2f}"
+                for side in ("encoder", "decoder") if (tokens := sums.get(f"_moe_{side}_tokens"))
+            ]  # fmt: skip
+        except (AttributeError, KeyError, TypeError, ValueError):  # none, or damaged
+            found = []
+        if found:
+            return [f"experts per token in {where}: {', '.join(found)}"]
+    return []
 
 
 def updates(state: State) -> Any:

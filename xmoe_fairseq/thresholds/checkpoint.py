@@ -79,7 +79,7 @@ def settings_for(thresholds: Sequence[float], rule: str) -> dict[str, Any]:
 def write_checkpoint(
     output: Path, state: dict[str, Any], settings: dict[str, Any], model: dict[str, Tensor]
 ) -> None:
-    """As fairseq's trainer would; without the state of an optimizer, or an EMA, which are of another model.
+    """As fairseq's trainer would; without an optimizer's state, an EMA and what was logged, of another model.
 
     Args:
         state: the checkpoint that it comes from, as fairseq reads it.
@@ -91,6 +91,8 @@ def write_checkpoint(
     cfg = as_dict(state["cfg"])
     model_cfg = {**as_dict(cfg["model"]), **settings}
     cfg["model"] = Namespace(**model_cfg) if isinstance(cfg["model"], Namespace) else model_cfg
-    extra = {key: value for key, value in (state.get("extra_state") or {}).items() if key != "ema"}
+    extra = {**(state.get("extra_state") or {})}
+    for name in ("ema", "metrics"):
+        extra.pop(name, None)
     changes = {"args": None, "cfg": cfg, "model": model, "extra_state": extra, "last_optimizer_state": None}
     write_atomically(output, lambda file: torch.save({**state, **changes}, file))
