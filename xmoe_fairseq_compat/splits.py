@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -42,11 +43,15 @@ def join_sets_of_pairs(module: Any) -> None:
     dimensions", because --upsample-primary is -1 where it is not given; and two sides of unequal length in an
     assertion that does not name them."""
 
+    signature = inspect.signature(module.load_langpair_dataset)
+
     @wrap(module, "load_langpair_dataset")
-    def load_langpair_dataset(plain: Any, data_path: str, split: str, *args: Any, **kwargs: Any) -> Any:
-        upsample = max(1, kwargs.pop("upsample_primary", 1))
+    def load_langpair_dataset(plain: Any, *args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(*args, **kwargs)
+        data_path, split = given.arguments["data_path"], given.arguments["split"]
+        given.arguments["upsample_primary"] = max(1, given.arguments.get("upsample_primary", 1))
         try:
-            return plain(data_path, split, *args, upsample_primary=upsample, **kwargs)
+            return plain(*given.args, **given.kwargs)
         except AssertionError as error:
             if "same number of examples" not in str(error):
                 raise

@@ -13,7 +13,7 @@ from commands import run
 from fairseq.data import ListDataset, data_utils, iterators
 from fairseq.data.indexed_dataset import make_builder
 from fairseq.tasks.language_modeling import LanguageModelingConfig, LanguageModelingTask
-from fairseq.tasks.translation import TranslationConfig, TranslationTask
+from fairseq.tasks.translation import TranslationConfig, TranslationTask, load_langpair_dataset
 from omegaconf import OmegaConf
 from stock import LANGUAGE, TRANSLATION
 
@@ -67,6 +67,16 @@ def test_sets_are_joined(corpus: tuple[Path, Path], tmp_path: Path) -> None:
     (data / "valid1.en-de.de.idx").unlink()
     with pytest.raises(UserError, match="valid1.en-de.de.idx is missing"):
         task.load_dataset("valid", combine=True)
+
+
+def test_pairs_are_loaded_by_name_and_by_position(corpus: tuple[Path, Path]) -> None:
+    task = translation(corpus[0])
+    task.load_dataset("valid")
+    sides = ("en", task.src_dict, "de", task.tgt_dict)
+    given = (str(corpus[0]), "valid", *sides, True, "mmap", -1, True, False, 99, 99)
+    assert len(load_langpair_dataset(*given)) == len(task.dataset("valid"))
+    with pytest.raises(TypeError, match="max_target_positions"):
+        load_langpair_dataset(*given[:-1])
 
 
 def test_sides_of_unequal_length_are_named(corpus: tuple[Path, Path], tmp_path: Path) -> None:
