@@ -43,7 +43,7 @@ class ExpertThresholds(Steered):
         super().__init__("router expert_threshold", "step_expert_thresholds", num_experts * BINS)
         self.share, self.decay = share, decay
         self.register_buffer("threshold_E", torch.zeros(num_experts))
-        self.register_buffer("updates", torch.zeros((), dtype=torch.long))
+        self.register_buffer("updates", torch.zeros(()))  # no whole number: checkpoints may be averaged
 
     def count(self, score_TE: Tensor) -> None:
         """By place z / (1 + |z|): fine where scores are small, and no score lies outside."""
