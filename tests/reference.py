@@ -122,11 +122,14 @@ def choose(layer: MoELayer, p: list[float]) -> tuple[list[int], float]:
 def choose_any(router: TopAnyRouter, x_D: Tensor) -> tuple[list[int], Tensor, float]:
     """DynMoE: a token's experts, their weights (E,), and how close the closest call was."""
     cosine = [w_D @ x_D / (w_D.norm() * x_D.norm()) for w_D in router.weight.to(x_D.dtype)]
-    score = [torch.sigmoid(c / router.temperature) for c in cosine]
+    active = router.pool.active_E.tolist()
+    score = [torch.sigmoid(c / router.temperature) * a for c, a in zip(cosine, active, strict=True)]
     passed = [
         p - torch.sigmoid(g / router.temperature) for p, g in zip(score, router.threshold_E, strict=True)
     ]
-    order = sorted(range(len(score)), key=lambda e: (passed[e].item() <= 0, -score[e].item(), e))
+    order = sorted(
+        [e for e, a in enumerate(active) if a], key=lambda e: (passed[e].item() <= 0, -score[e].item(), e)
+    )
     chosen = [e for e in order if passed[e] > 0] or order[:1]
     chosen = chosen[: router.max_experts_per_token or None]
     weight_E = torch.stack([(1 + (m - m.detach())) / len(chosen) for m in passed])
@@ -212,11 +215,12 @@ def auxiliary_loss(router: Router, probs: list[Tensor], choices: list[list[int]]
     if isinstance(router, HashRouter | ExpertChoiceRouter):
         return torch.zeros(())
     if isinstance(router, TopAnyRouter):  # DynMoE, eq. 7
-        length = [w_D.norm() for w_D in router.weight]
-        same = [[w @ v / (a * b) for v, b in zip(router.weight, length, strict=True)]
-                for w, a in zip(router.weight, length, strict=True)]  # fmt: skip
-        off = [(c - float(i == j)) ** 2 for i, row in enumerate(same) for j, c in enumerate(row)]
-        return torch.sqrt(torch.stack(off).sum()) + sum(length) / len(length)
+        used = [w_D for w_D, active in zip(router.weight, router.pool.active_E, strict=True) if active]
+        length = [w_D.norm() for w_D in used]
+        same = [[w @ v / (a * b) for v, b in zip(used, length, strict=True)]
+                for w, a in zip(used, length, strict=True)]  # fmt: skip
+        off = [c**2 for i, row in enumerate(same) for j, c in enumerate(row) if i != j]
+        return (torch.sqrt(torch.stack(off).sum()) if off else 0.0) + sum(length) / len(length)
     if isinstance(router, ReLURouter):
         loss = sum([z.sum() * 0 for z in probs], torch.zeros(()))  # part of the graph, whoever is chosen
         for t, chosen in enumerate(choices):

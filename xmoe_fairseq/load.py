@@ -64,9 +64,9 @@ class LoadReport:
 
 def without_rows(stats: RoutingStats) -> str:
     """Such as "2 of 8 (3, 5)"."""
-    dead: list[int] = (stats.rows_kept_E == 0).nonzero().flatten().tolist()
+    dead: list[int] = stats.dead_E.nonzero().flatten().tolist()
     listed = ", ".join(map(str, dead[:SHOWN])) + (", ..." if len(dead) > SHOWN else "")
-    return f"{len(dead)} of {stats.rows_kept_E.numel()} ({listed})"
+    return f"{len(dead)} of {int(stats.active_E.sum())} ({listed})"
 
 
 def write_records(file: Path, update: int, sets: dict[str, dict[str, RoutingStats]]) -> None:
@@ -91,6 +91,7 @@ def numbers(stats: RoutingStats) -> dict[str, Any]:
         "tokens": int(stats.tokens),
         "rows": stats.rows_kept_E.long().tolist(),
         "first_choices": stats.first_choices_E.long().tolist(),
+        "active_experts": int(stats.active_E.sum()),
         "dead_experts": int(stats.dead_experts),
         "max_violation": round(float(stats.max_violation), 4),
         "load_cv": round(float(stats.load_cv), 4),

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from fairseq.criterions import CRITERION_REGISTRY
 from fairseq.trainer import Trainer
@@ -133,6 +134,7 @@ class MoETrainer(Trainer):
         super().set_num_updates(num_updates)
         self.router_kind.after_update(self.get_model())
         step_balance(self.get_model())
+        tell_optimizer(self._optimizer, self.get_model())
 
     def _prepare_sample(self, sample: Any, is_dummy: bool = False) -> tuple[Any, bool]:
         sample, is_dummy = super()._prepare_sample(sample, is_dummy)
@@ -140,3 +142,18 @@ class MoETrainer(Trainer):
             if isinstance(module, RouterKind):
                 module.counting = not is_dummy
         return sample, is_dummy
+
+
+@torch.no_grad()
+def tell_optimizer(optimizer: Any, model: nn.Module) -> None:
+    """What routers have set of their parameters; with --fp16 and --bf16 the optimizer holds copies in fp32,
+    from which it would take them back. A copy that rounds to the parameter stays as it is."""
+    copies = getattr(optimizer, "fp32_params", [])
+    if isinstance(copies, dict):  # one flat tensor on a device
+        (flat,) = copies.values()
+        copies = flat.split([p.numel() for p in optimizer.fp16_params])
+    own = {id(p) for m in model.modules() if isinstance(m, RouterKind) for p in m.parameters(recurse=False)}
+    for p, copy in zip(optimizer.fp16_params if copies else (), copies, strict=True):
+        if id(p) in own:
+            exact = copy.view_as(p)
+            exact.copy_(torch.where(exact.to(p.dtype) == p, exact, p.to(exact.dtype)))

@@ -39,10 +39,12 @@ METRICS = {
     "max_violation": "the largest load over the mean one, less 1: 0 = even, E - 1 = one expert takes all "
     "(arXiv 2408.15664)",
     "dead_experts": "experts of all layers together that computed no token",
+    "active_experts": "with --moe-adapt-experts-every: experts in use, mean over layers; loads, dead experts "
+    "and `load_balance_loss` are of these alone",
     "router_entropy": "nats; ln E when undecided",
     "threshold": "t or tau of the `threshold` router, mean over layers; of `expert_threshold` over experts",
     "l1_coeff": "lambda of the `relu` router",
-    "learned_threshold": "G of the `topany` router, mean over experts and layers",
+    "learned_threshold": "G of the `topany` router, mean over experts in use and layers",
 }
 
 

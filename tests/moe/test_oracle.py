@@ -241,13 +241,16 @@ def test_relu(num_tokens, num_experts, per_token, capacity_factor, training, see
     limit=st.integers(0, 4),
     capacity_factor=st.sampled_from([0.0, 0.5, 1.3]),
     temperature=st.sampled_from([0.2, 1.0]),
+    in_use=st.floats(0.1, 1.0),
     training=st.booleans(),
     seed=st.integers(0, 2**16),
 )
 @settings(max_examples=60)
-def test_topany(num_tokens, num_experts, limit, capacity_factor, temperature, training, seed) -> None:
+def test_topany(num_tokens, num_experts, limit, capacity_factor, temperature, in_use, training, seed) -> None:
     torch.manual_seed(seed)
     router = TopAnyRouter(6, num_experts, limit)
+    router.pool.active_E.copy_(torch.rand(num_experts) < in_use)
+    router.pool.active_E[seed % num_experts] = True
     torch.nn.init.normal_(
         router.weight
     )  # as it begins, its loss is 0 but for rounding, a root without gradient

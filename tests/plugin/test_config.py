@@ -215,6 +215,22 @@ BAD = [
         {"moe_router": "topany", "moe_balance": "bias"},
         "--moe-balance needs --moe-router threshold or seq_topk or topk",
     ),
+    (
+        {"moe_adapt_experts_every": 2},
+        "--moe-adapt-experts-every needs --moe-router topany, got threshold",
+    ),
+    (
+        {"moe_router": "topany", "moe_adapt_experts_every": -1},
+        "--moe-adapt-experts-every must be 0 (never) or more, got -1",
+    ),
+    *(
+        (
+            {"moe_router": "topany", "moe_initial_experts": n, "moe_adapt_experts_every": every},
+            "--moe-initial-experts must be 0 (all) or, with --moe-adapt-experts-every, from 1 to "
+            f"--moe-num-experts, got {n}",
+        )
+        for n, every in ((2, 0), (9, 5), (-1, 5))
+    ),
     ({"moe_combine": "sum"}, "--moe-combine must be one of probs, ones, normalized, got sum"),
     (
         {"moe_combine": "ones", "moe_router": "base"},

@@ -97,7 +97,7 @@ def test_records_of_an_earlier_run_give_way(tmp_path: Path) -> None:
         (10, "valid"), (10, "valid1"), (20, "valid1"), (20, "valid")
     ]  # fmt: skip
     assert records[-1]["layers"]["decoder.layers.1"] == {
-        "tokens": 4, "rows": [3, 0, 1], "first_choices": [3, 0, 1], "dead_experts": 1,
+        "tokens": 4, "rows": [3, 0, 1], "first_choices": [3, 0, 1], "active_experts": 3, "dead_experts": 1,
         "max_violation": 1.25, "load_cv": 0.9354,
     }  # fmt: skip
 

@@ -177,6 +177,14 @@ ROUTERS = {
     "seq_topk": ("--moe-router", "seq_topk", "--moe-topk", 2, "--no-moe-decoder"),
     "relu": ("--moe-router", "relu"),
     "topany": ("--moe-router", "topany"),
+    "topany-pool": (
+        "--moe-router",
+        "topany",
+        "--moe-adapt-experts-every",
+        4,
+        "--moe-initial-experts",
+        3,
+    ),
 }
 
 

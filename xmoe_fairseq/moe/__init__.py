@@ -30,7 +30,7 @@ from xmoe_fairseq.moe.routers.registry import register_router
 from xmoe_fairseq.moe.routers.relu import ReLURouter, step_sparsity
 from xmoe_fairseq.moe.routers.seq_topk import SeqTopKRouter
 from xmoe_fairseq.moe.routers.threshold import ThresholdRouter
-from xmoe_fairseq.moe.routers.topany import TopAnyRouter
+from xmoe_fairseq.moe.routers.topany import TopAnyRouter, step_expert_pools
 from xmoe_fairseq.moe.routers.topk import TopKRouter
 from xmoe_fairseq.moe.routing import Routing
 from xmoe_fairseq.moe.stats import RoutingStats
@@ -40,5 +40,5 @@ __all__ = [
     "HashRouter", "MoELayer", "ReLURouter", "RoutedLayer", "Router", "Routing", "RoutingStats",
     "SeqTopKRouter", "ThresholdRouter", "TokenRouter", "TopAnyRouter", "TopKRouter", "balanced_table",
     "moe_layers", "random_table", "record_routing", "register_kernel", "register_router", "step_balance",
-    "step_budgets", "step_expert_thresholds", "step_sparsity", "use_kernel",
+    "step_budgets", "step_expert_pools", "step_expert_thresholds", "step_sparsity", "use_kernel",
 ]  # fmt: skip

@@ -30,6 +30,7 @@ class Routing:
     # expert_R and its counts (E,), where the rows are in order of expert, and within one of token: no need to
     # sort. They hold for this very tensor, not for what `replace` puts in its place.
     in_order: tuple[Tensor, Tensor] | None = None
+    active_E: Tensor | None = None  # bool, which of the experts are in use; None = all
     shared_experts: int = 0  # that compute every token, beside these rows
     num_cheap: int = 0  # of `probs_TE`, the last ones: their rows have been taken out (cheap.py)
     rows_cheap: int = 0  # so many

@@ -11,18 +11,26 @@ from xmoe_fairseq.moe.routing import Routing, count
 Number = TypeVar("Number", int, Tensor)
 
 
-def load_cv(rows_E: Tensor) -> Tensor:
+def load_cv(rows_E: Tensor, active_E: Tensor | None = None) -> Tensor:
     """(...,) coefficient of variation (standard deviation / mean) of the experts' loads (..., E); 0 without
-    rows. If n of E experts share all rows equally it is sqrt(E / n - 1)."""
-    rows_E = rows_E.double()
-    return rows_E.std(-1, correction=0) / rows_E.mean(-1).clamp(min=1 / rows_E.size(-1))
+    rows. If n of E experts share all rows equally it is sqrt(E / n - 1).
+
+    Args:
+        active_E: bool, (..., E) which of them count; None = all.
+    """
+    active_E = torch.ones_like(rows_E, dtype=torch.bool) if active_E is None else active_E
+    experts = active_E.sum(-1).clamp(min=1)
+    mean = rows_E.double().sum(-1) / experts
+    off_E = (rows_E - mean.unsqueeze(-1)) * active_E
+    return (off_E.square().sum(-1) / experts).sqrt() / mean.clamp(min=1 / experts)
 
 
-def max_violation(rows_E: Tensor) -> Tensor:
+def max_violation(rows_E: Tensor, active_E: Tensor | None = None) -> Tensor:
     """(...,) by how much the largest of the experts' loads (..., E) exceeds their mean, as a share of that: 0
     if even or without rows, E - 1 if one takes all. MaxVio of Wang et al. 2024, arXiv 2408.15664."""
-    mean = rows_E.double().mean(-1)
-    return (rows_E.amax(-1) - mean) / mean.clamp(min=1 / rows_E.size(-1))
+    experts = rows_E.size(-1) if active_E is None else active_E.sum(-1).clamp(min=1)
+    mean = rows_E.double().sum(-1) / experts
+    return (rows_E.amax(-1) - mean) / mean.clamp(min=1 / experts)
 
 
 @dataclass(frozen=True)
@@ -40,6 +48,7 @@ class RoutingStats:
     tokens: Tensor
     rows_wanted: Tensor  # (token, expert) pairs that the router chose
     rows_kept_E: Tensor  # of these, pairs that each expert computed
+    offered_E: Tensor  # tokens for which each expert was in use
     rows_shared: Tensor  # pairs of shared experts, which nobody chose
     rows_cheap: Tensor  # pairs of cheap experts, which are not among those wanted
     probs_E: Tensor  # probability of each expert
@@ -49,7 +58,8 @@ class RoutingStats:
 
     @classmethod
     def of(cls, routing: Routing) -> "RoutingStats":
-        probs_TE = routing.probs_TE.detach()
+        probs_TE, rows_E = routing.probs_TE.detach(), routing.rows_per_expert()
+        active_E = torch.ones_like(rows_E) if routing.active_E is None else routing.active_E
         tiny = torch.finfo(probs_TE.dtype).tiny
 
         def number(value: float) -> Tensor:  # not new_tensor, for whose copy a GPU would wait
@@ -58,7 +68,8 @@ class RoutingStats:
         return cls(
             tokens=number(routing.num_tokens),
             rows_wanted=number(routing.rows_wanted),
-            rows_kept_E=routing.rows_per_expert().double(),
+            rows_kept_E=rows_E.double(),
+            offered_E=active_E.double() * routing.num_tokens,
             rows_shared=number(routing.num_tokens * routing.shared_experts),
             rows_cheap=number(routing.rows_cheap),
             probs_E=probs_TE.sum(dim=0).double(),
@@ -72,7 +83,7 @@ class RoutingStats:
     def zeros(cls, num_experts: int, device: torch.device, num_cheap: int = 0) -> "RoutingStats":
         """Of no tokens."""
         shapes = {f.name: num_experts + num_cheap if f.name.endswith("_E") else () for f in fields(cls)}
-        shapes["rows_kept_E"] = num_experts
+        shapes |= {"rows_kept_E": num_experts, "offered_E": num_experts}
         return cls(**{n: torch.zeros(s, dtype=torch.float64, device=device) for n, s in shapes.items()})
 
     def __add__(self, other: "RoutingStats") -> "RoutingStats":
@@ -88,22 +99,32 @@ class RoutingStats:
 
     @property
     def load_cv(self) -> Tensor:
-        return load_cv(self.rows_kept_E)
+        return load_cv(self.rows_kept_E, self.active_E)
 
     @property
     def max_violation(self) -> Tensor:
-        return max_violation(self.rows_kept_E)
+        return max_violation(self.rows_kept_E, self.active_E)
+
+    @property
+    def active_E(self) -> Tensor:
+        """Bool, which were in use."""
+        return self.offered_E > 0
+
+    @property
+    def dead_E(self) -> Tensor:
+        """Bool, which of those in use computed nothing."""
+        return self.active_E & (self.rows_kept_E == 0)
 
     @property
     def dead_experts(self) -> Tensor:
-        """Number of those that computed nothing."""
-        return (self.rows_kept_E == 0).sum(-1)
+        return self.dead_E.sum(-1)
 
     @property
     def load_balance_loss(self) -> Tensor:
         """Switch's, as in losses.py, of any router; NaN without tokens."""
         products_E = self.probs_E * self.first_choices_E
-        return products_E.size(-1) * products_E.sum(-1) / self.tokens.square()
+        experts = products_E.size(-1) - (~self.active_E).sum(-1)
+        return experts * products_E.sum(-1) / self.tokens.square()
 
     @property
     def z_loss(self) -> Tensor:

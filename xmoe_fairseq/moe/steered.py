@@ -12,24 +12,26 @@ MANY = 200  # forward passes without a step after which there is a warning: a ch
 
 
 class Steered(nn.Module):
-    """Its buffers are the state, fp32 whatever the model is. What is counted is each rank's own, never saved.
+    """Its buffers are the state, fp32 or more whatever the model is. What is counted is each rank's own, and
+    never saved.
 
     Args:
         asked: what has asked for it, for warnings.
         stepped_by: the function of `xmoe_fairseq.moe` that moves it.
         num_counts: C, how many numbers are counted.
+        dtype: of what is counted.
     """
 
-    def __init__(self, asked: str, stepped_by: str, num_counts: int) -> None:
+    def __init__(self, asked: str, stepped_by: str, num_counts: int, dtype: torch.dtype = torch.long) -> None:
         super().__init__()
-        self.asked, self.stepped_by, self.num_counts = asked, stepped_by, num_counts
+        self.asked, self.stepped_by, self.num_counts, self.dtype = asked, stepped_by, num_counts, dtype
         self._counts_C: Tensor | None = None
         self._forwards = self._steps = 0  # in training
 
     def counts(self, device: torch.device) -> Tensor:
         """(C,) what has been counted by now; one forward pass in training is going to add to it."""
         if self._counts_C is None:
-            self._counts_C = torch.zeros(self.num_counts, dtype=torch.long, device=device)
+            self._counts_C = torch.zeros(self.num_counts, dtype=self.dtype, device=device)
         self._forwards += 1
         if self._forwards == MANY and not self._steps:
             warnings.warn(
@@ -43,7 +45,7 @@ class Steered(nn.Module):
         """(C,) what was counted since the last time, on the device of the state."""
         counts_C, self._counts_C = self._counts_C, None
         self._steps += 1
-        counts_C = torch.zeros(self.num_counts, dtype=torch.long) if counts_C is None else counts_C
+        counts_C = torch.zeros(self.num_counts, dtype=self.dtype) if counts_C is None else counts_C
         return counts_C.to(next(self.buffers()).device)
 
     def step(self, counts_C: Tensor) -> None:
@@ -51,7 +53,7 @@ class Steered(nn.Module):
         raise NotImplementedError
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Steered":
-        """`half()` and `bfloat16()` leave the state in fp32; it only moves to the device."""
+        """`half()` and `bfloat16()` leave the state as it is; it only moves to the device."""
         exact = dict(self.named_buffers())
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, value in exact.items():
