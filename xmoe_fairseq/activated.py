@@ -2,12 +2,11 @@
 them, and the experts it takes."""
 
 from collections.abc import Sequence
-from dataclasses import fields
 from typing import Any
 
 from torch import nn
 
-from xmoe_fairseq.flags import MoEConfig, read_field
+from xmoe_fairseq.flags import settled_config
 from xmoe_fairseq.moe import moe_layers
 from xmoe_fairseq.moe.routers.registry import registered_routers
 
@@ -33,10 +32,9 @@ def describe(shared: int, num_experts: Sequence[int], expert_sizes: Sequence[int
 
 def planned_experts(model_cfg: Any) -> tuple[str, float] | None:
     """See `RouterKind`; None also for a router that is not registered here."""
-    flags = [f for f in fields(MoEConfig) if f.name != "_name"]
-    config = MoEConfig(**{f.name: read_field(model_cfg, f.name, f.default) for f in flags})
-    kind = registered_routers().get(config.moe_router)
     try:
+        config = settled_config(model_cfg)
+        kind = registered_routers().get(config.moe_router)
         return kind.planned_experts(config) if kind else None
     except (TypeError, ValueError):  # a damaged checkpoint's, which was not asked to build a model
         return None

@@ -1,7 +1,7 @@
 """Reads a model's --moe-* flags (flags.py) and checks what they must satisfy."""
 
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 from xmoe_fairseq.flags import MoEConfig, read_field, takers_of, takes_weights
@@ -18,7 +18,7 @@ __all__ = ["MoEConfig", "expert_parallel_size", "flag", "read_field", "read_moe_
 
 
 def read_moe_config(model_cfg: Any, sides: tuple[str, ...]) -> MoEConfig:
-    """The checked MoE fields of a model's complete configuration (DictConfig or Namespace).
+    """The checked and settled MoE fields of a model's complete configuration (DictConfig or Namespace).
 
     fairseq hands `build_model` whatever the command line, hydra, a checkpoint or --model-overrides left
     there, so this is the one place that all of them pass.
@@ -41,6 +41,7 @@ def read_moe_config(model_cfg: Any, sides: tuple[str, ...]) -> MoEConfig:
         raise FlagError(f"--moe-kernel must be one of {', '.join(kernel_names())}, got {config.moe_kernel}")
     kind = router_kind(config.moe_router)
     _check_router(config, kind)
+    config = replace(config, **kind.settle(config))
     with_experts = [side for side in sides if config.has_experts(side)]
     for side in with_experts:
         _check_side(config, kind, side, model_cfg)
@@ -61,9 +62,9 @@ def router_kind(name: str) -> type[RouterKind]:
 
 
 def _check_type(name: str, value: Any, default: Any) -> None:
-    kind = type(default)
-    if name == "moe_router_args":  # read_router_args says more
+    if name == "moe_router_args" or value is default is None:  # read_router_args says more
         return
+    kind = float if default is None else type(default)
     fits = isinstance(value, int | float) if kind is float else isinstance(value, kind)
     if not fits or (isinstance(value, bool) and kind is not bool):
         raise FlagError(f"{flag(name)} must be of type {kind.__name__}, got {value!r}")
@@ -113,7 +114,8 @@ def _check_router(config: MoEConfig, kind: type[RouterKind]) -> None:
     for f, takers in flags_of_routers().items():
         if not f.holds(config):
             refuse(f.name, f.rule)
-        if f.refused_elsewhere and f not in kind.flags and getattr(config, f.name) != f.default:
+        is_asked = getattr(config, f.name) not in (f.default, *f.idle)
+        if f.refused_elsewhere and f not in kind.flags and is_asked:
             takes = " or ".join(takers)
             raise FlagError(f"{flag(f.name)} needs --moe-router {takes}, got {config.moe_router}")
     combine = config.moe_combine

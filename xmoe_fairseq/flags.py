@@ -1,9 +1,9 @@
 """The --moe-* flags of a model. What they must satisfy is in config.py."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, make_dataclass
+from dataclasses import dataclass, field, fields, make_dataclass, replace
 from enum import Enum
-from typing import Any
+from typing import Any, Optional
 
 from fairseq.dataclass import FairseqDataclass
 
@@ -13,6 +13,11 @@ from xmoe_fairseq.moe.routers.registry import DEFAULT, RouterKind, flags_of_rout
 
 def _flag(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
+
+
+def kind_of(default: Any) -> Any:
+    """The type of a flag; one without a default is a number."""
+    return Optional[float] if default is None else type(default)  # noqa: UP045  (fairseq knows no other form)
 
 
 def takes_weights(kind: type[RouterKind], combine: str) -> bool:
@@ -79,7 +84,7 @@ class CommonFlags(FairseqDataclass):
 RouterFlags: Any = make_dataclass(
     "RouterFlags",
     [
-        (f.name, type(f.default), _flag(f.default, f"--moe-router {', '.join(takers)}: {f.help}"))
+        (f.name, kind_of(f.default), _flag(f.default, f"--moe-router {', '.join(takers)}: {f.help}"))
         for f, takers in flags_of_routers().items()
     ],
     bases=(CommonFlags,),
@@ -100,6 +105,13 @@ class MoEConfig(RouterFlags):
 
     def has_experts(self, side: str) -> bool:
         return bool(self.moe_freq) and not getattr(self, f"no_moe_{side}")
+
+
+def settled_config(model_cfg: Any) -> MoEConfig:
+    """A model's MoE fields, unchecked, with what its router makes of those that leave a choice to it."""
+    names = {f.name: f.default for f in fields(MoEConfig) if f.name != "_name"}
+    config = MoEConfig(**{name: read_field(model_cfg, name, default) for name, default in names.items()})
+    return replace(config, **registered_routers().get(config.moe_router, RouterKind).settle(config))
 
 
 def read_field(model_cfg: Any, name: str, default: Any) -> Any:

@@ -4,11 +4,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from xmoe_fairseq.moe.experts.kernels import AUTO
-from xmoe_fairseq.moe.routers.registry import registered_routers
+from xmoe_fairseq.moe.routers.registry import RouterKind, flags_of_routers, registered_routers
+from xmoe_fairseq.moe.routers.threshold_flags import DEFAULT_BUDGET, FIXED_RULE
 from xmoe_fairseq.parallel.shards import join_shards
+from xmoe_fairseq.saved_settings import brought_up
 from xmoe_fairseq_compat import plugins
 from xmoe_fairseq_compat.errors import CheckpointError
 from xmoe_fairseq_compat.override_rules import refuse
+from xmoe_fairseq_compat.settings import as_dict
 
 
 def read_whole(state: dict[str, Any], path: Any, overrides: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -27,15 +30,23 @@ def read_whole(state: dict[str, Any], path: Any, overrides: Mapping[str, Any] | 
     model_cfg = cfg.get("model")
     if hasattr(model_cfg, "keys") and "moe_expert_parallel_size" in model_cfg:
         model_cfg["moe_expert_parallel_size"] = 1
-        asked = overrides or {}
+        asked = getattr(overrides, "asked", overrides) or {}
         asked = {**asked, **(asked.get("model") or {})}
-        model_cfg.update({"moe_kernel": asked.get("moe_kernel", AUTO)})
+        model_cfg.update({"moe_kernel": asked.get("moe_kernel", AUTO), **brought_up(as_dict(model_cfg))})
+        if "moe_router" in asked:
+            model_cfg.update(left_by_another(asked))
         router, user_dir = model_cfg.get("moe_router"), (cfg.get("common") or {}).get("user_dir")
         is_own = overrides is not None and "moe_router" not in asked
         if is_own and str(router) not in {"None", *registered_routers()}:
             missing = f"its router {router} is not registered; add the --user-dir that registers it"
             raise CheckpointError(path, missing + (f", in training {user_dir}" if user_dir else ""))
     return join_shards(state, path)
+
+
+def left_by_another(asked: Mapping[str, Any]) -> dict[str, Any]:
+    """Flags that the router which is asked for does not take, at their defaults: they were another's."""
+    taken = registered_routers().get(asked["moe_router"], RouterKind).flags
+    return {f.name: f.default for f in flags_of_routers() if f not in taken and f.name not in asked}
 
 
 def check_overrides(overrides: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
@@ -53,13 +64,19 @@ def check_overrides(overrides: Mapping[str, Any], settings: Mapping[str, Any]) -
         refuse(f"{must}, got {overrides[target]}")
     if overrides.get("moe_topk") and settings.get("moe_router") == "relu":
         refuse(f"moe_topk counts for nothing in a trained relu model, got {overrides['moe_topk']}")
-    layers, rule = "moe_layer_thresholds", "moe_threshold_rule"
+    one, layers, rule = "moe_threshold", "moe_layer_thresholds", "moe_threshold_rule"
     for other, off, kind in ((target, 0, "trained with a budget"), (layers, "", "with a t for each layer")):
-        if "moe_threshold" in overrides and settings.get(other):
-            nothing = f"moe_threshold counts for nothing in a model {kind}"
-            refuse(f"{nothing}; add '{other}': {off!r}, got {overrides['moe_threshold']}")
-    if rule in overrides and not overrides.keys() & {"moe_threshold", layers, "moe_router"}:
-        refuse(f"{rule} must come with its own moe_threshold or {layers}, got {overrides[rule]} alone")
+        if one in overrides and settings.get(other) not in (None, 0, "", DEFAULT_BUDGET):
+            nothing = f"{one} counts for nothing in a model {kind}"
+            as_before = f"its rule is {settings.get(rule) or FIXED_RULE}"
+            refuse(f"{nothing}; add '{other}': {off!r}; {as_before}, got {overrides[one]}")
+    if rule in overrides and not overrides.keys() & {one, layers, "moe_router"}:
+        refuse(f"{rule} must come with its own {one} or {layers}, got {overrides[rule]} alone")
+    taken = {f.name for f in registered_routers().get(settings.get("moe_router", ""), RouterKind).flags}
+    fixed = settings.get(one) is not None or settings.get(layers) or settings.get(target) != DEFAULT_BUDGET
+    if "moe_router" in overrides and one in taken and not fixed:
+        must = f"must come with its own {one} or {layers}: a trained model is steered no more"
+        refuse(f"moe_router {must}, got {overrides['moe_router']} alone")
 
 
 plugins.after_load.append(read_whole)

@@ -18,8 +18,9 @@ from xmoe_fairseq.failure import explain, introduce
 from xmoe_fairseq.load import LoadReport
 from xmoe_fairseq.moe import step_balance
 from xmoe_fairseq.moe.routers.registry import RouterKind
-from xmoe_fairseq.saved_settings import check_saved_settings
+from xmoe_fairseq.saved_settings import check_saved_settings, settle
 from xmoe_fairseq_compat.errors import FlagError
+from xmoe_fairseq_compat.settings import as_dict
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +40,8 @@ class MoETrainer(Trainer):
         if combine == "normalized" and planned and planned[1] <= 1:
             why = "a single one weighs 1, which teaches the router nothing"
             raise FlagError(f"--moe-combine normalized needs more than one expert per token: {why}")
+        self.given_model_cfg = dict(as_dict(cfg.model))
+        by_default = settle(cfg.model)
         super().__init__(cfg, task, model, criterion, quantizer)
         if dist.is_initialized():
             introduce()
@@ -47,7 +50,7 @@ class MoETrainer(Trainer):
         self._load_report = LoadReport(cfg, model)
         self._valid_subset = ""
         if self.is_data_parallel_master:
-            logger.info(describe_model(model, cfg.model))
+            logger.info(describe_model(model, cfg.model) + by_default)
             self._report_validations(task)
 
     def _check_criterion(self, cfg: Any, criterion: Any) -> None:
@@ -84,7 +87,7 @@ class MoETrainer(Trainer):
 
     def check_checkpoint(self, filename: str, state: dict[str, Any]) -> None:
         """A hook of xmoe_fairseq_compat: called on rank 0 before a checkpoint is loaded."""
-        check_saved_settings(filename, state, self.cfg.model)
+        check_saved_settings(filename, state, self.given_model_cfg)
 
     def train_step(self, samples: list[Any], raise_oom: bool = False) -> Any:
         with self.explained("update", self.get_num_updates() + 1):

@@ -84,12 +84,15 @@ def typed_words() -> list[str]:
     return _words or sys.argv[1:]
 
 
-def check_left_out(path: Any, changed: Mapping[str, tuple[Any, Any]]) -> None:
+def check_left_out(
+    path: Any, changed: Mapping[str, tuple[Any, Any]], instead: Mapping[str, str] | None = None
+) -> None:
     """fairseq builds a model from the command line alone and fills it with a checkpoint's weights, so that a
     setting which was left out would silently be the default.
 
     Args:
         changed: settings of the model as (in the checkpoint, here); those that were typed may differ.
+        instead: of some of them the setting that stands in its place here, whose value is given.
 
     Raises:
         CheckpointError: says what to type.
@@ -98,7 +101,8 @@ def check_left_out(path: Any, changed: Mapping[str, tuple[Any, Any]]) -> None:
     left_out = sorted(name for name in changed if not {as_flag(name), f"model.{name}"} & given)
     if left_out:
         typed = hydras if os.path.basename(sys.argv[0]) == "fairseq-hydra-train" else as_flag
-        keep, change = (" ".join(typed(name, changed[name][i]) for name in left_out) for i in (0, 1))
+        keep = " ".join(typed(name, changed[name][0]) for name in left_out)
+        change = " ".join(typed((instead or {}).get(name, name), changed[name][1]) for name in left_out)
         can_change = typed is hydras or not any(changed[name][1] is False for name in left_out)
         raise CheckpointError(
             path,

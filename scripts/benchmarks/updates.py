@@ -48,13 +48,15 @@ SIZES = {
             WMT + "--arch xmoe_transformer_tiny --encoder-layers 4 --decoder-layers 2 "
             "--encoder-embed-dim 256 --encoder-ffn-embed-dim 1024 --encoder-attention-heads 4 "
             "--decoder-ffn-embed-dim 1024 --decoder-attention-heads 4 --no-moe-decoder "
-            "--moe-num-experts 32 --moe-ffn-split 4 --moe-target-experts-per-token 2"
+            "--moe-num-experts 32 --moe-ffn-split 4 --moe-target-experts-per-token 2 "
+            "--moe-threshold-rule mass"
         )
     ),
     "wmt": Size(
         lambda: shlex.split(
             WMT + "--arch xmoe_transformer_wmt_en_de --encoder-layers 2 --decoder-layers 2 "
-            "--moe-num-experts 64 --moe-ffn-split 8 --moe-target-experts-per-token 4"
+            "--moe-num-experts 64 --moe-ffn-split 8 --moe-target-experts-per-token 4 "
+            "--moe-threshold-rule mass"
         ),
         vocabulary=8000,
     ),

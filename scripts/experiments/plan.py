@@ -18,7 +18,7 @@ BEST_BY_BLEU: Flags = {
     "eval-bleu": True, "eval-bleu-remove-bpe": "sentencepiece", "best-checkpoint-metric": "bleu",
     "maximize-best-checkpoint-metric": True,
 }  # fmt: skip
-
+BUDGETS = {"moe-target-experts-per-token", "moe-layer-thresholds"}  # in the place of --moe-threshold
 
 Record = TypeVar("Record")
 
@@ -119,6 +119,8 @@ class Plan:
             not (size.flags.get("disable-validation") or "--disable-validation" in more)
         )
         given = {word.removeprefix("--").partition("=")[0] for word in more if word.startswith("--")}
+        if BUDGETS & {*method.flags, *given}:
+            flags.pop("moe-threshold", None)  # the preset's, which cannot be combined with them
         words: list[str] = []
         for name, value in flags.items():
             if name not in given and value is not False:

@@ -128,8 +128,11 @@ def test_settings_that_a_command_line_leaves_out_are_not_changed_silently(
     assert "add --activation-fn gelu to keep them, or --activation-fn relu to" in lacks_activation[0]
     flags = (corpus[1], *LM, *SHORT, 1, "--activation-fn", "gelu", "--finetune-from-model", source)
     keep, change = (
-        f"--moe-combine {combine} --moe-output-scale {scale} --moe-threshold {t}"
-        for combine, scale, t in (("normalized", 2.0, 0.586), ("probs", 1.0, 0.9))
+        f"--moe-combine {combine} --moe-output-scale {scale} {experts}"
+        for combine, scale, experts in (
+            ("normalized", 2.0, "--moe-threshold 0.586 --moe-threshold-rule mass"),
+            ("probs", 1.0, "--moe-target-experts-per-token 1.0 --moe-threshold-rule probability"),
+        )
     )
     assert said(2, *flags, folder=tmp_path)[0] == (
         f"cannot load checkpoint {source}: it was trained or converted with other settings than this run's, "

@@ -95,6 +95,7 @@ def test_a_checkpoint_of_before_there_were_rules_is_of_mass(
 ) -> None:
     state = torch.load(trained[0] / "checkpoint_last.pt", weights_only=True)
     del state["cfg"]["model"]["moe_threshold_rule"]
+    state["cfg"]["model"]["moe_threshold"] = 0.9  # which was there, too, and counted for nothing
     path = tmp_path / "old.pt"
     torch.save(state, path)
     (router,) = routers(load(path))
@@ -107,6 +108,8 @@ def test_a_checkpoint_of_before_there_were_rules_is_of_mass(
         *LM,
         *TRAIN,
         *BUDGET,
+        "--moe-threshold-rule",
+        "mass",
         "--max-update",
         13,
         "--save-dir",
@@ -126,7 +129,7 @@ def test_a_checkpoint_can_be_opened_with_other_thresholds(trained: tuple[Path, l
     assert [router.threshold_in_use for router in fixed] == [0.5]
     own = load(path, moe_target_experts_per_token=0, moe_layer_thresholds="0.25")
     assert [router.threshold_in_use for router in routers(own)] == [0.25]
-    topk = routers(load(path, moe_target_experts_per_token=0, moe_router="topk", moe_topk=2))
+    topk = routers(load(path, moe_router="topk", moe_topk=2))
     assert [router.k for router in topk] == [2]
     half = load(path).half()
     assert [float(router.threshold_in_use) for router in routers(half)] == as_trained
@@ -144,7 +147,7 @@ def test_a_checkpoint_can_be_opened_with_other_thresholds(trained: tuple[Path, l
         (
             {"moe_target_experts_per_token": 0, "moe_layer_thresholds": "0.5", "moe_threshold": 0.1},
             "moe_threshold counts for nothing in a model with a t for each layer; add "
-            "'moe_layer_thresholds': '', got 0.1",
+            "'moe_layer_thresholds': ''; its rule is mass, got 0.1",
         ),
     ],
 )

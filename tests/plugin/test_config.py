@@ -16,7 +16,7 @@ from xmoe_fairseq.models.language_model import XMoETransformerLanguageModelConfi
 from xmoe_fairseq.models.translation import XMoETransformerConfig, XMoETransformerModel
 from xmoe_fairseq.moe import moe_layers
 from xmoe_fairseq.moe.routers.registry import registered_routers
-from xmoe_fairseq.moe.routers.threshold import max_experts_per_token
+from xmoe_fairseq.moe.routers.threshold_flags import max_experts_per_token
 from xmoe_fairseq.moe.routers.topk import experts_per_token
 from xmoe_fairseq_compat.errors import FlagError
 
@@ -78,7 +78,7 @@ BAD = [
     ({"moe_threshold": "0.5"}, "--moe-threshold must be of type float, got '0.5'"),
     (
         {"moe_threshold_rule": "best"},
-        "--moe-threshold-rule must be one of mass, probability, relative, got best",
+        "--moe-threshold-rule must be one of auto, mass, probability, relative, got best",
     ),
     ({"moe_threshold_rule": 1}, "--moe-threshold-rule must be of type str, got 1"),
     (
@@ -89,18 +89,30 @@ BAD = [
         {"moe_threshold_rule": "probability", "moe_threshold": 1.5},
         "--moe-threshold must be in [0, 1], got 1.5",
     ),
+    *(
+        (
+            {"moe_threshold_rule": rule, "moe_target_experts_per_token": 0},
+            f"--moe-threshold must be given with --moe-threshold-rule {rule} and "
+            "--moe-target-experts-per-token 0; 0.9 is for mass",
+        )
+        for rule in ("probability", "relative")
+    ),
     (
-        {"moe_threshold_rule": "probability"},
-        "--moe-threshold must be given with --moe-threshold-rule probability, such as 0.08 (or --moe-layer-"
-        "thresholds or --moe-target-experts-per-token): 0.9 would be one expert",
+        {"moe_threshold": 0.0, "moe_target_experts_per_token": 2},
+        "--moe-threshold cannot be combined with --moe-target-experts-per-token 2, got 0.0",
+    ),
+    (
+        {"moe_threshold": 0.9, "moe_layer_thresholds": "0.5"},
+        "--moe-threshold cannot be combined with --moe-layer-thresholds 0.5, got 0.9",
     ),
     *(
         (
             {"moe_target_experts_per_token": target},
-            "--moe-target-experts-per-token must be 0 (off), or from 1 to --moe-max-experts-per-token "
-            f"(default: 2s) and --moe-num-experts, plus --moe-shared-experts, got {target}",
+            "--moe-target-experts-per-token must be -1 (half of --moe-ffn-split), 0 (off), or from 1 to "
+            "--moe-max-experts-per-token (default: 2s) and --moe-num-experts, plus --moe-shared-experts, "
+            f"got {target}",
         )
-        for target in (0.5, -1, 5, float("nan"))
+        for target in (0.5, -2, 5, float("nan"))
     ),
     (
         {"moe_target_experts_per_token": 2, "moe_router": "topk"},

@@ -120,7 +120,7 @@ def test_threshold_and_k_can_be_changed_at_evaluation(
         ),
         (
             "{'moe_threshold_rule': 'best', 'moe_threshold': 0.1}",
-            "must be one of mass, probability, relative, got best",
+            "must be one of auto, mass, probability, relative, got best",
         ),
         ("{'moe_threshold': None}", "--model-overrides: moe_threshold must have a value, got None"),
         ("{'moe_threshold': 'high'}", "moe_threshold must be of type float, got 'high'"),

@@ -27,7 +27,7 @@ def test_a_checkpoint_opens_with_auto_again_unless_it_is_asked_for_another(
     assert output.count("experts are computed by kernel") == 1
     checkpoint = tmp_path / "checkpoint_last.pt"
     assert torch.load(checkpoint, weights_only=True)["cfg"]["model"]["moe_kernel"] == "plain"
-    assert opened() == opened({"moe_threshold": 0.5}) == ["auto"]
+    assert opened() == opened({"moe_output_scale": 2.0}) == ["auto"]
     assert opened({"moe_kernel": "native"}) == opened({"model": {"moe_kernel": "native"}}) == ["native"]
     output = train(corpus, tmp_path, "--max-update", 2)  # goes on, with another
     assert "experts are computed by kernel" in output and "kernel plain" not in output

@@ -124,8 +124,15 @@ def test_activated_parameters_by_hand() -> None:
             {"moe_target_experts_per_token": 2.5, "moe_shared_experts": 1},
             "about {most} ({shared} shared + 1.5 x {one})",
         ),
-        ({"moe_max_experts_per_token": 2}, "at most {two} ({shared} shared + 2 x {one})"),
-        ({"moe_max_experts_per_token": 0}, "at most {all} ({shared} shared + 8 x {one})"),
+        ({}, "about {alone} ({shared} shared + 1 x {one})"),
+        (
+            {"moe_threshold": 0.5, "moe_max_experts_per_token": 2},
+            "at most {two} ({shared} shared + 2 x {one})",
+        ),
+        (
+            {"moe_threshold": 0.5, "moe_max_experts_per_token": 0},
+            "at most {all} ({shared} shared + 8 x {one})",
+        ),
         ({"moe_router": "of somebody's own"}, "{shared} shared + experts per token x {one}"),
     ):
         built = {name: value for name, value in flags.items() if value != "of somebody's own"}

@@ -156,7 +156,7 @@ def test_help_lists_it(folder: Path) -> None:
     )
     text = " ".join(output.split())
     assert "above_average (the most probable, and every other at least `factor` times as probable" in text
-    assert "threshold (XMoE: those that reach a probability of t together), above_average (" in text
+    assert "together, or each of at least tau), above_average (" in text
 
 
 def test_the_documented_python(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ from experiments import catalogue, compare, score, train
 from experiments.catalogue import TASKS, models, presets
 from experiments.plan import Plan
 from xmoe_fairseq.config import read_moe_config
-from xmoe_fairseq.moe.routers.threshold import max_experts_per_token
+from xmoe_fairseq.moe.routers.threshold_flags import max_experts_per_token
 from xmoe_fairseq.moe.routers.topk import experts_per_token
 from xmoe_fairseq_compat.errors import FlagError
 
@@ -91,10 +91,24 @@ def test_fairseq_takes_the_flags(task: str, preset: str) -> None:
         assert config.moe_eval_capacity_factor == 0
         assert config.moe_target_experts_per_token == (model.split / 2 if "budget" in name else 0)
         if preset == "paper" and config.moe_router == "threshold" and model.kind == "sparse":
-            assert (config.moe_threshold, max_experts_per_token(config)) == (0.9, 0)
+            t = None if "budget" in name else 0.9
+            assert (config.moe_threshold, max_experts_per_token(config)) == (t, 0)
+            assert config.moe_threshold_rule == named_rule(name)
         assert (args.encoder_ffn_embed_dim if task == "wmt" else args.decoder_ffn_embed_dim) == plan.ffn_dim
         rows = args.max_tokens if task == "wmt" else args.batch_size * args.tokens_per_sample
         assert rows * args.update_freq[0] == plan.size.update_tokens
+
+
+def named_rule(name: str) -> str:
+    return next((rule for rule in ("probability", "relative") if name.endswith(rule)), "mass")
+
+
+def test_a_budget_that_is_typed_takes_the_place_of_the_presets_threshold() -> None:
+    plan = Plan("lm", "tiny", "xmoe-s4")
+    assert "--moe-threshold" in plan.flags()
+    for budget in (["--moe-target-experts-per-token", "3"], ["--moe-layer-thresholds=0.5"]):
+        words = plan.flags(budget)
+        assert "--moe-threshold" not in words and words[-len(budget) :] == budget
 
 
 @pytest.mark.parametrize("task", TASKS)

@@ -79,7 +79,7 @@ def test_by_probability_more_is_computed_the_lower_tau_is() -> None:
 def test_settings_are_fixed_thresholds_without_a_budget() -> None:
     fixed = {"moe_target_experts_per_token": 0.0, "moe_threshold_rule": "mass", "moe_threshold": 0.5}
     assert settings_for([0.5, 0.5], "mass") == {**fixed, "moe_layer_thresholds": ""}
-    fixed["moe_threshold_rule"] = "relative"
+    fixed |= {"moe_threshold_rule": "relative", "moe_threshold": None}
     assert settings_for([0.1, 0.5], "relative") == {**fixed, "moe_layer_thresholds": "0.1,0.5"}
 
 

@@ -18,7 +18,8 @@ from xmoe_fairseq.thresholds import threshold_command
 from xmoe_fairseq.thresholds.checkpoint import open_meter
 from xmoe_fairseq.thresholds.measure import Meter, Quality
 
-BUDGET = (*EXACT, "--moe-target-experts-per-token", 2, "--moe-router-init-scale", 3, "--lr", 0.02)
+BUDGET = ("--moe-target-experts-per-token", 2, "--moe-threshold-rule", "mass")
+BUDGET = (*EXACT, *BUDGET, "--moe-router-init-scale", 3, "--lr", 0.02)
 
 
 @pytest.fixture(scope="module")

@@ -71,7 +71,7 @@ def settings_for(thresholds: Sequence[float], rule: str) -> dict[str, Any]:
     return {
         "moe_target_experts_per_token": 0.0,
         "moe_threshold_rule": rule,
-        "moe_threshold": max(thresholds),
+        "moe_threshold": thresholds[0] if alike else None,
         "moe_layer_thresholds": "" if alike else ",".join(map(repr, thresholds)),
     }
 

@@ -23,6 +23,7 @@ class Flag:
     rule: str = ""  # "must be ...": what is said of a configuration where it does not hold
     holds: Callable[[Any], bool] = lambda config: True
     refused_elsewhere: bool = False  # with a router that does not take it; else it is passed over
+    idle: tuple[Any, ...] = ()  # values, beside the default, that ask for nothing and are not refused there
     unless: tuple[str, ...] = ()  # other flags which, when given, stand in its place
 
 
@@ -35,12 +36,6 @@ class Place:
     config: Any  # the model's --moe-* flags, see xmoe_fairseq/flags.py
     dictionary: Any = None  # of the tokens that this side reads: len() ids, `count` of each in the text
     layer: int = 0  # number of the MoE layer in the model; the encoder's come first
-
-
-def routed_target(config: Any) -> float:
-    """What --moe-target-experts-per-token leaves to a router: shared experts count in it. 0 = no target."""
-    target: float = config.moe_target_experts_per_token
-    return target - config.moe_shared_experts if target else 0.0
 
 
 class RouterKind:
@@ -63,8 +58,13 @@ class RouterKind:
     counting: bool = True  # off while a batch runs that does not count in training: a rank's dummy batch
 
     @classmethod
+    def settle(cls, config: Any) -> dict[str, Any]:
+        """What stands for flags that leave a choice to the router: by name, to be built and to be saved."""
+        return {}
+
+    @classmethod
     def check(cls, config: Any, num_layers: int) -> None:
-        """Rules between flags, for a model with so many MoE layers.
+        """Rules between flags, settled ones, for a model with so many MoE layers.
 
         Raises:
             ValueError: one line that names the flag, the rule and the value.

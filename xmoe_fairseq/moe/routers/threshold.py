@@ -9,63 +9,18 @@ from xmoe_fairseq.moe.native.routing import Chosen, can_choose, choose_experts
 from xmoe_fairseq.moe.routers.balance_flags import BALANCE
 from xmoe_fairseq.moe.routers.base import Router, by_preference
 from xmoe_fairseq.moe.routers.cheap_flags import CHEAP
-from xmoe_fairseq.moe.routers.registry import Flag, Place, register_router, routed_target
-from xmoe_fairseq.moe.rules import RULES, Rule, rule_named
-
-
-def max_experts_per_token(config: Any) -> int:
-    """Of the flags, shared ones apart; 0 = no limit."""
-    limit: int = config.moe_max_experts_per_token
-    return max(2 * config.moe_ffn_split - config.moe_shared_experts, 1) if limit == -1 else limit
-
-
-def target_is_possible(config: Any) -> bool:
-    num_experts: int = config.moe_num_experts
-    most = min(max_experts_per_token(config) or num_experts, num_experts)
-    return config.moe_target_experts_per_token == 0 or 1 <= routed_target(config) <= most
-
-
-def layer_thresholds(config: Any) -> list[float]:
-    """t of each MoE layer; none if they are not given. Raises ValueError if one is no number."""
-    given = config.moe_layer_thresholds
-    return [float(t) for t in given.split(",")] if given else []
-
-
-THRESHOLD = 0.9  # the paper's
-
-MOST = Flag(
-    "moe_max_experts_per_token", -1, "keep only a token's first choices; 0 = no limit, "
-    "-1 = 2 x --moe-ffn-split less --moe-shared-experts, so never more than twice the dense FFN",
-    rule="must be -1 (= 2 x --moe-ffn-split), 0 (no limit) or more",
-    holds=lambda config: config.moe_max_experts_per_token >= -1,
-)  # fmt: skip
-FLAGS = (
-    Flag(
-        "moe_threshold", THRESHOLD, "t or tau of the rule: by mass a token takes experts until their "
-        "probabilities reach it; in [0, 1]; 0 = one expert, 1 = all; by probability 1 = one, 0 = all",
-        rule="must be in [0, 1]", holds=lambda config: 0 <= config.moe_threshold <= 1,
-        unless=("moe_layer_thresholds", "moe_target_experts_per_token"),
-    ),
-    Flag(
-        "moe_threshold_rule", "mass", "a token takes experts until their mass reaches t (mass, the paper's), "
-        "every expert of at least the probability tau (probability), or of at least (1 - tau) times that of "
-        "its best (relative); the best always",
-        rule=f"must be one of {', '.join(RULES)}", holds=lambda config: config.moe_threshold_rule in RULES,
-        refused_elsewhere=True,
-    ),
-    Flag(
-        "moe_layer_thresholds", "", "t of each MoE layer instead, the encoder's first, such as 0.4,0.6,0.5",
-        refused_elsewhere=True,
-    ),
-    Flag(
-        "moe_target_experts_per_token", 0.0, "in training steer each layer's t, from a low start, so that a "
-        "token takes so many experts on average, shared ones too; --moe-threshold counts for nothing; 0 off",
-        rule="must be 0 (off), or from 1 to --moe-max-experts-per-token (default: 2s) and --moe-num-experts, "
-        "plus --moe-shared-experts",
-        holds=target_is_possible, refused_elsewhere=True,
-    ),
-    MOST,
-)  # fmt: skip
+from xmoe_fairseq.moe.routers.registry import Place, register_router
+from xmoe_fairseq.moe.routers.threshold_flags import (
+    FLAGS,
+    THRESHOLD,
+    check_thresholds,
+    layer_thresholds,
+    max_experts_per_token,
+    most_experts,
+    routed_target,
+    settle_thresholds,
+)
+from xmoe_fairseq.moe.rules import Rule, rule_named
 
 
 @register_router("threshold")
@@ -88,9 +43,11 @@ class ThresholdRouter(Router):
         ValueError: one of them is out of range.
     """
 
-    description = "XMoE: those that reach a probability of t together"
+    description = "XMoE: those that reach a probability of t together, or each of at least tau"
     takes_ones = takes_normalized = True
     flags = (*FLAGS, *BALANCE, *CHEAP)
+    settle = staticmethod(settle_thresholds)
+    check = staticmethod(check_thresholds)
     deciding = ("candidates", "limit")
     rule: Rule
 
@@ -116,41 +73,17 @@ class ThresholdRouter(Router):
         self.budget = Budget(target, num_experts, rule) if target else None
 
     @classmethod
-    def check(cls, config: Any, num_layers: int) -> None:
-        given, name = config.moe_layer_thresholds, "--moe-layer-thresholds"
-        target, probability = config.moe_target_experts_per_token, config.moe_threshold_rule == "probability"
-        if not (given or target) and probability and config.moe_threshold == THRESHOLD:
-            others = f"{name} or --moe-target-experts-per-token"
-            must = f"must be given with --moe-threshold-rule probability, such as 0.08 (or {others})"
-            raise ValueError(f"--moe-threshold {must}: {THRESHOLD} would be one expert")
-        if not given:
-            return
-        if target:
-            raise ValueError(f"{name} cannot be combined with --moe-target-experts-per-token, got {given}")
-        try:
-            thresholds = layer_thresholds(config)
-            fits = len(thresholds) == num_layers and all(0 <= t <= 1 for t in thresholds)
-        except ValueError:
-            fits = False
-        if not fits:
-            rule = f"must give each of the {num_layers} MoE layers a number in [0, 1]"
-            raise ValueError(f"{name} {rule}, got {given}")
-
-    @classmethod
     def from_config(cls, place: Place) -> "ThresholdRouter":
         config, each = place.config, layer_thresholds(place.config)
-        threshold = each[place.layer] if each else config.moe_threshold
-        limit, target = max_experts_per_token(config), routed_target(config)
-        how: dict[str, Any] = {"threshold": threshold, "max_experts_per_token": limit}
-        how |= {"target_experts_per_token": target, "rule": config.moe_threshold_rule}
+        t, target = each[place.layer] if each else config.moe_threshold, routed_target(config)
+        how: dict[str, Any] = {"target_experts_per_token": target} if target else {"threshold": t}
+        how |= {"max_experts_per_token": max_experts_per_token(config), "rule": config.moe_threshold_rule}
         return cls(place.model_dim, place.num_experts, **how)
 
     @classmethod
     def planned_experts(cls, config: Any) -> tuple[str, float]:
-        if config.moe_target_experts_per_token:
-            return "about ", routed_target(config)
-        most: int = config.moe_num_experts
-        return "at most ", min(max_experts_per_token(config) or most, most)
+        target = routed_target(config)
+        return ("about ", target) if target else ("at most ", most_experts(config))
 
     @classmethod
     def after_update(cls, model: nn.Module) -> None:

@@ -11,7 +11,7 @@ from xmoe_fairseq.moe.native.routing import Chosen
 from xmoe_fairseq.moe.pool import CLOSED, ExpertPool
 from xmoe_fairseq.moe.routers.base import Router, by_preference
 from xmoe_fairseq.moe.routers.registry import Flag, Place, register_router
-from xmoe_fairseq.moe.routers.threshold import MOST, max_experts_per_token
+from xmoe_fairseq.moe.routers.threshold_flags import MOST, max_experts_per_token
 from xmoe_fairseq.moe.routing import Routing, count
 from xmoe_fairseq.moe.steered import of_all_ranks
 
