@@ -49,7 +49,8 @@ METRICS = {
 
 
 def row(name: str, default: Any, text: str) -> list[str]:
-    shown = f"{default:g}" if type(default) is float else "" if default is False else str(default)
+    none = default is None or default is False
+    shown = f"{default:g}" if type(default) is float else "" if none else str(default)
     return [f"`{flag(name)}`", shown, linked(text)]
 
 
