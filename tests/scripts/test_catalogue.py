@@ -61,7 +61,7 @@ def test_an_update_has_as_many_tokens_on_any_number_of_gpus(
 @pytest.mark.parametrize(
     "plan, message",
     [
-        (("wmt", "huge", "dense", 1), "PRESET must be one of claims, dense_to_sparse, .*, got huge"),
+        (("wmt", "huge", "dense", 1), "PRESET must be one of claims, demo, dense_to_sparse, .*, got huge"),
         (("wmt", "tiny", "xmoe", 1), "MODEL must be one of dense, dense-wide, .*, got xmoe"),
         (("wmt", "paper", "dense", 3), "GPUS must divide 1,048,576 tokens per update into .*, got 3"),
         (("lm", "small", "dense", 0), "GPUS must divide .*, got 0"),
