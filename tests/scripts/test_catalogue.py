@@ -84,12 +84,14 @@ def test_fairseq_takes_the_flags(task: str, preset: str) -> None:
         plan = Plan(task, preset, name)
         args = options.parse_args_and_arch(options.get_training_parser(), ["folder", *plan.flags()])
         config = read_moe_config(args, ("encoder", "decoder") if task == "wmt" else ("decoder",))
-        both = task == "wmt" and preset == "tiny" and model.causal
+        both = task == "wmt" and preset in ("tiny", "demo", "routers") and model.causal
         assert config.has_experts("decoder") == ((task == "lm" or both) and not plan.is_dense)
         factor = model.split if preset == "paper" and model.capacity else 0
         assert config.moe_capacity_factor == factor
         assert config.moe_eval_capacity_factor == 0
-        assert config.moe_target_experts_per_token == (model.split / 2 if "budget" in name else 0)
+        target = model.split / 2 if "budget" in name else 0
+        if config.moe_router == "threshold" and not plan.is_dense:
+            assert config.moe_target_experts_per_token == target
         if preset == "paper" and config.moe_router == "threshold" and model.kind == "sparse":
             t = None if "budget" in name else 0.9
             assert (config.moe_threshold, max_experts_per_token(config)) == (t, 0)
@@ -136,7 +138,8 @@ def test_models_use_as_much_compute_as_the_dense_ffn() -> None:
         config = read_moe_config(args, ())
         single = config.moe_router in ("hash", "base")
         routed = per_token.get(name, 1 if single else experts_per_token(config))
-        assert (routed + config.moe_shared_experts) / model.split == 1
+        expected = 0.5 if name == "dense-narrow" else 1
+        assert (routed + config.moe_shared_experts) / model.split == expected
 
 
 def test_every_model_can_be_drawn() -> None:
@@ -166,14 +169,14 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     [
         ("models.toml", "[hash]", "[hash]\nspilt = 2", "models.toml: hash: there is no field spilt; it may"),
         ("models.toml", 'colour = "#2ca02c"\n', "", "models.toml: hash: the field colour is missing"),
-        ("models.toml", "split = 2", 'split = "2"', "models.toml: gshard: split must be int, got '2'"),
-        ("models.toml", "split = 2", "split = true", "models.toml: gshard: split must be int, got True"),
+        ("models.toml", "split = 2", 'split = "2"', "models.toml: dense-narrow: split must be int, got '2'"),
+        ("models.toml", "split = 2", "split = true", "models.toml: dense-narrow: split must be int, got True"),
         ("models.toml", '"wide"', '"wild"', "kind must be one of dense, wide, sparse, split, got 'wild'"),
         ("models.toml", "[dense]", "one = 1\n[dense]", "models.toml: one must be a table of fields"),
         ("models.toml", "[hash]", "[hash", "models.toml: Expected ']'"),
         ("presets/lm/tiny.toml", "cpu = true", "beam = 5", "tiny.toml: there is no field beam; it may have"),
         ("presets/lm/tiny.toml", "ffn_dim = 512\n", "", "tiny.toml: the field ffn_dim is missing"),
-        ("models.toml", "split = 2", "split = 0", "models.toml: gshard: split must be at least 1, got 0"),
+        ("models.toml", "split = 2", "split = 0", "models.toml: dense-narrow: split must be at least 1, got 0"),
         (
             "models.toml",
             "moe-freq = 0",
