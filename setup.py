@@ -60,7 +60,7 @@ setup(
         ],
     },
     package_dir={"": "."},  # said, so that an editable install is one sys.path entry, not an import hook
-    package_data={"xmoe_fairseq.moe.native": ["*.cpp", "*.h"]},
+    package_data={"": ["*.cpp", "*.h", "*.html"]},
     cmdclass={"build_py": BuildPyAndMore},
     distclass=ForOneTorch,
     # Not fairseq: pip refuses its metadata (omegaconf<2.1), so it is installed by itself with --no-deps.
@@ -87,6 +87,7 @@ setup(
         "hub": HUB,
         "dev": [
             *HUB,
+            "build",
             "hypothesis",
             "mypy",
             "pytest",

@@ -18,6 +18,7 @@ import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -147,9 +148,24 @@ def _run(command: list[str]) -> None:
         raise BuildError(f"{command[0]} failed: {(lines or done.stderr.splitlines() or ['no message'])[0]}")
 
 
+def note_for_pip(library: Path) -> None:
+    """Adds the library to what the package has installed, so that `pip uninstall` takes it too."""
+    place = f"xmoe_fairseq/moe/native/{library.name}"
+    try:
+        installed = metadata.distribution("xmoe_fairseq")
+    except metadata.PackageNotFoundError:
+        return
+    record = next((Path(str(file.locate())) for file in installed.files or () if file.name == "RECORD"), None)
+    # An editable install has its library elsewhere.
+    if record and Path(str(installed.locate_file(place))).exists() and place not in record.read_text("utf-8"):
+        with record.open("a", encoding="utf-8") as text:
+            text.write(f"{place},,\n")
+
+
 def main() -> None:
     try:
         print(build(), flush=True)
+        note_for_pip(HERE / library_name())
     except BuildError as error:
         sys.exit(f"the native kernel was not built: {error}")
 
