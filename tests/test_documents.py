@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PATH = re.compile(
-    r"(?<![\w/.$}-])((?:scripts|data-prep|docs|tests|xmoe_fairseq(?:_compat)?)/[\w./-]*[\w/])(?![{*\w])"
+    r"(?<![\w/.$}-])((?:scripts|data-prep|docs|examples|tests|xmoe_fairseq(?:_compat)?)/[\w./-]*[\w/])(?![{*\w])"
 )
 LINK = re.compile(r"\]\((?!http)([^)#\s]*)#?([^)]*)\)")
 FLAG = re.compile(r"(?<=[\s`\"'(|\[])--([a-z][a-z0-9-]*[a-z0-9])(?![\w*-])")
