@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from xmoe_fairseq.cost import meter_of
 from xmoe_fairseq.moe.experts.kernels import AUTO
 from xmoe_fairseq.moe.routers.registry import RouterKind, flags_of_routers, registered_routers
 from xmoe_fairseq.moe.routers.threshold_flags import DEFAULT_BUDGET, FIXED_RULE
@@ -85,3 +86,4 @@ plugins.shaping.append(
     "no_moe_.*|moe_(freq|(num|shared|zero|copy|constant)_experts|ffn_split|router|router_args|combine"
     "|balance|target_.*)"
 )
+plugins.meters.append(meter_of)

@@ -159,3 +159,17 @@ def validate_on_several_ranks(module: Any) -> None:
         }
 
     share_out(module, prepare)
+
+
+@patch("fairseq_cli.interactive")
+def know_the_models_of_interactive(module: Any) -> None:
+    """Every torch: no plugin can say what was computed, as after the other commands; and several ranks would
+    each print all translations."""
+
+    def prepare(turns: Turns, cfg: Any) -> Names:
+        def see_to(task: Any) -> None:
+            task.inference_step = functools.partial(turns.compute, task.inference_step)
+
+        return {"tasks": with_each_task(module.tasks, see_to)}
+
+    share_out(module, prepare)

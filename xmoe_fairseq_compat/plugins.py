@@ -5,7 +5,18 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from importlib import metadata
-from typing import Any
+from typing import Any, Protocol
+
+
+class Meter(Protocol):
+    """Counts what a model computes while it is entered."""
+
+    def __enter__(self) -> object: ...
+    def __exit__(self, *_: object) -> None: ...
+
+    def line(self) -> str:
+        """Of what was counted on all ranks, each of which asks for it."""
+
 
 # Each gets a checkpoint that fairseq has read, its path and what overrides its configuration, None where no
 # model is built of it; and gives the checkpoint to go on with.
@@ -14,6 +25,9 @@ after_load: list[Callable[[dict[str, Any], Any, dict[str, Any] | None], dict[str
 override_rules: list[Callable[[dict[str, Any], dict[str, Any]], None]] = []
 # Regular expressions: settings of a model that change the number or the sizes of its weights.
 shaping: list[str] = []
+# Each gets a model that a command has opened to evaluate it, the checkpoint's path and what overrides its
+# configuration; and gives a `Meter`, or None.
+meters: list[Callable[[Any, str, dict[str, Any]], Meter | None]] = []
 
 # The group of entry points in which an installed plugin declares how its names begin (of models and the like,
 # of flags, of entries of checkpoints), as `moe_ = its_user_dir`: it has to be named where it is not loaded.

@@ -10,7 +10,9 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from xmoe_fairseq_compat import plugins
 from xmoe_fairseq_compat.errors import UserError
+from xmoe_fairseq_compat.overrides import asked_for
 from xmoe_fairseq_compat.registry import replaced, stand_in, wrap
 from xmoe_fairseq_compat.settings import configuration
 
@@ -29,7 +31,8 @@ class Turns:
 
         self.on_gpu = torch.cuda.is_available() and not cfg.common.cpu
         self.rank, self.size, self.batch = 0, 1, 0
-        self.asked = self.left_out = 0
+        self.asked = self.left_out = self.opened = 0
+        self.meters: list[tuple[str, plugins.Meter]] = []  # of plugins, and the checkpoints of their models
         ranks = cfg.distributed_training
         if torch.distributed.is_initialized():  # otherwise they are a user's own way to name a share
             self.rank, self.size = ranks.distributed_rank, ranks.distributed_world_size
@@ -60,7 +63,10 @@ class Turns:
             received = [None]
             torch.distributed.recv_object_list(received, src=owner)
             return utils.move_to_cuda(received[0]) if self.on_gpu else received[0]
-        found = step(*args, **kwargs)
+        with contextlib.ExitStack() as counting:
+            for _, meter in self.meters if owner == self.rank else ():
+                counting.enter_context(meter)
+            found = step(*args, **kwargs)
         if self.rank and owner == self.rank:
             torch.distributed.send_object_list([utils.apply_to_sample(lambda t: t.cpu(), found)], dst=0)
         return found
@@ -77,10 +83,28 @@ class Turns:
 
         task.filter_indices_by_size = filter_indices_by_size
 
+    def open(
+        self, plain: Callable[..., Any], filenames: list[str], arg_overrides: Any = None, *args: Any,
+        **kwargs: Any,
+    ) -> Any:  # fmt: skip
+        """fairseq's load_model_ensemble_and_task; what the models compute is counted."""
+        loaded, asked = plain(filenames, arg_overrides, *args, **kwargs), asked_for(arg_overrides or {})
+        self.opened += len(filenames)
+        for model, file in zip(loaded[0], filenames, strict=True):
+            made = [make(model, file, asked) for make in plugins.meters]
+            self.meters += [(file, meter) for meter in made if meter]
+        return loaded
+
     def say_what_was_left_out(self) -> None:
         if self.rank == 0 and self.left_out:
             problem = "are longer than the model takes, and were left out of the score"
-            print(f"{self.left_out} of {self.asked} sentences or blocks {problem}", file=sys.stderr)
+            say(f"{self.left_out} of {self.asked} sentences or blocks {problem}")
+
+    def say_what_was_computed(self) -> None:
+        for file, meter in self.meters:
+            line = meter.line()
+            if self.rank == 0:
+                say(line if self.opened == 1 else f"{file}: {line}")
 
     @contextlib.contextmanager
     def printing_once(self) -> Iterator[None]:
@@ -93,6 +117,12 @@ class Turns:
                 yield
         finally:
             logging.disable(logging.NOTSET)
+
+
+def say(line: str) -> None:
+    """To stderr: scripts parse what is in stdout."""
+    sys.stdout.flush()  # where both are one file, the line would be in the midst of another
+    print(line, file=sys.stderr)
 
 
 class Share:
@@ -123,11 +153,17 @@ def share_out(module: Any, prepare: Callable[[Turns, Any], Names]) -> None:
     @wrap(module, "main")
     def main(plain: Any, cfg: Any, *args: Any, **kwargs: Any) -> Any:
         cfg = configuration(cfg)
-        turns, progress = Turns(cfg), module.progress_bar
-        bar = stand_in(progress, progress_bar=functools.partial(turns.bar, progress.progress_bar))
-        with turns.printing_once(), replaced(module, progress_bar=bar, **prepare(turns, cfg)):
+        turns, utils = Turns(cfg), module.checkpoint_utils
+        names = prepare(turns, cfg)
+        if hasattr(module, "progress_bar"):
+            bar = functools.partial(turns.bar, module.progress_bar.progress_bar)
+            names["progress_bar"] = stand_in(module.progress_bar, progress_bar=bar)
+        opened = functools.partial(turns.open, utils.load_model_ensemble_and_task)
+        seen = replaced(utils, load_model_ensemble_and_task=opened)
+        with turns.printing_once(), seen, replaced(module, **names):
             result = plain(cfg, *args, **kwargs)
         turns.say_what_was_left_out()
+        turns.say_what_was_computed()
         return result
 
 

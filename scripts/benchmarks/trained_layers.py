@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from experiments.results import read_run, write_json
 from xmoe_fairseq.config import read_field
 from xmoe_fairseq.thresholds.checkpoint import open_model
 
+CHECKPOINT = "checkpoint_best.pt"
 DENSE_PLACES = slice(1, None, 2)  # of a dense model the layers that have experts in the others
 
 
@@ -35,17 +36,25 @@ def feed_forward(layer: nn.Module) -> tuple[nn.Module, Callable[..., object]]:
     return layer.fc1, lambda x: layer.fc2(layer.activation_fn(layer.fc1(x)))
 
 
+class Ffns(NamedTuple):
+    """Of a run's model, or the layers in their places."""
+
+    work: Callable[[], None]  # runs them on the inputs that they meet in validation text
+    has_experts: bool
+    dense_dims: list[int]  # widths, or those of the dense FFNs that the experts replace
+
+
 @torch.no_grad()
-def work_of(run: Path, max_tokens: int) -> Callable[[], None]:
-    """What runs the FFNs of a run's model on the inputs that they meet in validation text."""
-    model, task, cfg = open_model(run / "checkpoint_best.pt", Path(read_run(run)["data"]))
+def ffns_of(run: Path, max_tokens: int) -> Ffns:
+    model, task, cfg = open_model(run / CHECKPOINT, Path(read_run(run)["data"]))
     task.load_dataset("valid")
     batches = task.get_batch_iterator(
         task.dataset("valid"), max_tokens=max_tokens, max_positions=model.max_positions()
     )
     calls: list[tuple[Callable[..., object], tuple[Tensor | None, ...]]] = []
     handles = []
-    for layer in places(model, cfg.model):
+    layers: list[Any] = places(model, cfg.model)
+    for layer in layers:
         module, ffn = feed_forward(layer)
         handles.append(module.register_forward_pre_hook(lambda _, given, ffn=ffn: calls.append((ffn, given))))
     model(**next(batches.next_epoch_itr(shuffle=False))["net_input"])
@@ -56,7 +65,9 @@ def work_of(run: Path, max_tokens: int) -> Callable[[], None]:
         for ffn, given in calls:
             ffn(*given)
 
-    return work
+    has_experts = hasattr(layers[0], "moe")
+    dims = [layer.moe.dense_ffn_dim if has_experts else layer.fc1.out_features for layer in layers]
+    return Ffns(work, has_experts, dims)
 
 
 def main() -> None:
@@ -68,10 +79,14 @@ def main() -> None:
     )
     args = parser.parse_args()
     torch.set_num_threads(1)
-    functions = {str(run): forward(work_of(run, args.tokens)) for run in args.runs}
+    ffns = {str(run): ffns_of(run, args.tokens) for run in args.runs}
+    first = ffns[str(args.runs[0])]
+    functions = {run: forward(own.work) for run, own in ffns.items()}
     for run, timing in in_turn(functions, args.rounds).items():
         print(f"{Path(run).name}: {timing}")
         found = {"milliseconds": timing.milliseconds, "ratio": timing.ratio, "to": args.runs[0].name}
+        to_dense_ffn = not first.has_experts and first.dense_dims == ffns[run].dense_dims
+        found |= {"to_dense_ffn": to_dense_ffn, "checkpoint": CHECKPOINT}
         write_json(Path(run) / "seconds.json", found | {"machine": machine()})
 
 

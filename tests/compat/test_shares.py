@@ -71,6 +71,20 @@ def test_validate_shared(ranks: int, corpus: tuple[Path, Path], stock_models: tu
     assert results(run_as_torchrun(ranks, *command, *GLOO)) == one
 
 
+def test_interactive_on_ranks(
+    corpus: tuple[Path, Path], stock_models: tuple[Path, Path], tmp_path: Path
+) -> None:
+    typed = tmp_path / "typed"
+    typed.write_text("w1 w2 w3\nw4\n")
+    command = (
+        "fairseq-interactive", corpus[0], "--path", stock_models[0], "--cpu", "--input", typed, "--beam", 2,
+        "--source-lang", "en", "--target-lang", "de",
+    )  # fmt: skip
+    one = results(run(*command))
+    assert len(one) == 2 * 4
+    assert results(run_as_torchrun(2, *command, *GLOO)) == one
+
+
 def test_each_rank_computes_its_share_and_rank_0_has_all_in_order() -> None:
     def rank() -> tuple[list[int], list[int]]:
         here = SimpleNamespace(distributed_rank=dist.get_rank(), distributed_world_size=dist.get_world_size())

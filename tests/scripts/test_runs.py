@@ -80,7 +80,8 @@ def test_language_model(lm_data: Path, tmp_path: Path, monkeypatch: pytest.Monke
     assert scores["routing"] == {"decoder": {"experts": 1.0, "flops": 1.0}}
     monkeypatch.setattr(sys, "argv", ["timing", str(run), str(run), "--rounds", "3"])
     trained_layers.main()
-    assert json.loads((run / "seconds.json").read_text())["ratio"] > 0
+    seconds = json.loads((run / "seconds.json").read_text())
+    assert seconds["ratio"] > 0 and seconds["to_dense_ffn"] is False  # but to itself
     trained_models.main()
     speed = json.loads((run / "speed.json").read_text())
     assert speed["update"]["ratio"] > 0 and speed["decoding"]["ratio"] > 0 and speed["to"] == "run"

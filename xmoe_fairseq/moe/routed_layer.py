@@ -1,12 +1,13 @@
 """What every layer whose tokens go to experts does: it takes padding out, and puts 0 in its place."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from xmoe_fairseq.moe.routing import Routing
-from xmoe_fairseq.moe.stats import RoutingStats, ffn_flops, ffn_parameters
+from xmoe_fairseq.moe.stats import RoutingStats, RowCounts, ffn_flops, ffn_parameters
 
 
 class RoutedLayer(nn.Module):
@@ -84,20 +85,20 @@ class RoutedLayer(nn.Module):
         """Parameters of one expert."""
         return ffn_parameters(self.model_dim, self.expert_dim)
 
-    def flops(self, stats: RoutingStats) -> dict[str, Tensor]:
+    def flops(self, stats: RoutingStats | RowCounts) -> dict[str, Any]:
         """Of calls with these statistics: of what was routed, with all experts, and of the dense FFN.
 
         The router is included. The authors count the experts only; the router is what the saving costs.
         """
-        router = stats.tokens * self.router_flops
-        all_rows = stats.tokens * self.num_experts + stats.rows_shared
+        tokens: Any = stats.tokens
+        router, all_rows = tokens * self.router_flops, tokens * self.num_experts + stats.rows_shared
         return {
             "flops": router + ffn_flops(self.rows_computed(stats), self.model_dim, self.expert_dim),
             "flops_all_experts": router + ffn_flops(all_rows, self.model_dim, self.expert_dim),
-            "flops_dense_ffn": ffn_flops(stats.tokens, self.model_dim, self.dense_ffn_dim),
+            "flops_dense_ffn": ffn_flops(tokens, self.model_dim, self.dense_ffn_dim),
         }
 
-    def rows_computed(self, stats: RoutingStats) -> Tensor:
+    def rows_computed(self, stats: RoutingStats | RowCounts) -> Any:
         """Rows that the experts computed in a call with these statistics."""
         return stats.rows_computed
 

@@ -1,7 +1,7 @@
 """What to log about a routing: sums over tokens first, ratios once everything is added up."""
 
 from dataclasses import dataclass, fields
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -130,6 +130,19 @@ class RoutingStats:
     def z_loss(self) -> Tensor:
         """Mean over tokens; NaN without."""
         return self.z / self.tokens
+
+
+class RowCounts(NamedTuple):
+    """Of one call, what FLOPs are counted from: numbers that the host knows, so a GPU is not waited for."""
+
+    tokens: int
+    rows_computed: int  # shared experts' included
+    rows_shared: int
+
+    @classmethod
+    def of(cls, routing: Routing) -> "RowCounts":
+        shared = routing.num_tokens * routing.shared_experts
+        return cls(routing.num_tokens, routing.token_R.numel() + shared, shared)
 
 
 def ffn_flops(rows: Number, model_dim: int, inner_dim: int) -> Number:

@@ -20,7 +20,7 @@ from xmoe_fairseq.moe.routed_layer import RoutedLayer
 from xmoe_fairseq.moe.routers.base import may_overflow
 from xmoe_fairseq.moe.routers.registry import RouterKind, register_router
 from xmoe_fairseq.moe.routing import Routing
-from xmoe_fairseq.moe.stats import RoutingStats
+from xmoe_fairseq.moe.stats import RoutingStats, RowCounts
 
 TOP = 2
 
@@ -117,9 +117,9 @@ class GShardLayer(RouterKind, RoutedLayer):
     def expert_parameters(self) -> Iterator[nn.Parameter]:
         return self.gshard.experts.parameters()  # type: ignore[no-any-return]
 
-    def rows_computed(self, stats: RoutingStats) -> Tensor:
+    def rows_computed(self, stats: RoutingStats | RowCounts) -> Any:
         """All slots, used or not: E experts of 2S/E rows each, S tokens after filling up."""
-        return TOP * self.num_experts * (stats.tokens / self.num_experts).ceil()
+        return TOP * self.num_experts * -(-stats.tokens // self.num_experts)
 
     def extra_repr(self) -> str:
         return f"num_experts={self.num_experts}"
