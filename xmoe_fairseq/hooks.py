@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from xmoe_fairseq.cost import meter_of
+from xmoe_fairseq.criterions.routing_log import SHOWN, SIDES
 from xmoe_fairseq.moe.experts.kernels import AUTO
 from xmoe_fairseq.moe.routers.registry import RouterKind, flags_of_routers, registered_routers
 from xmoe_fairseq.moe.routers.threshold_flags import DEFAULT_BUDGET, FIXED_RULE
@@ -87,3 +88,5 @@ plugins.shaping.append(
     "|balance|target_.*)"
 )
 plugins.meters.append(meter_of)
+plugins.unshown.append(f"moe_(?!({'|'.join(SIDES)})_({'|'.join(SHOWN)})$).*")
+plugins.brief = True

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from fairseq.logging.meters import MetersDict
 from torch import nn
 
 from xmoe_fairseq.criterions.routing_log import layer_stats
-from xmoe_fairseq.moe import RoutingStats, moe_layers
+from xmoe_fairseq.moe import RoutedLayer, RoutingStats, moe_layers
 from xmoe_fairseq_compat.files import write_atomically
 
 logger = logging.getLogger(__name__)
@@ -48,11 +49,12 @@ class LoadReport:
 
     def after_validation(self, subset: str, meters: MetersDict, update: int) -> None:
         """Write what was logged of a validated set, and of the epoch's training so far."""
-        training = layer_stats(self.layers, metrics.get_meters("train"))
         validated = layer_stats(self.layers, meters)
         if self.file and validated:
+            sets = {TRAINING: record(self.layers, metrics.get_meters("train")),
+                    subset: record(self.layers, meters)}  # fmt: skip
             try:
-                write_records(self.file, update, {TRAINING: training, subset: validated})
+                write_records(self.file, update, sets)
             except (OSError, ValueError, KeyError) as error:  # no reason to end the training
                 logger.warning(f"{self.file} is not written: {error}")
         # Where there is no TensorBoard fairseq's own progress bar says so.
@@ -69,7 +71,15 @@ def without_rows(stats: RoutingStats) -> str:
     return f"{len(dead)} of {int(stats.active_E.sum())} ({listed})"
 
 
-def write_records(file: Path, update: int, sets: dict[str, dict[str, RoutingStats]]) -> None:
+def record(layers: list[RoutedLayer], meters: MetersDict | None) -> dict[str, Any]:
+    """All numbers that are logged, of each side, and those of each layer."""
+    of = meters or MetersDict()
+    logged = {key: of.get_smoothed_value(key) for key in of if key.startswith("moe_")}
+    shown = {key: value if math.isfinite(value) else None for key, value in logged.items()}  # JSON has no NaN
+    return {**shown, "layers": {at: numbers(stats) for at, stats in layer_stats(layers, meters).items()}}
+
+
+def write_records(file: Path, update: int, sets: dict[str, dict[str, Any]]) -> None:
     """One line for each set of data; those of an earlier run from this update on go.
 
     Raises:
@@ -79,9 +89,7 @@ def write_records(file: Path, update: int, sets: dict[str, dict[str, RoutingStat
     earlier = [(json.loads(line), line) for line in lines]
     kept = [line for old, line in earlier if old["updates"] < update or
             (old["updates"] == update and old["set"] not in sets)]  # fmt: skip
-    for name, layers in sets.items():
-        record = {"updates": update, "set": name, "layers": {at: numbers(s) for at, s in layers.items()}}
-        kept.append(json.dumps(record))
+    kept += [json.dumps({"updates": update, "set": name, **own}) for name, own in sets.items()]
     write_atomically(file, "\n".join(kept) + "\n")
 
 

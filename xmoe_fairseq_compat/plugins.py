@@ -28,6 +28,10 @@ shaping: list[str] = []
 # Each gets a model that a command has opened to evaluate it, the checkpoint's path and what overrides its
 # configuration; and gives a `Meter`, or None.
 meters: list[Callable[[Any, str, dict[str, Any]], Meter | None]] = []
+# Regular expressions: statistics that are logged, but not shown to people (--log-format simple, tqdm).
+unshown: list[str] = []
+# Whether the configuration goes to a file, and one line of the log says to which.
+brief = False
 
 # The group of entry points in which an installed plugin declares how its names begin (of models and the like,
 # of flags, of entries of checkpoints), as `moe_ = its_user_dir`: it has to be named where it is not loaded.

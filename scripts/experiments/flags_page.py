@@ -15,6 +15,7 @@ from fairseq.models import ARCH_MODEL_NAME_REGISTRY, MODEL_DATACLASS_REGISTRY
 import xmoe_fairseq  # noqa: F401  (registers models and criterions)
 from experiments.train import ROOT
 from xmoe_fairseq.criterions.moe_loss import MoELossConfig
+from xmoe_fairseq.criterions.routing_log import SHOWN
 from xmoe_fairseq.flags import CommonFlags, MoEConfig
 from xmoe_fairseq.moe.routers.registry import flags_of_routers, registered_routers
 from xmoe_fairseq.tables import markdown
@@ -102,11 +103,12 @@ xmoe_fairseq --arch ARCH --help` says the same.
 
 `--criterion`: {listed(criterions)}, with the options of fairseq's criterions of those names.
 """
-    logged = """## Logged numbers
+    logged = f"""## Logged numbers
 
 Of training and validation, and for TensorBoard, as `moe_encoder_...` and `moe_decoder_...`: ratios of sums
 over all tokens since the last record (for a validation: all of it), layer by layer, then their mean.
-So they do not depend on `--update-freq`, the number of ranks or the batch size.
+So they do not depend on `--update-freq`, the number of ranks or the batch size. Log lines show
+{listed(SHOWN)}; `--log-format json`, TensorBoard, wandb and `moe_load.jsonl` have them all.
 """
     return "\n".join([
         head, *flag_tables(),

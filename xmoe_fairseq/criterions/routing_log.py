@@ -19,6 +19,8 @@ from torch import Tensor
 from xmoe_fairseq.moe import RoutedLayer, Routing, RoutingStats
 
 SIDES = ("encoder", "decoder")
+# Of the ratios those that a log line shows: what a token costs, and whether the load is even.
+SHOWN = ("experts_per_token", "flops_vs_dense_ffn", "max_violation")
 FLOPS = {"flops", "flops_all_experts", "flops_dense_ffn"}
 Records = list[tuple[RoutedLayer, Routing]]
 
