@@ -52,7 +52,8 @@ class Batches:
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """Raises FlagError if a batch cannot hold the longest sentence."""
         # A batch must hold one sample at least: of a language model a whole block, which has no other limit.
-        block = int(getattr(self.task.cfg, "tokens_per_sample", None) or 0)
+        settings = self.task.cfg or getattr(self.task, "args", None)  # fairseq's older tasks have the latter
+        block = int(getattr(settings, "tokens_per_sample", None) or 0)
         try:
             iterator = self.task.get_batch_iterator(
                 self.task.dataset(self.split), max_tokens=max(self.max_tokens, block), max_sentences=None,

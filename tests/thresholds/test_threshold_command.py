@@ -154,6 +154,11 @@ def test_it_measures_what_training_logs(checkpoint: Path, data: Path) -> None:
     assert quality.experts_per_token == of["rows_kept_E"] / of["tokens"]
 
 
+def test_a_batch_holds_a_block_at_least(checkpoint: Path, data: Path) -> None:
+    first = next(iter(open_meter(checkpoint, data, max_tokens=1).batches))
+    assert first["target"].shape == (1, 32)
+
+
 def test_translation_chosen_by_bleu_with_experts_in_shards(
     corpus: tuple[Path, Path], pick: Any, tmp_path: Path
 ) -> None:
