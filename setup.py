@@ -52,6 +52,7 @@ setup(
         "console_scripts": [
             "xmoe-checkpoint = xmoe_fairseq.parallel.checkpoint_command:main",
             "xmoe-convert = xmoe_fairseq.convert.convert_command:main",
+            "xmoe-explain = xmoe_fairseq.explain.explain_command:main",
             "xmoe-threshold = xmoe_fairseq.thresholds.threshold_command:main",
         ],
         # How its names begin, for messages where this --user-dir is missing (xmoe_fairseq_compat/plugins.py).

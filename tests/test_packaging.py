@@ -20,7 +20,7 @@ from xmoe_fairseq.moe.native.build import HERE, library_name
 
 PTH = "xmoe_fairseq_compat.pth"
 NATIVE = "xmoe_fairseq/moe/native"
-DATA = {f"{NATIVE}/experts.cpp", f"{NATIVE}/experts.h", "xmoe_fairseq/thresholds/page.html"}
+DATA = {f"{NATIVE}/experts.cpp", f"{NATIVE}/experts.h", "xmoe_fairseq/explain/page.html"}
 FORWARD = (
     "import logging, torch; logging.basicConfig(); from xmoe_fairseq.moe import MoELayer, ThresholdRouter;"
     "from xmoe_fairseq.moe.native import missing;"
@@ -47,7 +47,6 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copy(REPO / name, copy / name)
     for name in ("xmoe_fairseq", "xmoe_fairseq_compat"):
         shutil.copytree(REPO / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
-    (copy / "xmoe_fairseq/thresholds/page.html").write_text("<p>")
     return copy
 
 

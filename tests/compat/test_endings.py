@@ -17,6 +17,7 @@ from xmoe_fairseq_compat.errors import UserError
         ("fairseq-generate", ""),  # which begins anew, as do
         ("xmoe-checkpoint", ""),
         ("xmoe-convert", ""),
+        ("xmoe-explain", ""),
         ("xmoe-threshold", ""),
     ],
 )
