@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # One table and one picture of runs that scripts/{wmt,lm}/train.sh trained and score.sh scored.
 #
-#   bash scripts/compare.sh RUN...          writes compare.md, compare.json, compare.png to OUT=runs/compare
+#   bash scripts/compare.sh RUN...          writes compare.md, compare.json, compare.png, compare.html to OUT=runs/compare
 #   SCORES=average5                         those of averaged checkpoints (default: best)
 #   QUALITY="test ppl"                      what the picture shows (default: test BLEU, or test ppl)
 set -euo pipefail

@@ -5,7 +5,7 @@
 Runs of one task on the same data. Runs that differ in the seed alone make one row: mean and, after ±,
 standard deviation. What benchmark_checkpoints.sh measured is shown too, and takes the place of the seconds of
 training, which other work on the machine disturbs, in the picture. Writes FOLDER/compare.md,
-compare.json and compare.png.
+compare.json, compare.png, and compare.html: which experts the first run's tokens take (xmoe-explain).
 """
 
 import argparse
@@ -15,6 +15,7 @@ import statistics
 from pathlib import Path
 
 from experiments.catalogue import models
+from experiments.explain import write_page
 from experiments.plan import Plan
 from experiments.plot_runs import Run, draw
 from experiments.results import (
@@ -91,6 +92,16 @@ def cell(members: list[Run], column: str) -> str:
     return mean_and_deviation([run.values[column] for run in members], DIGITS.get(column, 2))
 
 
+def write_page_of(runs: list[Run], tag: str, page: Path) -> None:
+    """Of the first run with experts, beside the others."""
+    first = next((run for run in runs if not math.isnan(run.values["experts/token"])), None)
+    if first:
+        checkpoint = read_json(first.folder / f"scores.{tag}.json").get("checkpoint", f"checkpoint_{tag}.pt")
+        others = [run.folder for run in runs if run is not first]
+        more = ["--runs", *others] if others else []
+        write_page(first.folder / checkpoint, first.about["data"], "test", page, *more)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN")
@@ -122,6 +133,7 @@ def main() -> None:
     timed = all(not math.isnan(run.values[FFN_SECONDS]) for run in runs)
     draw(rows, (FLOPS, FFN_SECONDS if timed else "training seconds"), quality, args.out / "compare.png")
     print(f"compare: {args.out}/compare.md, compare.json, compare.png")
+    write_page_of(runs, args.scores, args.out / "compare.html")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@
 Translation: BLEU, chrF++ and chrF of detokenised text with sacreBLEU, and perplexity per piece.
 Language models: perplexity per token, and per word (a word is what stands between white space, and the end of
 each line, which is a token too). Both: experts per token and MoE FLOPs. The checkpoint is the best; or the
-mean of the last N, whose scores are scores.averageN.json; or another, whose scores are called as it is.
+mean of the last N, whose scores are scores.averageN.json; or another, whose scores are called as it is. Of a
+model with experts also RUN/explain.best.html: which of them the tokens of the first set take.
 """
 
 import argparse
@@ -16,6 +17,7 @@ from typing import Any
 
 from experiments.catalogue import TASKS, LanguageModelPreset, TranslationPreset
 from experiments.evaluation import call, hypotheses, last_number, score
+from experiments.explain import write_page
 from experiments.plan import LENGTHS, Plan
 from experiments.results import lines, read_run, record, write_json
 from experiments.train import ROOT, languages
@@ -159,6 +161,9 @@ def main() -> None:
         numbers = ", ".join(f"{key} {value:.2f}" for key, value in values.items() if isinstance(value, float))
         print(f"[score] {split}: {numbers}")
     print(f"[score] {path}")
+    split, values = next(iter(scores["splits"].items()))
+    if values["routing"]:  # it has experts
+        write_page(run.checkpoint, str(run.data), split, run.run / f"explain.{run.tag}.html")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from tolerances import assert_same
 
 from benchmarks import sweep, trained_layers, trained_models
 from experiments import average_checkpoints, score, train
+from experiments.explain import write_page
 from xmoe_fairseq_compat.errors import CheckpointError
 
 SMALLER = ("--max-update", 4, "--save-interval-updates", 2, "--log-interval", 1, "--batch-size")
@@ -43,7 +44,9 @@ def test_translation(
         assert scores["splits"]["test"][name] == pytest.approx(value)
     assert "nw:2" in scores["signatures"]["chrf++"]
     assert 1 <= scores["splits"]["test"]["routing"]["encoder"]["experts"] <= 4
+    assert '"name":"encoder layer 2"' in (run / "explain.best.html").read_text()
     script("compare.sh", run, OUT=str(tmp_path / "out"))
+    assert '"name":"encoder layer 2"' in (tmp_path / "out/compare.html").read_text()
     assert "| xmoe-s2 --" in (tmp_path / "out/compare.md").read_text()
 
     words = [run, "--dense", run, "--thresholds", 1, 0.2, "--rounds", 3, "--out", tmp_path / "sweep"]
@@ -105,6 +108,11 @@ def test_language_model(lm_data: Path, tmp_path: Path, monkeypatch: pytest.Monke
     torch.save(second, run / "other.pt")
     with pytest.raises(CheckpointError, match=f"other.pt: it has no {table}, which .* has"):
         average_checkpoints.average([paths[0], run / "other.pt"])
+
+
+def test_scores_are_kept_where_there_is_no_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_page(tmp_path / "none.pt", "data", "test", tmp_path / "page.html")
+    assert f"NO PAGE of the experts that tokens take: {tmp_path}/none.pt: no such" in capsys.readouterr().err
 
 
 def test_bad_arguments_of_train(lm_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
