@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 from counts import add_workers, check_workers, new_parser, report
@@ -42,10 +43,10 @@ def main() -> None:
     )
     parser.add_argument(
         "--target-chars",
-        type=float,
+        type=number_or_auto,
         default=1.0,
         help="target characters expected for one source character, e.g. 0.3 for English to "
-        "Chinese (default: %(default)s)",
+        "Chinese; auto: as many as in the whole text (default: %(default)s)",
     )
     parser.add_argument(
         "--heldout-source",
@@ -66,6 +67,10 @@ def main() -> None:
     (normalize_only if args.normalize_only else clean)(args)
 
 
+def number_or_auto(text: str) -> float | None:
+    return None if text == "auto" else float(text)
+
+
 def check(args: argparse.Namespace) -> None:
     check_workers(args)
     inputs = (*args.source, *args.target, *args.heldout_source, *args.heldout_target)
@@ -76,7 +81,7 @@ def check(args: argparse.Namespace) -> None:
         raise DataError(f"--max-words must be at least 1, got {args.max_words}")
     if args.max_ratio != 0 and not args.max_ratio >= 1:  # nor NaN
         raise DataError(f"--max-ratio must be 0 (no limit) or at least 1, got {args.max_ratio}")
-    if not 0 < args.target_chars < math.inf:
+    if args.target_chars is not None and not 0 < args.target_chars < math.inf:
         raise DataError(f"--target-chars must be above 0, got {args.target_chars}")
 
 
@@ -89,9 +94,19 @@ def heldout(paths: list[Path]) -> DigestSet:
     return seen
 
 
+def all_pairs(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
+    return (pair for paths in zip(args.source, args.target, strict=True) for pair in read_parallel(*paths))
+
+
 class Filter:
     def __init__(self, args: argparse.Namespace) -> None:
-        self.args = args
+        self.args, self.target_chars = args, args.target_chars
+        if self.target_chars is None:
+            characters = [1, 1]
+            for source, target in all_pairs(args):
+                characters[0] += len(source)
+                characters[1] += len(target)
+            self.target_chars = characters[1] / characters[0]
         self.heldout = heldout(args.heldout_source), heldout(args.heldout_target)
 
     def reason_to_drop(self, source: str, target: str) -> str | None:
@@ -102,7 +117,7 @@ class Filter:
             return "not decoded"
         if max(source.count(" "), target.count(" ")) >= args.max_words:
             return "too long"
-        ratio = (len(target) + 10) / (len(source) * args.target_chars + 10)
+        ratio = (len(target) + 10) / (len(source) * self.target_chars + 10)
         if args.max_ratio and not 1 / args.max_ratio <= ratio <= args.max_ratio:
             return "length ratio"
         if any(
@@ -132,10 +147,7 @@ def clean(args: argparse.Namespace) -> None:
         log = DigestLog(work / "digests")
         sides = work / "source", work / "target"
         with atomic_writers(sides) as files:
-            pairs = (
-                pair for paths in zip(args.source, args.target, strict=True) for pair in read_parallel(*paths)
-            )
-            for dropped, left in in_order(rules.clean, in_chunks(pairs, CHUNK), args.workers):
+            for dropped, left in in_order(rules.clean, in_chunks(all_pairs(args), CHUNK), args.workers):
                 counts.update(dropped)
                 counts["read"] += len(left) + dropped.total()
                 for file, lines in zip(files, zip(*left, strict=True), strict=False):  # the third are digests

@@ -12,17 +12,27 @@ from textio import DataError, run
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument(
+        "--folder", type=Path, help="of all files; without it each is called as it is named here"
+    )
     parser.add_argument("--files", type=Path, nargs="*", default=[], help="in the folder")
     parser.add_argument("--output", type=Path, required=True, help="JSON, for manifest.py --sources")
     args = parser.parse_args()
     if not args.files:
-        raise DataError(f"{args.folder}: no .txt, .jsonl, .json (plain or .gz, .xz) or .parquet in it")
+        raise DataError(
+            f"{args.folder or '--files'}: no .txt, .jsonl, .json (plain or .gz, .xz) or .parquet in it"
+        )
     check_files([args.output], args.files)
-    if outside := [path for path in args.files if not path.is_relative_to(args.folder)]:
-        raise DataError(f"--files {outside[0]}: is not in --folder {args.folder}")
-    hashes = {str(path.relative_to(args.folder)): sha256(path) for path in args.files}
-    source = {"task": "folder", "source": args.folder.name, "licence": "not recorded", "sha256": hashes}
+    folder = args.folder or Path()
+    if outside := [path for path in args.files if args.folder and not path.is_relative_to(folder)]:
+        raise DataError(f"--files {outside[0]}: is not in --folder {folder}")
+    hashes = {str(path.relative_to(folder) if args.folder else path): sha256(path) for path in args.files}
+    source = {
+        "task": "folder",
+        "source": folder.name or "own files",
+        "licence": "not recorded",
+        "sha256": hashes,
+    }
     write_bytes(args.output, as_json([source]))
 
 

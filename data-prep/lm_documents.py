@@ -1,9 +1,11 @@
-"""Split documents into train, valid and test for a language model; a document is never cut.
+"""Split documents into train, valid and test for a language model.
 
 In: files of the kinds that documents.py reads. Out: PREFIX.{train,valid,test}, a paragraph a line, an empty
 line after each document. Each line is normalised (NFC, invisible characters away, whitespace runs to one
 space). Without files of its own for valid and test, a document's split follows from a hash of its text, so
-it does not move when other documents come or go. Documents seen before, or held out, are dropped.
+it does not move when other documents come or go. Where that leaves a split empty, documents are so few that
+they are cut between paragraphs, into some hundred parts, of which exact shares are held out; otherwise none
+is ever cut. Documents seen before, or held out, are dropped.
 Memory: a few hundred documents, a bit for each further one, and 14 to 27 bytes for each held-out one; on the
 disk, what is left waits beside the output until the duplicates are known.
 """
@@ -26,6 +28,8 @@ from textio import DataError, in_chunks, normalize, run
 
 SPLITS = ("test", "valid", "train")  # what is held out must be known before train is read
 CHUNK = 100  # documents given to a process at once
+PARTS = 200  # into which too few documents are cut: a choice
+Edges = tuple[float, float]  # places in the order of hashes, 0 to 100, below which a document is test, valid
 
 
 def main() -> None:
@@ -47,8 +51,6 @@ def main() -> None:
     check_workers(args)
     outputs = [Path(f"{args.out_prefix}.{name}") for name in SPLITS]
     check_files([*outputs, args.counts], [*args.input, *args.valid_input, *args.test_input])
-    if bool(args.valid_input) != bool(args.test_input):
-        raise DataError("--valid-input and --test-input: give both or neither")
     for flag, percent in (("--valid-percent", args.valid_percent), ("--test-percent", args.test_percent)):
         if not 0 < percent < 50:
             raise DataError(f"{flag} must be between 0 and 50, got {percent}")
@@ -61,55 +63,110 @@ class Document(NamedTuple):
     words: int
 
 
-def choose(value: int, valid_percent: float, test_percent: float) -> str:
-    place = 100 * value / 2**64
-    if place < test_percent:
+def place(value: int) -> float:
+    return 100 * value / 2**64
+
+
+def choose(value: int, edges: Edges) -> str:
+    if place(value) < edges[0]:
         return "test"
-    return "valid" if place < test_percent + valid_percent else "train"
+    return "valid" if place(value) < edges[1] else "train"
 
 
-def prepare(documents: list[list[str]], detokenize: bool) -> list[Document]:
+def parts(paragraphs: list[str], least: int) -> Iterator[list[str]]:
+    """Runs of paragraphs with so many words or more, but for the last; with 0 all in one."""
+    part: list[str] = []
+    words = 0
+    for paragraph in paragraphs:
+        part.append(paragraph)
+        words += paragraph.count(" ") + 1
+        if 0 < least <= words:
+            yield part
+            part, words = [], 0
+    if part:
+        yield part
+
+
+def prepare(documents: list[list[str]], detokenize: bool, part_words: int) -> list[Document]:
     done = []
     for lines in documents:
         paragraphs = [text for line in lines if (text := normalize(wikitext(line) if detokenize else line))]
-        text = "\n".join(paragraphs)
-        if text:
-            done.append(Document(text, digest(text), text.count(" ") + len(paragraphs)))
+        for part in parts(paragraphs, part_words):
+            text = "\n".join(part)
+            done.append(Document(text, digest(text), text.count(" ") + len(part)))
     return done
 
 
-def read(args: argparse.Namespace) -> Iterator[tuple[str | None, list[Document]]]:
-    """Documents, a chunk at a time, with their split if they come from its own file."""
-
-    def work(chunk: list[list[str]]) -> list[Document]:
-        return prepare(chunk, args.detokenize)
-
+def read(args: argparse.Namespace, part_words: int) -> Iterator[tuple[str, list[Document]]]:
+    """Documents, a chunk at a time, and whose file they are from; those of --input cut, or whole with 0."""
     own = {"test": args.test_input, "valid": args.valid_input, "train": args.input}
     for name, paths in own.items():
+
+        def work(chunk: list[list[str]], least: int = part_words if name == "train" else 0) -> list[Document]:
+            return prepare(chunk, args.detokenize, least)
+
         for chunk in in_order(work, in_chunks(read_documents(paths, args.form), CHUNK), args.workers):
-            yield (name if args.valid_input else None), chunk
+            yield name, chunk
+
+
+class TooFew(DataError):
+    """Documents to split; they have so many words."""
+
+    def __init__(self, message: str, words: int) -> None:
+        super().__init__(message)
+        self.words = words
 
 
 def split(args: argparse.Namespace) -> None:
+    shares = (0 if args.test_input else args.test_percent), (0 if args.valid_input else args.valid_percent)
+    try:
+        counts = write(args, (shares[0], sum(shares)))
+    except TooFew as error:
+        if not any(shares):
+            raise
+        part_words = max(1, error.words // PARTS)
+        print(
+            f"lm_documents: few documents, so they are cut into parts of {part_words} words or more",
+            flush=True,
+        )
+        counts = write(args, edges_of(args, shares, part_words), part_words)
+    report(counts, args.counts)
+
+
+def edges_of(args: argparse.Namespace, shares: tuple[float, float], part_words: int) -> Edges:
+    """Between which lie the exact shares, of one part at least; each part is in memory."""
+    of_input = (chunk for name, chunk in read(args, part_words) if name == "train")
+    places = sorted({place(part.value) for chunk in of_input for part in chunk})
+    test, valid = (max(1, round(share * len(places) / 100)) if share else 0 for share in shares)
+    if test + valid >= len(places):
+        raise DataError(
+            f"{args.input[0]}: {len(places)} different paragraphs are too few to hold some out; give more "
+            "text, or files of your own for validation and test"
+        )
+    return (places[test] if test else 0.0, places[test + valid])
+
+
+def write(args: argparse.Namespace, edges: Edges, part_words: int = 0) -> Counter[str]:
+    """Raises TooFew."""
     counts = Counter({"documents": 0, "too short": 0, "duplicate": 0, "in held-out text": 0})
     held = DigestSet()
     with scratch(Path(args.out_prefix)) as work:
         logs = {name: DigestLog(work / f"{name}.digests") for name in SPLITS}
         with atomic_writers([work / name for name in SPLITS]) as opened:
             files = dict(zip(SPLITS, opened, strict=True))
-            for own, chunk in read(args):
+            for origin, chunk in read(args, part_words):
                 values: dict[str, list[int]] = {name: [] for name in SPLITS}
                 for document in chunk:
                     counts["documents"] += 1
-                    name = own or choose(document.value, args.valid_percent, args.test_percent)
+                    name = choose(document.value, edges) if origin == "train" else origin
                     if document.words < args.min_words:
                         counts["too short"] += 1
-                    elif own and name != "test" and document.value in held:
+                    elif origin != "test" and document.value in held:
                         counts["in held-out text"] += 1
                     else:
                         files[name].write(document.text + "\n\n")
                         values[name].append(document.value)
-                        if own and name != "train":
+                        if origin != "train":
                             held.add(document.value)
                 for name, digests in values.items():
                     logs[name].add(digests)
@@ -123,7 +180,7 @@ def split(args: argparse.Namespace) -> None:
                         counts[f"{name} paragraphs"] += 1
                         counts[f"{name} words"] += line.count(" ") + 1
             check_sizes(counts, args)
-    report(counts, args.counts)
+    return counts
 
 
 def check_sizes(counts: Counter[str], args: argparse.Namespace) -> None:
@@ -131,10 +188,9 @@ def check_sizes(counts: Counter[str], args: argparse.Namespace) -> None:
     counts["duplicate"] = counts["documents"] - left
     for name in SPLITS:
         if not counts[name]:
-            raise DataError(
-                f"{args.input[0]}: no document falls into {name} ({counts['documents']} "
-                "read); give more documents or a larger share"
-            )
+            message = f"{args.input[0]}: no document is left for {name} ({dict(counts)}); give other text"
+            own = {"test": args.test_input, "valid": args.valid_input, "train": []}
+            raise TooFew(message, sum(counts[f"{name} words"] for name, files in own.items() if not files))
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ mt_begin en de mt-sample "${1:-}" sentencepiece babel
 for split in train valid test; do
   tsv=$PREP/sample/en-de/$split.tsv.xz
   step "get-$split" "$tsv" -- "$R/real.$split".{en,de} "$C/real-$split.json" -- \
-    "$PYTHON" "$PREP/split_tsv.py" --tsv "$tsv" --columns 4 5 --counts "$C/real-$split.json" \
+    "$PYTHON" "$PREP/split_tsv.py" --tsv "$tsv" --columns 4 5 --group-column 1 --counts "$C/real-$split.json" \
     --source-out "$R/real.$split.en" --target-out "$R/real.$split.de"
 done
 step cldr -- "$R/cldr".{train,valid,test}.{en,de} "$C/cldr.json" -- \

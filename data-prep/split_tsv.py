@@ -24,7 +24,7 @@ def main() -> None:
     )
     parser.add_argument("--source-out", type=Path, required=True)
     parser.add_argument("--target-out", type=Path, required=True)
-    parser.add_argument("--group-column", type=int, default=1, help="count rows by this column; 0 = do not")
+    parser.add_argument("--group-column", type=int, default=0, help="also count rows by this column")
     args = parser.parse_args()
     split(args)
 

@@ -114,7 +114,8 @@ def read_parallel(source: Path, target: Path) -> Iterator[tuple[str, str]]:
         yield a, b
     if a is not None or b is not None:
         short, long = (source, target) if a is None else (target, source)
-        raise DataError(f"{short} has {count} lines, but {long} has more; parallel files need equal counts")
+        more = count + 1 + sum(1 for side in sides for _ in side)
+        raise DataError(f"{short} has {count} lines, but {long} has {more}; parallel files need equal counts")
 
 
 def in_chunks(items: Iterable[Item], size: int) -> Iterator[list[Item]]:

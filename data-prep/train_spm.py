@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import argparse
 import io
+import math
+import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,7 +35,10 @@ def main() -> None:
     parser.add_argument("--input", type=Path, nargs="+", required=True)
     parser.add_argument("--model-prefix", type=Path, required=True, help="PREFIX.model, PREFIX.dict.txt")
     parser.add_argument(
-        "--vocab-size", type=int, default=4000, help="pieces, <unk> included (default: %(default)s)"
+        "--vocab-size",
+        type=number_or_auto,
+        default=4000,
+        help="pieces, <unk> included; auto: as many as fit the text, see fitting_size (default: %(default)s)",
     )
     parser.add_argument("--model-type", choices=["bpe", "unigram"], default="bpe")
     parser.add_argument(
@@ -67,6 +72,10 @@ def main() -> None:
     train(args)
 
 
+def number_or_auto(text: str) -> int | None:
+    return None if text == "auto" else int(text)
+
+
 def check(args: argparse.Namespace) -> None:
     check_files([*output_names(args), args.counts], args.input)
     if not 0 < args.character_coverage <= 1:
@@ -74,7 +83,7 @@ def check(args: argparse.Namespace) -> None:
     # the least and the most are sentencepiece's own
     for name, least in (("vocab_size", 2), ("padding_factor", 1), ("seed", 0), ("max_sentences", 101)):
         value, most = getattr(args, name), 65_536 if name == "padding_factor" else 2**31 - 1
-        if not least <= value <= most:
+        if value is not None and not least <= value <= most:
             flag = f"--{name.replace('_', '-')}"
             raise DataError(f"{flag} must be at least {least} and at most {most}, got {value}")
 
@@ -85,7 +94,16 @@ def output_names(args: argparse.Namespace) -> list[Path]:
 
 def train(args: argparse.Namespace) -> None:
     counts = Counter(lines=0)
-    model = learn(args, counts)
+    if auto := args.vocab_size is None:
+        args.vocab_size = fitting_size(args)
+    try:
+        model = learn(args, counts)
+    except DataError as error:
+        most = re.search(r"too high .* <= (\d+)", str(error))
+        if not (auto and most):
+            raise
+        args.vocab_size, counts = int(most[1]), Counter(lines=0)
+        model = learn(args, counts)
     pieces = dictionary(model, args.padding_factor)
     counts["pieces"] = args.vocab_size
     counts["dictionary"] = len(pieces)
@@ -93,6 +111,19 @@ def train(args: argparse.Namespace) -> None:
         model_out.write(model)
         dict_out.write("".join(f"{piece} 1\n" for piece in pieces).encode())
     report(counts, args.counts)
+
+
+def fitting_size(args: argparse.Namespace) -> int:
+    """Grows with the root of the text, as distinct words do (Heaps' law): 4,000 for 2.8 million characters.
+
+    At least twice the distinct characters, so that there are pieces of several; else 32,000 at most.
+    """
+    characters = Counter[str]()
+    for path in args.input:
+        for line in read_lines(path):
+            characters.update(line)
+    fits = max(min(32_000, int(2.4 * math.sqrt(characters.total()))), 2 * len(characters), 2)
+    return fits + (256 if args.byte_fallback else 0)
 
 
 def learn(args: argparse.Namespace, counts: Counter[str]) -> bytes:

@@ -15,7 +15,9 @@ def read(path: Path) -> list[str]:
 def test_split_tsv(scripts: Scripts) -> None:
     scripts.write("in.tsv", "a\td\tui\tone\teins", "b\td\tui\ttwo\tzwei", "a\td\tui\tthree\tdrei")
     out = ["--source-out", "o.en", "--target-out", "o.de"]
-    assert scripts.run("split_tsv.py", "--tsv", "in.tsv", *out) == "split_tsv: rows 3, a 2, b 1\n"
+    assert scripts.run("split_tsv.py", "--tsv", "in.tsv", *out) == "split_tsv: rows 3\n"
+    counted = scripts.run("split_tsv.py", "--tsv", "in.tsv", "--group-column", 1, *out)
+    assert counted == "split_tsv: rows 3, a 2, b 1\n"
     assert read(scripts.folder / "o.en") == ["one", "two", "three"]
     assert read(scripts.folder / "o.de") == ["eins", "zwei", "drei"]
     for name in ("o.en", "o.de"):
@@ -63,7 +65,7 @@ def test_documents_stay_whole_and_in_one_split(scripts: Scripts) -> None:
     ("lines", "options", "message"),
     [
         ([], [], "in.txt: file is empty"),
-        (["one document"], [], "no document falls into"),
+        (["one paragraph", "another"], [], "in.txt: 2 different paragraphs are too few to hold some out"),
         (["x"], ["--test-percent", 60], "--test-percent must be between 0 and 50, got 60"),
     ],
 )
