@@ -36,6 +36,13 @@ class Model:
     max_batch_tokens: int = 0  # where memory or time grow faster than they; 0: the preset's
 
 
+def length(flags: Flags) -> str:
+    """Of a training."""
+    if updates := str(flags.get("max-update", "")):
+        return f"{int(updates):,} updates" if updates.isdigit() else f"{updates} updates"
+    return f"{flags['max-epoch']} epochs"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Preset:
     """One size of one task."""
@@ -52,14 +59,10 @@ class Preset:
     paper_capacity: bool = False
     wide_ffn_dim: int = 0  # of a dense model with as many parameters as the sparse ones; 0: there is none
 
-    @property
-    def length(self) -> str:
-        flags = self.flags
-        return f"{flags['max-update']:,} updates" if "max-update" in flags else f"{flags['max-epoch']} epochs"
-
     def __str__(self) -> str:
         device = "CPU" if self.cpu else "GPU"
-        return f"{self.about}, FFN {self.ffn_dim}; {self.update_tokens:,} tokens x {self.length}; {device}"
+        update = f"{self.update_tokens:,} tokens"
+        return f"{self.about}, FFN {self.ffn_dim}; {update} x {length(self.flags)}; {device}"
 
 
 @dataclass(frozen=True, kw_only=True)

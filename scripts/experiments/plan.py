@@ -29,6 +29,16 @@ def one_of(what: str, name: str, known: dict[str, Record]) -> Record:
     return known[name]
 
 
+def given(words: Sequence[str]) -> Flags:
+    """Flags on a command line, without the dashes; "" where no value follows."""
+    found: Flags = {}
+    for word, following in zip(words, [*words[1:], "--"], strict=False):
+        if word.startswith("--"):
+            name, _, value = word.removeprefix("--").partition("=")
+            found[name] = value or following * (not following.startswith("--"))
+    return found
+
+
 @dataclass(frozen=True)
 class Plan:
     """One model at one size on so many GPUs.
@@ -86,8 +96,12 @@ class Plan:
     def update_freq(self) -> int:
         return self.size.update_tokens // (self.gpus * self.batch_tokens)
 
-    def lines(self) -> list[str]:
-        """What will be trained, and how many tokens an update has."""
+    def lines(self, more: Sequence[str] = ()) -> list[str]:
+        """What will be trained, and how many tokens an update has.
+
+        Args:
+            more: as for `flags`.
+        """
         size = self.size
         width = size.ffn_dim // self.method.split
         layer = "dense" if self.is_dense else f"{self.num_experts} experts x {width}"
@@ -95,7 +109,8 @@ class Plan:
         return [
             f"{self.model}: {size.about}, FFN {self.ffn_dim}; {layer}",
             f"{self.gpus} {device} x {self.batch_tokens:,} tokens x update-freq {self.update_freq} = "
-            f"{self.gpus * self.batch_tokens * self.update_freq:,} tokens per update; {size.length}",
+            f"{self.gpus * self.batch_tokens * self.update_freq:,} tokens per update; "
+            f"{catalogue.length(size.flags | given(more))}",
         ]
 
     def flags(self, more: Sequence[str] = ()) -> list[str]:
@@ -118,12 +133,11 @@ class Plan:
         flags |= self.batch_flags(
             not (size.flags.get("disable-validation") or "--disable-validation" in more)
         )
-        given = {word.removeprefix("--").partition("=")[0] for word in more if word.startswith("--")}
-        if BUDGETS & {*method.flags, *given}:
+        if BUDGETS & {*method.flags, *given(more)}:
             flags.pop("moe-threshold", None)  # the preset's, which cannot be combined with them
         words: list[str] = []
         for name, value in flags.items():
-            if name not in given and value is not False:
+            if name not in given(more) and value is not False:
                 words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
         return [*words, *more]
 

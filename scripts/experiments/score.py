@@ -55,12 +55,15 @@ class Scorer:
 
     def average(self, number: int) -> None:
         """The mean of the last checkpoints by epoch or, where there are none, by update."""
+        most = 0
         for pattern in (r"checkpoint(\d+)\.pt", r"checkpoint_\d+_(\d+)\.pt"):
             found = [(int(m[1]), p) for p in self.run.glob("*.pt") if (m := re.fullmatch(pattern, p.name))]
-            if len(found) >= number:
+            if len(found) >= number > 0:
                 break
+            most = max(most, len(found))
         else:
-            raise UserError(f"{self.run} holds fewer than {number} checkpoints to average")
+            few = f"{self.run} holds {most} checkpoints, too few for --average {number}"
+            raise UserError(f"{few}; leave it out to score the best one")
         from experiments.average_checkpoints import write_average  # takes five seconds
 
         write_average([path for _, path in sorted(found)[-number:]], self.checkpoint)

@@ -61,7 +61,7 @@ def command(plan: Plan, data: Path, run: Path, seed: int, more: list[str]) -> li
 def describe(plan: Plan, data: Path, seed: int, flags: list[str], words: list[str]) -> dict[str, Any]:
     return {
         "task": plan.task, "preset": plan.preset, "model": plan.model, "data": str(data), "seed": seed,
-        "gpus": plan.gpus, "flags": flags, "about": plan.lines(), "command": words,
+        "gpus": plan.gpus, "flags": flags, "about": plan.lines(flags), "command": words,
         "versions": {name: version(name) for name in ("torch", "fairseq", "sacrebleu")},
     }  # fmt: skip
 
@@ -127,7 +127,7 @@ def main() -> None:
     data, run = args.data.resolve(), args.run.resolve()
     words = command(plan, data, run, seed, args.flags)
     note(run, describe(plan, data, seed, args.flags, words))
-    for line in [*plan.lines(), shlex.join(words)]:
+    for line in [*plan.lines(args.flags), shlex.join(words)]:
         print(f"[train] {line}", flush=True)
     raise SystemExit(run_logged(words, run / "train.log"))
 

@@ -28,6 +28,13 @@ def running(pid: int) -> bool:
     return not (stat.exists() and stat.read_text().rsplit(")", 1)[-1].split()[0] == "Z")
 
 
+def parts(job: str) -> tuple[str, str, str]:
+    """Of NAME:RUN:PID; the run's path may have colons."""
+    name, _, rest = job.partition(":")
+    run, _, pid = rest.rpartition(":")
+    return name, run, pid
+
+
 def progress(run: Path) -> tuple[int, int | None, str]:
     """Updates done, updates that the run is to have (None: not begun, or it counts epochs), perplexity."""
     about, log = run / "run.json", run / "train.log"
@@ -39,7 +46,7 @@ def progress(run: Path) -> tuple[int, int | None, str]:
 
 
 def main(arguments: list[str]) -> None:
-    jobs = [(name, Path(run), int(pid)) for name, run, pid in (one.split(":") for one in arguments)]
+    jobs = [(name, Path(run), int(pid)) for name, run, pid in map(parts, arguments)]
     console = Console()
     columns = (TextColumn("{task.description:<24}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
                TextColumn("{task.fields[note]}"))  # fmt: skip

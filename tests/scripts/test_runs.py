@@ -1,6 +1,7 @@
 """train.sh, score.sh and compare.sh: from binarised text to one table, on a corpus of a few words."""
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -73,6 +74,8 @@ def test_translation(
 def test_language_model(lm_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = tmp_path / "run"
     script("lm/train.sh", "tiny", "hash", lm_data, run, *SMALLER, 2)
+    few = "score: .* holds 2 checkpoints, too few for --average 5; leave it out to score the best one\n"
+    assert re.fullmatch(few, script("lm/score.sh", run, "--average", 5, succeeds=False))
     script("lm/score.sh", run, "--average", 2)
     scores = json.loads((run / "scores.average2.json").read_text())["splits"]["test"]
     text = (lm_data / "text/docs.test").read_text()

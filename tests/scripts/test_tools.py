@@ -11,7 +11,7 @@ import torch
 from commands import DEADLINE
 from toy import language_model
 
-from experiments import plot_experts
+from experiments import plot_experts, watch
 from experiments.bigram import END, Bigram
 from experiments.evaluation import score
 from xmoe_fairseq_compat.errors import UserError
@@ -79,6 +79,10 @@ def test_report_puts_models_beside_baselines(tmp_path: Path) -> None:
     assert rows["bigram (Kneser-Ney)"]["perplexity"] == 70.25
     assert "tok:13a" in output and "chrf++" not in output
     assert "reference   zwei Häuser am See\nXMoE        zwei Häuser am See" in output
+
+
+def test_a_runs_path_may_have_colons() -> None:
+    assert watch.parts("training (a):/runs/10:30/b:77") == ("training (a)", "/runs/10:30/b", "77")
 
 
 def test_missing_translations_are_not_scored() -> None:
