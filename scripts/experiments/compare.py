@@ -10,7 +10,6 @@ compare.json, compare.png, and compare.html: which experts the first run's token
 
 import argparse
 import math
-import re
 import statistics
 from pathlib import Path
 
@@ -21,8 +20,8 @@ from experiments.plot_runs import Run, draw
 from experiments.results import (
     mean_and_deviation,
     median_seconds,
+    parameters,
     publish,
-    read,
     read_json,
     read_run,
     records,
@@ -63,12 +62,6 @@ def load(folder: Path, tag: str, flops_split: str = "test") -> Run:
     values["parameters (M)"] = parameters(log) / 1e6
     curve = sorted({one["num_updates"]: one["ppl"] for one in valid if "ppl" in one}.items())
     return Run(folder, about, values, curve)
-
-
-def parameters(log: Path) -> int:
-    """fairseq counts the experts of expert parallelism apart, and those of one rank only."""
-    numbers = re.findall(r"num\. (?:shared|expert) model params: ([\d,]+)", read(log))[:2]
-    return sum(int(number.replace(",", "")) for number in numbers)
 
 
 def check(runs: list[Run]) -> None:

@@ -74,6 +74,12 @@ def median_seconds(log: Path) -> float:
     return math.nan
 
 
+def parameters(log: Path) -> int:
+    """fairseq counts the experts of expert parallelism apart, and those of one rank only."""
+    numbers = re.findall(r"num\. (?:shared|expert) model params: ([\d,]+)", read(log))[:2]
+    return sum(int(number.replace(",", "")) for number in numbers)
+
+
 def mean_and_deviation(values: Sequence[float], digits: int) -> str:
     """With ± and the standard deviation where there are several values that differ."""
     mean = statistics.mean(values)
