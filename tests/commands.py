@@ -215,3 +215,23 @@ def refusal(main: Any, monkeypatch: pytest.MonkeyPatch, *arguments: object) -> s
         main()
     assert "\n" not in str(ended.value)
     return str(ended.value)
+
+
+def wait_until(is_so: Callable[[], object]) -> None:
+    end = time.monotonic() + DEADLINE
+    while not is_so():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+def commands_of(word: str) -> list[str]:
+    """Of all processes that have this in their command line, and have not ended."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            command = path.read_text().replace("\0", " ")
+        except OSError:  # ended meanwhile
+            continue
+        if word in command:
+            found.append(command)
+    return found

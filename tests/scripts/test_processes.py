@@ -3,34 +3,13 @@
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from commands import ARITHMETIC, BIN, DEADLINE, REPO
+from commands import ARITHMETIC, BIN, DEADLINE, REPO, commands_of, wait_until
 
 ENVIRONMENT = {"PATH": f"{BIN}:/usr/bin:/bin", "VENV": str(BIN.parent), **ARITHMETIC}
-
-
-def wait_until(is_so: Callable[[], object]) -> None:
-    end = time.monotonic() + DEADLINE
-    while not is_so():
-        assert time.monotonic() < end
-        time.sleep(0.1)
-
-
-def commands_of(word: str) -> list[str]:
-    """Of all processes that have this in their command line, and have not ended."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            command = path.read_text().replace("\0", " ")
-        except OSError:  # ended meanwhile
-            continue
-        if word in command:
-            found.append(command)
-    return found
 
 
 def ended(words: list[str], is_at_work: Callable[[], object], **env: str) -> tuple[int, str]:

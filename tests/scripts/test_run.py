@@ -8,12 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from commands import ARITHMETIC, BIN, DEADLINE, REPO, refusal, script
+from commands import ARITHMETIC, BIN, DEADLINE, REPO, commands_of, refusal, script, wait_until
 
 sys.path.insert(0, str(REPO / "tests/data_prep"))  # prep_scripts
 
 from prep_scripts import PREPROCESS
-from test_processes import commands_of, wait_until
 
 from experiments import estimate, own_text
 from experiments.plan import Plan
