@@ -23,10 +23,9 @@ logged() { # LOG COMMAND...: of what it prints the end is shown, if it fails
   return $status
 }
 
-train() { # with a bar, or a line every half a minute where there is no terminal
+train() { # PRESET FLAG...: with a bar, or a line every half a minute where there is no terminal
   local job
-  logged "$RUN.log" bash "$root/scripts/$TASK/train.sh" "$PRESET" "$MODEL" "$DATA" "$RUN" \
-    ${FLAGS[@]+"${FLAGS[@]}"} & job=$!
+  logged "$RUN.log" bash "$root/scripts/$TASK/train.sh" "$1" "$MODEL" "$DATA" "$RUN" "${@:2}" & job=$!
   experiment watch "training:$RUN:$job"
   wait "$job"
 }
@@ -43,7 +42,8 @@ all_steps() {
   local plan=("$TASK" "$PRESET" "$MODEL" "$DATA" "$RUN.timing.json")
   step "time-$MODEL" "${BINARY[@]}" -- "$RUN.timing.json" -- experiment estimate time "${plan[@]}"
   settings_from estimate tell "${plan[@]}" "$RUN" ${UPDATES:+"$UPDATES"}
-  step "train-$MODEL" "${BINARY[@]}" -- "$RUN"/checkpoint_{best,last}.pt -- train
+  step "train-$MODEL" "${BINARY[@]}" -- "$RUN"/checkpoint_{best,last}.pt -- \
+    train "$PRESET" ${FLAGS[@]+"${FLAGS[@]}"}
   step "score-$MODEL" "$RUN/checkpoint_best.pt" -- "$RUN/scores.best.json" -- \
     logged "$RUN.score.log" bash "$root/scripts/$TASK/score.sh" "$RUN" --splits test
   experiment own_report "$RESULTS" "$RUN"

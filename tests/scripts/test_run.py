@@ -232,7 +232,7 @@ def test_the_help_and_text_that_is_wrong(environment: dict[str, str], tmp_path: 
         failed = run(
             environment, "wmt/run.sh", "--source", en, "--target", tmp_path / "a.de", out, succeeds=False
         )
-        assert why in failed and failed.count("\n") == 3  # the step, the line, how to go on
+        assert why in failed and failed.count("\n") == 4  # what is begun, the step, the line, how to go on
 
 
 def test_how_many_updates(monkeypatch: pytest.MonkeyPatch) -> None:
