@@ -49,6 +49,24 @@ METRICS = {
 }
 
 
+LOADS = """\
+A load is a number of (token, expert) pairs that were computed, second and further choices like
+first ones. Experts that get none in a whole `--log-interval` are named in a warning. Each
+validation adds two lines to `moe_load.jsonl` in `--save-dir`: of the validated set, and as
+`training` of the epoch so far, with each layer's `tokens`, `rows` and `first_choices` by expert,
+`active_experts` and how even the loads are, and all numbers above of each side; with
+`--tensorboard-logdir` the rows are histograms, too, `moe_load/` and the layer's name, whose axis is
+the expert. (wandb by `--wandb-project` was tried with 0.31 and `WANDB_MODE=offline`, which `wandb
+sync` sends later; each epoch leaves an empty run folder more.)
+
+At its start a training says how many parameters a token meets (those that all share, and its
+experts'), as `xmoe-checkpoint info` does: with a fixed t at most, with a budget about, with top-k
+exactly; and which routing the flags that were left out stand for. A checkpoint holds that, so it
+means the same whatever later defaults are. `xmoe-checkpoint info` also says how many experts the
+model took in the last validation.
+"""
+
+
 def row(name: str, default: Any, text: str) -> list[str]:
     none = default is None or default is False
     shown = f"{default:g}" if type(default) is float else "" if none else str(default)
@@ -115,6 +133,7 @@ So they do not depend on `--update-freq`, the number of ranks or the batch size.
         "## Routers\n\nWhich to take when: [routers.md](routers.md).\n",
         markdown(["`--moe-router`", "a token's experts", "depends on the batch"], routers),
         logged, markdown(["key", "meaning"], [[f"`{key}`", linked(text)] for key, text in METRICS.items()]),
+        LOADS,
     ])  # fmt: skip
 
 

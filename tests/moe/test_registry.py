@@ -1,15 +1,11 @@
 """Routers by name: what is registered, and that all who speak of routers draw it from there."""
 
-from pathlib import Path
-
 import pytest
 from torch import nn
 
 from xmoe_fairseq.moe import Router, TopKRouter, register_router
 from xmoe_fairseq.moe.routers import registry
 from xmoe_fairseq.moe.routers.registry import Flag, registered_routers, router_named
-
-README = Path(__file__).parents[2] / "README.md"
 
 
 @pytest.fixture(autouse=True)
@@ -22,17 +18,6 @@ def test_every_file_registers_its_router() -> None:
         "threshold", "base", "expert_choice", "expert_threshold", "gshard", "hash", "relu", "seq_topk",
         "topany", "topk",
     ]  # fmt: skip
-
-
-def test_the_readme_has_the_registered_routers() -> None:
-    table = README.read_text().partition(
-        "| `--moe-router` | a token's experts | depends on the batch |\n|---|---|---|\n"
-    )[2]
-    rows = [
-        f"| `{name}` | {kind.description} | {kind.depends_on_batch} |"
-        for name, kind in registered_routers().items()
-    ]
-    assert table.split("\n\n")[0].splitlines() == rows
 
 
 def test_one_name_is_one_class() -> None:

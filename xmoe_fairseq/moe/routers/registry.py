@@ -1,6 +1,6 @@
 """Routers by name: a class says all that the rest must know about it.
 
-Flags and their rules, --help, the README's table and warnings are drawn from here, so a new router is one
+Flags and their rules, --help, docs/flags.md and warnings are drawn from here, so a new router is one
 file: in this folder, or in a user's own --user-dir.
 """
 
@@ -41,7 +41,7 @@ class Place:
 class RouterKind:
     """What a registered class declares; by default that each token is routed by itself."""
 
-    description: ClassVar[str] = ""  # a token's experts, for --help and the README
+    description: ClassVar[str] = ""  # a token's experts, for --help and docs/flags.md
     depends_on_batch: ClassVar[str] = "no"  # or "in training", "yes"
     is_causal: ClassVar[bool] = True  # else it is refused in decoders: a token would depend on later ones
     needs_balance_loss: ClassVar[bool] = True  # else training without it gives no warning
