@@ -65,7 +65,7 @@ def test_translation(
     assert rows[2].startswith(f"| dense | {report['reference']['perplexity']:.2f} | ")
     assert sweep.thresholds(run, []) == [0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0]
     state = torch.load(run / "checkpoint_best.pt", weights_only=True)
-    state["cfg"]["model"].moe_threshold_rule = "probability"
+    state["cfg"]["model"]["moe_threshold_rule"] = "probability"
     torch.save(state, run / "checkpoint_best.pt")
     assert sweep.thresholds(run, []) == [0.24, 0.13, 0.062, 0.026, 0.0081, 0.0016, 1e-4, 0]
     assert sweep.thresholds(run, [0.1, 0.2]) == [0.2, 0.1]
