@@ -3,11 +3,11 @@
 #
 #   bash scripts/routers.sh              language model and translation, two seeds each, half of the dense FFN's FLOPs
 #   SEEDS="1 2" TASKS="lm wmt" MODELS="dense,topk-s4 --moe-topk 2"          (default: all)
-#   OUT=runs/routers                     the runs, and TASK/routers.md, .json, .png
+#   OUT=runs/routers                     the runs, and TASK/routers.md, .json
 #
 # The demo's data and sizes (preset `routers`). One run per core at a time, one thread each; the first seeds of all
-# come first. The same command goes on where it was stopped. Under 3 hours on 2 cores; the last part takes times, and
-# wants a machine with nothing else to do.
+# come first. The same command goes on where it was stopped. About 2 hours on 2 cores, an estimate from single runs; the last part
+# takes times, and wants a machine with nothing else to do.
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/cpu_environment.sh"
 [ $# = 0 ] || { echo "usage: bash scripts/routers.sh; got $*" >&2; exit 2; }
@@ -21,6 +21,8 @@ if [ -n "${MODELS:-}" ]; then IFS=, read -ra models <<<"$MODELS"; else
     "switch $half" "hash $half" "base $half" "gshard --moe-ffn-split 4 --moe-num-experts 16"
     "topk-s4 --moe-topk 2 --moe-balance all" "topk-s4 --moe-topk 2 --moe-balance bias" "topk-s4 --moe-topk 2 --moe-balance none"
     "xmoe-s4-budget-probability --moe-balance all" "topk-s4-normalized --moe-topk 2"
+    "topk-s4 --moe-topk 2 --moe-output-scale 6" "xmoe-s4-budget-probability --moe-output-scale 6"
+    "xmoe-s4-budget-probability --moe-combine normalized"
     "topk-s8-shared --moe-topk 3" xmoe-s8-shared-budget-probability
     "topk-s4-cheap --moe-topk 3" xmoe-s4-cheap-budget-probability
   )

@@ -260,7 +260,8 @@ TAKES = "--moe-router own takes, k (int), noise (float or NoneType), hard (any v
             "topk",
             '{"k": 2}',
             "with --moe-router topk, which takes --moe-topk, --moe-balance, --moe-balance-step, "
-            '--moe-zero-experts, --moe-copy-experts, --moe-constant-experts, --moe-cheap-balance, got {"k": 2}',
+            "--moe-zero-experts, --moe-copy-experts, --moe-constant-experts, --moe-cheap-balance, "
+            'got {"k": 2}',
         ),
         ("gshard", '{"k": 2}', 'must be empty with --moe-router gshard, which takes none, got {"k": 2}'),
     ],
