@@ -11,7 +11,7 @@ from xmoe_fairseq.moe.native.routing import Chosen
 from xmoe_fairseq.moe.pool import CLOSED, ExpertPool
 from xmoe_fairseq.moe.routers.base import Router, by_preference
 from xmoe_fairseq.moe.routers.registry import Flag, Place, register_router
-from xmoe_fairseq.moe.routers.threshold_flags import MOST, max_experts_per_token
+from xmoe_fairseq.moe.routers.threshold_flags import MOST, max_experts_per_token, most_experts
 from xmoe_fairseq.moe.routing import Routing, count
 from xmoe_fairseq.moe.steered import of_all_ranks
 
@@ -90,8 +90,7 @@ class TopAnyRouter(Router):
 
     @classmethod
     def planned_experts(cls, config: Any) -> tuple[str, float]:
-        most: int = config.moe_num_experts
-        return "at most ", min(max_experts_per_token(config) or most, most)
+        return "at most ", most_experts(config)
 
     @classmethod
     def from_config(cls, place: Place) -> "TopAnyRouter":
