@@ -50,7 +50,7 @@ def block(text: str) -> Any:
 
 
 def test_what_comes_from_outside_stays_text(text: str) -> None:
-    assert HOSTILE not in text and text.count("</script>") == 2
+    assert HOSTILE not in text and text.lower().count("</script") == 2  # without its >, too
     data = block(text)
     assert data["sentences"][1]["pieces"]["encoder"] == [f"▁{HOSTILE}", "▁שלום", "x" * 300]
     assert data["sentences"][0]["choices"][0][2] == [[0, 0.5, 1.0], [1, 0.25, 1.0]]
