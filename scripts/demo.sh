@@ -1,24 +1,20 @@
 #!/usr/bin/env bash
-# Set up, prepare real text, then train, evaluate and explain an XMoE translation model and an XMoE language
-# model. Both train at the same time, one thread each: two threads in one process are slower than one as soon
-# as anything else runs on the machine.
+# Set up, prepare real text, then train, score and explain an XMoE model that computes half of the dense model's FFN
+# FLOPs beside that dense model: two translation models, then two language models, at the same time, one thread each.
 #
-#   bash scripts/demo.sh              about 5 minutes after set-up on 2 cores
-#   bash scripts/demo.sh --compare    the same for a dense model and for top-k routing; about 15 minutes
+#   bash scripts/demo.sh              about 7 minutes after set-up on 2 cores
+#   bash scripts/demo.sh --compare    the same for top-k routing, too; about 4 minutes more
 #   OUT=folder                        where runs and results go; default: runs/demo. A second call resumes.
 #
-# The models are those of the presets `tiny` (scripts/experiments/presets), without validation: 16 experts of a quarter
-# of the dense FFN's width, threshold 0.5 (translation) and 0.6 (language model).
-# Expected: the table in README.md, "The two commands".
+# The models are those of the presets `demo` (scripts/experiments/presets), without validation. It ends in one table, one
+# sentence, a picture, and a page to look inside. Expected: README.md, "Five minutes".
 set -euo pipefail
+XMOE=xmoe-s4-normalized
 case ${1:-} in
-  "") MODELS="xmoe-s4" ;;
-  --compare) MODELS="xmoe-s4 topk-s4 dense" ;;
+  "") MODELS="dense $XMOE" ;;
+  --compare) MODELS="dense $XMOE topk-s4-normalized" ;;
   *) echo "usage: bash scripts/demo.sh [--compare], got $1" >&2; exit 2 ;;
 esac
-# MT_UPDATES=n LM_UPDATES=n: fewer for a quick look; the models then learn less
-mt_flags=(${MT_UPDATES:+--max-update "$MT_UPDATES" --total-num-update "$MT_UPDATES"})
-lm_flags=(${LM_UPDATES:+--max-update "$LM_UPDATES" --total-num-update "$LM_UPDATES"})
 
 here=$(dirname "${BASH_SOURCE[0]}")
 bash "$here/setup.sh"
@@ -38,37 +34,53 @@ failed() { # WHAT LOG
   exit 1
 }
 
-train() { # MODEL
-  local mt=$OUT/$1/translation lm=$OUT/$1/language_model mt_pid lm_pid flags=(--disable-validation --keep-interval-updates 1)
-  mkdir -p "$mt" "$lm"
-  echo "[demo] training $1: translation and language model, one thread each"
-  experiment train wmt tiny "$1" "$MT_DATA" "$mt" "${flags[@]}" "${mt_flags[@]}" >"$mt.log" 2>&1 & mt_pid=$!
-  experiment train lm tiny "$1" "$LM_DATA" "$lm" "${flags[@]}" "${lm_flags[@]}" >"$lm.log" 2>&1 & lm_pid=$!
-  experiment watch "translation ($1):$mt:$mt_pid" "language model ($1):$lm:$lm_pid"
-  wait "$mt_pid" || failed "training the translation model" "$mt.log"
-  wait "$lm_pid" || failed "training the language model" "$lm.log"
+train() { # MODEL/TASK
+  local model=${1%/*} run=$OUT/$1 about updates
+  case $1 in # MT_UPDATES=n LM_UPDATES=n: fewer for a quick look; the models then learn less
+    */translation) about=(wmt demo "$model" "$MT_DATA") updates=${MT_UPDATES:-} ;;
+    *) about=(lm demo "$model" "$LM_DATA") updates=${LM_UPDATES:-} ;;
+  esac
+  experiment train "${about[@]}" "$run" --disable-validation --keep-interval-updates 1 \
+    ${updates:+--max-update "$updates" --total-num-update "$updates"}
 }
 
-evaluate() { # MODEL: translations, perplexity and routing statistics, the two tasks side by side
-  local mt=$OUT/$1/translation lm=$OUT/$1/language_model mt_pid lm_pid
-  echo "[demo] evaluating $1"
-  experiment score wmt "$mt" --checkpoint last --splits test test1 \
-    --generate="--beam 4 --max-len-a 0 --max-len-b 200 --max-tokens 4000" >"$mt.score.log" 2>&1 & mt_pid=$!
-  experiment score lm "$lm" --checkpoint last --splits test >"$lm.score.log" 2>&1 & lm_pid=$!
-  wait "$mt_pid" || failed "scoring the translation model" "$mt.score.log"
-  wait "$lm_pid" || failed "scoring the language model" "$lm.score.log"
+score() { # MODEL/TASK: translations, perplexity, experts per token
+  local about=(lm "$OUT/$1" --splits test)
+  [ "${1#*/}" = language_model ] || about=(wmt "$OUT/$1" --splits test1 test --generate "--beam 4 --max-tokens 4000")
+  experiment score "${about[@]}" --checkpoint last
+}
+
+both() { # train|score MODEL/TASK MODEL/TASK: at the same time, so that the seconds can be compared
+  local verb=$1 name pids=() shown=()
+  shift
+  echo "[demo] $verb: $*"
+  for name; do
+    mkdir -p "$OUT/$name"
+    "$verb" "$name" >"$OUT/$name.$verb.log" 2>&1 & pids+=($!) shown+=("$name:$OUT/$name:$!")
+  done
+  [ "$verb" != train ] || experiment watch "${shown[@]}"
+  for name; do
+    wait "${pids[0]}" || failed "$verb $name" "$OUT/$name.$verb.log"
+    pids=("${pids[@]:1}")
+  done
 }
 
 mkdir -p "$OUT"
 # Each background job is a process group of its own, and ends with this script, whatever ends it.
 set -m
 trap 'for group in $(jobs -p); do kill -- "-$group" 2>/dev/null || true; done' EXIT
-for model in $MODELS; do train "$model"; done
-for model in $MODELS; do evaluate "$model"; done
+for verb in train score; do
+  for task in translation language_model; do both "$verb" "dense/$task" "$XMOE/$task"; done
+  [[ $MODELS != *topk* ]] || both "$verb" topk-s4-normalized/translation topk-s4-normalized/language_model
+done
 experiment bigram --train "$LM_DATA/bpe/train" --test "$LM_DATA/bpe/test" --dict "$LM_DATA/bin/dict.txt" --out "$OUT/bigram.json"
-experiment plot_experts --of translation "$OUT/xmoe-s4/translation/checkpoint_last.pt" "$MT_DATA" test1 \
-  --of "language model" "$OUT/xmoe-s4/language_model/checkpoint_last.pt" "$LM_DATA" test --out "$OUT/experts.png" \
+experiment plot_experts --of translation "$OUT/$XMOE/translation/checkpoint_last.pt" "$MT_DATA" test1 \
+  --of "language model" "$OUT/$XMOE/language_model/checkpoint_last.pt" "$LM_DATA" test --out "$OUT/experts.png" \
   >"$OUT/experts.log" 2>&1 || failed "counting experts" "$OUT/experts.log"
 # shellcheck disable=SC2086
 experiment report --runs "$OUT" --models $MODELS --mt-text "$MT_DATA/text"
-echo "[demo] $((SECONDS - started)) s after set-up; picture: $OUT/experts.png; table: $OUT/report.md, $OUT/report.json"
+cat <<END
+[demo] $((SECONDS - started)) s after set-up; table: $OUT/report.md, $OUT/report.json; picture: $OUT/experts.png
+Which experts each word took: open $OUT/$XMOE/translation/explain.last.html, or of words of your own:
+. .venv/bin/activate; xmoe-explain $OUT/$XMOE/translation/checkpoint_last.pt --data $MT_DATA --text "Motion sensor enabled"
+END

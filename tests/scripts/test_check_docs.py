@@ -13,11 +13,10 @@ from torch.distributed.run import get_args_parser
 
 from experiments.documents import DocumentError, blocks, listing
 
-NOT_YET = {"README.md"}  # its blocks are indented as yet
 DOCUMENTS = sorted(path.relative_to(REPO) for path in (REPO / "README.md", *(REPO / "docs").glob("*.md")))
 
 
-@pytest.mark.parametrize("document", [d for d in DOCUMENTS if d.name not in NOT_YET], ids=str)
+@pytest.mark.parametrize("document", DOCUMENTS, ids=str)
 def test_all_commands_are_run_or_say_why_not(document: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(REPO)
     found = list(blocks(document))
