@@ -82,5 +82,5 @@ experiment report --runs "$OUT" --models $MODELS --mt-text "$MT_DATA/text"
 cat <<END
 [demo] $((SECONDS - started)) s after set-up; table: $OUT/report.md, $OUT/report.json; picture: $OUT/experts.png
 Which experts each word took: open $OUT/$XMOE/translation/explain.last.html, or of words of your own:
-. .venv/bin/activate; xmoe-explain $OUT/$XMOE/translation/checkpoint_last.pt --data $MT_DATA --text "Motion sensor enabled"
+. .venv/bin/activate; xmoe-explain $OUT/$XMOE/translation/checkpoint_last.pt --text "Motion sensor enabled"
 END

@@ -83,8 +83,8 @@ def in_words(first: Row, other: Row) -> str:
     ]
     return (
         f"{other['model']} computes {other['flops'][0]:.2f} (translation) and {other['flops'][1]:.2f}"
-        f" (language model) of the FLOPs of the FFNs of {first['model']}, trains in {mt:.2f} and {lm:.2f} of"
-        f" its time, and translates in {sentence:.2f} of it: {', '.join(qualities)}."
+        f" (language model) of the FFN FLOPs of {first['model']}, in {mt:.2f} and {lm:.2f} of its time per"
+        f" update and {sentence:.2f} of it per translated sentence: {', '.join(qualities)}."
     )
 
 

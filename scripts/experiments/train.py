@@ -81,7 +81,7 @@ def note(run: Path, about: dict[str, Any]) -> None:
 
 
 def run_logged(words: list[str], log: Path) -> int:
-    with log.open("a", encoding="utf-8") as file:
+    with log.open("a", buffering=1, encoding="utf-8") as file:
 
         def show(line: str) -> None:
             print(line, end="", flush=True)

@@ -85,9 +85,9 @@ def test_report_puts_models_beside_baselines(tmp_path: Path) -> None:
     assert "tok:13a" in output and "chrf++" not in output
     table = (tmp_path / "report.md").read_text()
     assert "| xmoe | 100.0 | 99.0 | 32.0 | 0.75, 0.75 | 0.250, 0.250 | 5.0 |" in table
-    assert "0.75 (translation) and 0.75 (language model) of the FLOPs" in table
+    assert "0.75 (translation) and 0.75 (language model) of the FFN FLOPs of dense" in table
     assert (
-        "trains in 0.50 and 0.50 of its time, and translates in 0.62 of it: CLDR BLEU 100.0 for 100.0"
+        "0.50 and 0.50 of its time per update and 0.62 of it per translated sentence: CLDR BLEU 100.0 "
         in table
     )
 
