@@ -1,6 +1,7 @@
 """What a model of models.toml means at a preset's size: its arithmetic, and fairseq-train's flags."""
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -90,7 +91,10 @@ class Plan:
 
     @property
     def batch_tokens(self) -> int:
-        return min(self.size.batch_tokens, self.method.max_batch_tokens or self.size.batch_tokens)
+        """The preset's, or the largest equal parts of it that the model can take."""
+        whole = self.size.batch_tokens
+        parts = math.ceil(whole / (self.method.max_batch_tokens or whole))
+        return whole // next(n for n in range(parts, whole + 1) if whole % n == 0)
 
     @property
     def update_freq(self) -> int:

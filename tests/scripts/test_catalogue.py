@@ -24,6 +24,8 @@ from xmoe_fairseq_compat.errors import FlagError
 
 SIZES = [(task, preset) for task in TASKS for preset, size in presets(task).items() if size.experts]
 
+DEMOS = "xmoe-s4-normalized"  # the one name that says neither budget nor rule
+
 
 @pytest.mark.parametrize(
     "task, model, layer",
@@ -95,11 +97,12 @@ def test_fairseq_takes_the_flags(task: str, preset: str) -> None:
         factor = model.split if preset == "paper" and model.capacity else 0
         assert config.moe_capacity_factor == factor
         assert config.moe_eval_capacity_factor == 0
-        target = model.split / 2 if "budget" in name or name == "xmoe-s4-normalized" else 0
+        has_budget = "budget" in name or name == DEMOS
+        target = model.split / 2 if has_budget else 0
         if config.moe_router == "threshold" and not plan.is_dense:
             assert config.moe_target_experts_per_token == target
         if preset == "paper" and config.moe_router == "threshold" and model.kind == "sparse":
-            t = None if "budget" in name else 0.9
+            t = None if has_budget else 0.9
             assert (config.moe_threshold, max_experts_per_token(config)) == (t, 0)
             assert config.moe_threshold_rule == named_rule(name)
         assert (args.encoder_ffn_embed_dim if task == "wmt" else args.decoder_ffn_embed_dim) == plan.ffn_dim
@@ -108,7 +111,8 @@ def test_fairseq_takes_the_flags(task: str, preset: str) -> None:
 
 
 def named_rule(name: str) -> str:
-    return next((rule for rule in ("probability", "relative") if name.endswith(rule)), "mass")
+    rules = ("probability", "relative")
+    return next((rule for rule in rules if name.endswith(rule)), "probability" if name == DEMOS else "mass")
 
 
 def test_a_budget_that_is_typed_takes_the_place_of_the_presets_threshold() -> None:
