@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from xmoe_fairseq.moe.capacity import check_capacities, expert_capacity, keep_within_capacity
 from xmoe_fairseq.moe.cheap import CheapExperts
+from xmoe_fairseq.moe.dispatch.gather_sum import BySource, gather_rows, sum_rows
 from xmoe_fairseq.moe.dispatch.parallel import dispatcher_for
 from xmoe_fairseq.moe.experts.experts import Experts
 from xmoe_fairseq.moe.experts.feed_forward import FeedForward
@@ -175,8 +176,11 @@ def check_routing(routing: Routing, num_tokens: int, num_experts: int) -> str:
 def normalize(routing: Routing, chosen: Routing) -> Routing:
     """Weights over their sum over all that a token chose: what a capacity drops is missing, but changes no
     other weight. A single expert weighs 1, and teaches the router nothing."""
-    sum_T = chosen.weight_R.new_zeros(chosen.num_tokens).index_add(0, chosen.token_R, chosen.weight_R)
-    return replace(routing, weight_R=routing.weight_R / sum_T.index_select(0, routing.token_R))
+    order = BySource.of(chosen.token_R, chosen.num_tokens)
+    sum_T1 = sum_rows(chosen.weight_R.unsqueeze(1), order)
+    if routing is not chosen:
+        order = BySource.of(routing.token_R, routing.num_tokens)
+    return replace(routing, weight_R=routing.weight_R / gather_rows(sum_T1, order).squeeze(1))
 
 
 def weigh_one(routing: Routing, x_TD: Tensor) -> Routing:

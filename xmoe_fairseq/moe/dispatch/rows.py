@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from xmoe_fairseq.moe.dispatch.gather_sum import BySource, sum_rows
 from xmoe_fairseq.moe.routing import Routing
 
 
@@ -29,13 +30,17 @@ class ExpertRows:
             token_R, weight_R = token_R[order_R], None if weight_R is None else weight_R[order_R]
         return cls(token_R, weight_R, routing.rows_per_expert())
 
-    def weighted_sum(self, y_RD: Tensor, num_sources: int) -> Tensor:
+    def by_source(self, num_sources: int) -> BySource:
+        return BySource.of(self.source_R, num_sources)
+
+    def weighted_sum(self, y_RD: Tensor, num_sources: int, dtype: torch.dtype | None = None) -> Tensor:
         """(S, D) `y_s = sum of weight_r * y_r` over the rows r of source s; 0 for a source without rows.
 
         This is what combine means. A kernel ends with it, or does the same while it has the rows at hand
         (native/experts.cpp). Where rows come from other ranks, theirs have the weight 1
         here, and the rank whose tokens they are takes the sums when they are back.
+
+        Args:
+            dtype: of the result; None = that of y and the weights together.
         """
-        if self.weight_R is not None:
-            y_RD = y_RD * self.weight_R.unsqueeze(1)
-        return y_RD.new_zeros(num_sources, y_RD.size(1)).index_add(0, self.source_R, y_RD)
+        return sum_rows(y_RD, self.by_source(num_sources), self.weight_R, dtype)
