@@ -8,14 +8,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xmoe_fairseq.moe.experts import Activation, ExpertRows, Stacks, register_kernel
-from xmoe_fairseq.moe.experts.grouped import refuse
 from xmoe_fairseq.moe.experts.plain import expert_sums_plain
+from xmoe_fairseq.moe.experts.products import lacks
 
 PADDED = "padded"
 PADDED_TO = 16  # rows; torchtitan pads an expert's rows to a multiple of 8 (bf16) to 32
 
 
-@register_kernel(PADDED, refuse)
+@register_kernel(PADDED, lacks)
 def expert_sums_padded(
     x_SD: Tensor, rows: ExpertRows, stacks: Stacks, activation: Activation, dropout: float = 0.0
 ) -> Tensor:

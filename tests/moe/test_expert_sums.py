@@ -2,7 +2,6 @@
 
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
 import expert_calls
@@ -12,7 +11,6 @@ import torch.nn.functional as F
 from documented import example
 from tolerances import assert_same
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from xmoe_fairseq.moe import Experts, MoELayer, TopKRouter, use_kernel
 from xmoe_fairseq.moe.experts import Call, ExpertRows, Stacks, kernels, native
@@ -25,7 +23,6 @@ LOADS = {
     "one row": [0, 0, 0, 1],
     "no rows": [0, 0, 0, 0],
 }
-needs_grouped = pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="torch < 2.10")
 
 
 @pytest.fixture(params=["native", "plain"])
@@ -36,9 +33,6 @@ def on_cpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     else:
         monkeypatch.setattr(native, "missing", lambda: "it is gone")
     return str(request.param)
-
-
-ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "tanh": torch.tanh}
 
 
 def stacks_of(num_experts: int, dtype: torch.dtype) -> Stacks:
@@ -55,17 +49,6 @@ def rows_of(counts: list[int], weighted: bool, dtype: torch.dtype = torch.float3
 
 def values_and_gradients(kernel: str, *call: Any) -> list[Tensor]:
     return expert_calls.values_and_gradients(lambda *given: expert_sums(Call(*given), kernel), *call)
-
-
-@pytest.mark.parametrize("weighted", [True, False], ids=["weighted", "unweighted"])
-@pytest.mark.parametrize("load", LOADS)
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-@needs_grouped
-def test_grouped_products_equal_plain_autograd(activation: str, load: str, weighted: bool) -> None:
-    rows, stacks, x_SD = rows_of(LOADS[load], weighted), stacks_of(4, torch.float32), torch.randn(9, 8)
-    arguments = (x_SD, rows, stacks, ACTIVATIONS[activation])
-    got = values_and_gradients("grouped", *arguments)
-    assert_same(got, values_and_gradients("plain", *arguments))
 
 
 @pytest.mark.parametrize("weighted", [True, False], ids=["weighted", "unweighted"])
@@ -112,39 +95,12 @@ def test_a_module_may_be_the_activation(activation: str) -> None:
         assert_same(experts(x_SD, rows), y_SD)
 
 
-@needs_grouped
-def test_grouped_products_have_dropout() -> None:
-    counts, dropout = [4, 1, 0, 7], 0.4
-    rows, stacks, x_SD = rows_of(counts, True), stacks_of(4, torch.float32), torch.randn(9, 8)
-
-    def grouped(*call: Any) -> Tensor:
-        torch.manual_seed(7)
-        return expert_sums(Call(*call, dropout), "grouped")
-
-    def with_mask(*call: Any) -> Tensor:
-        torch.manual_seed(7)
-        kept_RF = F.dropout(torch.ones(sum(counts), EXPERT_DIM), dropout)
-        kept = iter(kept_RF.split([count for count in counts if count]))
-        return expert_sums(Call(*call[:3], lambda inner: F.gelu(inner) * next(kept)), "plain")
-
-    call = x_SD, rows, stacks, F.gelu
-    got = expert_calls.values_and_gradients(grouped, *call)
-    assert_same(got, expert_calls.values_and_gradients(with_mask, *call))
-
-
-@pytest.mark.parametrize(
-    "kernel, dtype",
-    [
-        ("plain", torch.float16),
-        ("plain", torch.bfloat16),
-        pytest.param("grouped", torch.bfloat16, marks=needs_grouped),
-    ],
-)
-def test_half_precision(kernel: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision(dtype: torch.dtype) -> None:
     """Sums are taken in the precision of the weights: fp32 at least."""
     rows, stacks = rows_of([4, 1, 0, 7], True), stacks_of(4, dtype)
     x_SD = torch.randn(9, 8, dtype=dtype)
-    got = values_and_gradients(kernel, x_SD, rows, stacks, F.gelu)
+    got = values_and_gradients("plain", x_SD, rows, stacks, F.gelu)
     exact = values_and_gradients(
         "plain", x_SD.double(), ExpertRows(rows.source_R, rows.weight_R.double(), rows.counts_E),
         Stacks(*(stack.double() for stack in stacks)), F.gelu,
@@ -175,38 +131,6 @@ def test_autocast_computes_in_its_precision_and_leaves_fp32_gradients(on_cpu: st
     assert experts.fc1_weight.grad.dtype == torch.float32
 
 
-class ScatteredSums(TorchDispatchMode):
-    """Notes into what precision rows are added one by one: on a GPU with atomics, which round each time."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.dtypes: list[torch.dtype] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func._schema.name.rstrip("_") in ("aten::index_add", "aten::index_put", "aten::scatter_add"):
-            self.dtypes.append(args[0].dtype)
-        return func(*args, **(kwargs or {}))
-
-
-def test_grouped_bias_gradients_of_many_rows() -> None:
-    """Of gradients with a mean, which a sum in bf16 stops following after a few hundred rows. (A CPU's
-    index_add takes its sums in fp32, so the value alone would not show it here.)"""
-    counts, sources = [3000, 0, 1000, 90], 4096
-    source_R = torch.cat([torch.randperm(sources)[:count].sort().values for count in counts])
-    rows = ExpertRows(source_R, torch.rand(sum(counts)), torch.tensor(counts))
-    stacks = Stacks(*(stack.bfloat16().requires_grad_() for stack in stacks_of(4, torch.float32)))
-    x_SD, grad_SD = torch.randn(sources, MODEL_DIM).bfloat16(), torch.randn(sources, MODEL_DIM) + 0.5
-    exact = Stacks(*(stack.detach().double().requires_grad_() for stack in stacks))
-    with ScatteredSums() as sums:
-        expert_sums(Call(x_SD, rows, stacks, F.relu), "grouped").backward(grad_SD)
-    assert torch.bfloat16 not in sums.dtypes
-    exact_rows = ExpertRows(source_R, rows.weight_R.double(), rows.counts_E)
-    expert_sums(Call(x_SD.double(), exact_rows, exact, F.relu), "plain").backward(grad_SD.double())
-    for got, expected in ((stacks.fc1_bias, exact.fc1_bias), (stacks.fc2_bias, exact.fc2_bias)):
-        assert (got.grad.double() - expected.grad).norm() < 0.02 * expected.grad.norm()
-        assert not got.grad[1].any()
-
-
 def call_of(x_SD: Any, stacks: Stacks | None = None, **more: Any) -> Call:
     dtype = x_SD.dtype
     return Call(
@@ -234,49 +158,13 @@ def test_which_kernel_is_chosen(on_cpu: str) -> None:
         assert chosen(call_of(two, activation=activation)) == "plain"
 
 
-@pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Looks like bf16 rows on an H100."""
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-    monkeypatch.setattr(F, "grouped_mm", None, raising=False)
-    return SimpleNamespace(is_cuda=True, is_cpu=False, dtype=torch.bfloat16, device=torch.device("cuda"))
-
-
-def test_grouped_products_are_chosen_on_a_gpu_where_torch_has_them(
-    gpu: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """torch is accepted from 2.6 on; its grouped product is public since 2.10."""
-    call = call_of(gpu, Stacks(*(torch.zeros(2, 16, 16) for _ in range(4))))
-    assert choose_kernel(call).name == choose_kernel(call._replace(dropout=0.1)).name == "grouped"
-    assert choose_kernel(call._replace(activation=nn.PReLU())).name == "plain"
-    monkeypatch.delattr(F, "grouped_mm")
-    assert choose_kernel(call).name == "plain"
-    with pytest.raises(KernelError, match="needs torch 2.10 or later, got "):
-        choose_kernel(call, "grouped")
-
-
-def stacks_like(*shape: int) -> Stacks:
-    return Stacks(*(torch.zeros(shape) for _ in range(4)))
-
-
 IMPOSSIBLE = [
     ("native", call_of(torch.ones(2, 8), activation=torch.tanh), "needs relu, gelu or silu, got tanh"),
     (
         "grouped",
-        call_of(torch.ones(2, 8), activation=nn.PReLU()),
-        "needs a function as activation, got the module PReLU",
+        call_of(torch.ones(2, 8), activation=F.hardswish),
+        "needs relu, gelu, silu or tanh, got hardswish",
     ),
-    (
-        "grouped",
-        call_of(torch.ones(2, 8).double()),
-        "needs torch.bfloat16 or torch.float16 or torch.float32 on cpu, got torch.float64",
-    ),
-    (
-        "grouped",
-        call_of(torch.ones(2, 6), stacks_like(2, 16, 6)),
-        "needs widths of a multiple of 16 bytes, got [16, 6] x 4",
-    ),
-    ("grouped", call_of(torch.ones(2, 8), stacks_like(1024, 16, 8)), "needs at most 1023 experts, got 1024"),
 ]
 
 
@@ -296,10 +184,7 @@ def test_without_its_library_the_native_kernel_is_not_to_be_had_but_its_calls_ar
 
 
 @pytest.mark.parametrize("name, call, why", IMPOSSIBLE, ids=[f"{name} {why}" for name, _, why in IMPOSSIBLE])
-def test_an_impossible_choice_says_why(
-    name: str, call: Call, why: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(F, "grouped_mm", None, raising=False)
+def test_an_impossible_choice_says_why(name: str, call: Call, why: str) -> None:
     with pytest.raises(KernelError) as error:
         expert_sums(call, name)
     assert str(error.value) == f"kernel {name} (use_kernel, --moe-kernel) {why}"
@@ -346,20 +231,6 @@ def test_compiled_code_has_no_native_kernel() -> None:
         assert_same(compiled(x_SD), experts(x_SD, rows))
     with use_kernel("native"), pytest.raises(Exception, match="needs eager mode, got torch.compile"):
         torch.compile(lambda x_SD: experts(x_SD, rows), backend="eager", fullgraph=True)(x_SD)
-
-
-@pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="torch < 2.10")
-def test_the_choice_does_not_break_a_compiled_graph() -> None:
-    experts, x_SD = Experts(4, MODEL_DIM, EXPERT_DIM).bfloat16(), torch.randn(9, 8).bfloat16()
-    rows = rows_of([4, 1, 0, 7], True)
-
-    def compute(x_SD: Tensor, *of_rows: Tensor) -> Tensor:
-        return experts(x_SD, ExpertRows(*of_rows))
-
-    compiled = torch.compile(compute, backend="eager", fullgraph=True)
-    with use_kernel("grouped"):
-        y_SD = compiled(x_SD, rows.source_R, rows.weight_R, rows.counts_E)
-        assert_same(y_SD, experts(x_SD, rows))
 
 
 def test_a_layer_has_a_kernel_and_an_unknown_one_is_refused() -> None:

@@ -22,8 +22,8 @@ class Experts(nn.Module):
         num_experts: E.
         model_dim: D.
         expert_dim: hidden width F of one expert.
-        activation: a name in ACTIVATIONS, or any function or module; fast are relu, gelu and silu on a CPU
-            (torch's modules of these names too), functions on a GPU.
+        activation: a name in ACTIVATIONS, or any function or module; fast are relu, gelu, silu (torch's
+            modules of these names too) and, on a GPU, tanh.
         activation_dropout: dropout probability after the activation.
         part: (i, N) = hold the i-th of N equal slices of the E experts; E must be divisible by N. Whole
             state dicts load into any part.

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from xmoe_fairseq.moe.dispatch.rows import ExpertRows
 from xmoe_fairseq.moe.experts.kernels import Activation, Call, Stacks, register_kernel
-from xmoe_fairseq.moe.experts.plain import differentiable
+from xmoe_fairseq.moe.experts.plain import differentiable, dropped
 from xmoe_fairseq.moe.native import missing
 from xmoe_fairseq.moe.native.build import COMMAND
 
@@ -88,7 +88,8 @@ class _ExpertSums(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph=True
             rows, activation = ExpertRows(source_R, weight_R, counts_E), ctx.activation
             if ctx.scale != 1:
-                activation = _dropped(ctx, inner_RF > 0 if keep_RF is None else keep_RF, counts_E)
+                keep_RF = inner_RF > 0 if keep_RF is None else keep_RF
+                activation = dropped(activation, keep_RF, ctx.scale, counts_E)
             call = Call(x_SD, rows, Stacks(*stacks), activation)
             return *differentiable(call, grad_y_SD), *[None] * 6
         grads = torch.ops.xmoe.expert_gradients(
@@ -96,9 +97,3 @@ class _ExpertSums(torch.autograd.Function):
             ctx.needs_input_grad[:6],
         )  # fmt: skip
         return *grads, *[None] * 6
-
-
-def _dropped(ctx: Any, keep_RF: Tensor, counts_E: Tensor) -> Activation:
-    """The activation and the dropout that there was: for each expert that has rows, in order."""
-    keeps = iter(keep_RF.split([count for count in counts_E.tolist() if count] or [0]))
-    return lambda inner_nF: ctx.activation(inner_nF) * next(keeps) * ctx.scale

@@ -46,3 +46,9 @@ def differentiable(call: Call, grad_y_SD: Tensor) -> list[Tensor | None]:
     )
     found = dict(zip(needed, grads, strict=True))
     return [found.get(i) for i in range(len(inputs))]
+
+
+def dropped(activation: Activation, keep_RF: Tensor, scale: float, counts_E: Tensor) -> Activation:
+    """The activation and the dropout that there was: for each expert that has rows, in order."""
+    keeps = iter(keep_RF.split([count for count in counts_E.tolist() if count] or [0]))
+    return lambda inner_nF: activation(inner_nF) * next(keeps) * scale
