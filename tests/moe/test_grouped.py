@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from xmoe_fairseq.moe import Experts, MoELayer, TopKRouter, use_kernel
+from xmoe_fairseq.moe.dispatch.gather_sum import BySource
 from xmoe_fairseq.moe.experts import Call, ExpertRows, Stacks, grouped, products
 from xmoe_fairseq.moe.experts.kernels import KernelError, choose_kernel, expert_sums
 from xmoe_fairseq.moe.experts.products import Groups, lacks, product
@@ -126,6 +127,16 @@ def test_one_token_to_one_expert_twice(way: str) -> None:
     call = call_of([0, 2, 0, 1], sources=2)
     rows = ExpertRows(torch.zeros(3, dtype=torch.long), call.rows.weight_R, call.rows.counts_E)
     assert_same(of_kernel("grouped", call._replace(rows=rows)), of_kernel("plain", call._replace(rows=rows)))
+
+
+@pytest.mark.parametrize("load", LOADS)
+def test_in_the_order_that_a_gpu_adds_rows_in(load: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(BySource, "of", BySource.sorted)
+    call = call_of(LOADS[load])
+    with Ops() as ops:
+        got = of_kernel("grouped", call)
+    assert not ops.scattered
+    assert_same(got, of_kernel("plain", call))
 
 
 class Ops(TorchDispatchMode):

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from xmoe_fairseq.moe.dispatch.gather_sum import BySource, sum_rows
 from xmoe_fairseq.moe.dispatch.rows import ExpertRows
 from xmoe_fairseq.moe.experts.kernels import Activation, Call, Stacks, register_kernel
 from xmoe_fairseq.moe.experts.plain import differentiable, dropped
@@ -64,19 +65,21 @@ class _ExpertSums(torch.autograd.Function):
     def forward(ctx: Any, x_SD: Tensor, weight_R: Tensor | None, *arguments: Any) -> Tensor:
         *stacks, source_R, counts_E, ends_E, counts, activation, dropout, seed = arguments
         (w1, b1, w2, b2), groups = stacks, Groups(ends_E, counts)
+        order = BySource.of(source_R, x_SD.size(0))
         x_RK = _extended(x_SD).index_select(0, source_R)
         inner_RF = product(x_RK, _extended(w1, b1).transpose(1, 2), groups)
-        ctx.save_for_backward(x_SD, weight_R, *stacks, source_R, counts_E, ends_E, inner_RF)
+        saved = x_SD, weight_R, *stacks, source_R, counts_E, ends_E, inner_RF, order.row_R, order.first_S1
+        ctx.save_for_backward(*saved)
         ctx.options = counts, activation, dropout, seed
         hidden_RF = _dropout(activation(inner_RF), _keep(inner_RF, dropout, seed), dropout)
         hidden_RK = _weigh(_extended(hidden_RF), weight_R)  # here, where rows are narrow
         y_RD = product(hidden_RK, _extended(w2, b2).transpose(1, 2), groups)
         dtype = x_SD.dtype if weight_R is None else torch.promote_types(x_SD.dtype, weight_R.dtype)
-        return _sum(y_RD, source_R, x_SD.size(0), dtype)
+        return sum_rows(y_RD, order, dtype=dtype)
 
     @staticmethod
     def backward(ctx: Any, grad_SD: Tensor) -> tuple[Tensor | None, ...]:
-        x_SD, weight_R, *stacks, source_R, counts_E, ends_E, inner_RF = ctx.saved_tensors
+        x_SD, weight_R, *stacks, source_R, counts_E, ends_E, inner_RF, row_R, first_S1 = ctx.saved_tensors
         counts, activation, dropout, seed = ctx.options
         rows, keep_RF = ExpertRows(source_R, weight_R, counts_E), _keep(inner_RF, dropout, seed)
         call = Call(x_SD, rows, Stacks(*stacks), activation, dropout)
@@ -84,18 +87,14 @@ class _ExpertSums(torch.autograd.Function):
             if keep_RF is not None:
                 call = call._replace(activation=dropped(activation, keep_RF, _scale(dropout), counts_E))
             return *differentiable(call, grad_SD), *[None] * 7
-        groups, needs = Groups(ends_E, counts), ctx.needs_input_grad
-        return *_gradients(grad_SD, call, groups, inner_RF, keep_RF, needs), *[None] * 7
+        orders = Groups(ends_E, counts), BySource(source_R, x_SD.size(0), row_R, first_S1)
+        return *_gradients(grad_SD, call, *orders, inner_RF, keep_RF, ctx.needs_input_grad), *[None] * 7
 
 
 def _gradients(
-    grad_SD: Tensor,
-    call: Call,
-    groups: Groups,
-    inner_RF: Tensor,
-    keep_RF: Tensor | None,
+    grad_SD: Tensor, call: Call, groups: Groups, order: BySource, inner_RF: Tensor, keep_RF: Tensor | None,
     needs: tuple[bool, ...],
-) -> tuple[Tensor | None, ...]:
+) -> tuple[Tensor | None, ...]:  # fmt: skip
     """Of x, the weights and the four stacks, those that are needed."""
     x_SD, rows, (w1, _, w2, b2), activation, dropout = call
     weight_R, counts_E = rows.weight_R, rows.counts_E
@@ -120,7 +119,7 @@ def _gradients(
         x_RK = _extended(x_SD).index_select(0, rows.source_R)
         fc1 = _apart(product(grad_RF.t(), x_RK, groups), counts_E)
     if needs_x:
-        grad_x_SD = _sum(product(grad_RF, w1, groups), rows.source_R, x_SD.size(0), x_SD.dtype)
+        grad_x_SD = sum_rows(product(grad_RF, w1, groups), order)
     return grad_x_SD, grad_weight_R, *fc1, *fc2
 
 
@@ -161,9 +160,3 @@ def _dropout(rows_RF: Tensor, keep_RF: Tensor | None, dropout: float) -> Tensor:
 
 def _scale(dropout: float) -> float:
     return 1 / (1 - dropout) if dropout < 1 else 0.0
-
-
-def _sum(y_RD: Tensor, source_R: Tensor, num_sources: int, dtype: torch.dtype) -> Tensor:
-    """(S, D) the sums of each source's rows, taken in fp32 at least."""
-    y_RD = y_RD.to(torch.promote_types(dtype, torch.float32))
-    return ExpertRows(source_R, None, source_R).weighted_sum(y_RD, num_sources).to(dtype)
