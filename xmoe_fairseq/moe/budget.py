@@ -65,7 +65,7 @@ class Budget(Steered):
             counts_C = self.counts(value_TK.device)
             # The first choice is taken anyway. NaN: an overflow on its way to the loss scaler.
             level_N = self.rule.level(value_TK[:, 1:]).nan_to_num(1.0).reshape(-1)
-            bin_N = (level_N * BINS).long().clamp_(max=BINS - 1)
+            bin_N = (level_N * BINS).long().clamp_(0, BINS - 1)
             costs_TK = torch.ones_like(taken_TK) if costs_TK is None else costs_TK
             counts_C.scatter_add_(0, bin_N, costs_TK[:, 1:].reshape(-1).long())
             counts_C[TOKENS] += value_TK.size(0)
@@ -123,10 +123,9 @@ def level_for(counts_LC: Tensor, target_L: Tensor) -> Tensor:
 
 def place_of(number_N: Tensor, counts_NB: Tensor) -> Tensor:
     """(N,) in [0, 1]: below which place so many of those that each histogram has counted lie."""
-    counts_NB, number_N1 = counts_NB.double(), number_N.unsqueeze(1)
-    sum_NB = counts_NB.cumsum(dim=1)
+    number_N1, sum_NB = number_N.unsqueeze(1), counts_NB.cumsum(dim=1).double()  # of whole numbers: exact
     bin_N1 = torch.searchsorted(sum_NB, number_N1).clamp_(max=counts_NB.size(1) - 1)
-    inside_N1 = counts_NB.gather(1, bin_N1)
+    inside_N1 = counts_NB.gather(1, bin_N1).double()
     # Inside a bin they are taken to lie evenly.
     part_N1 = (number_N1 - (sum_NB.gather(1, bin_N1) - inside_N1)) / inside_N1.clamp(min=1)
     return ((bin_N1 + part_N1.clamp(0, 1)) / counts_NB.size(1)).squeeze(1)

@@ -15,10 +15,10 @@ at 0, all at 1.
 
 from typing import ClassVar, TypeVar
 
-import torch.nn.functional as F
 from torch import Tensor
 
 Number = TypeVar("Number", float, Tensor, float | Tensor)
+UNIT = 2.0**-52  # of masses: 2048 whole ones fit into 64 bits, and a sum of E is off by E of them at most
 
 
 class Rule:
@@ -57,8 +57,10 @@ class Mass(Rule):
     name = "mass"
 
     def value(self, p_TK: Tensor) -> Tensor:
-        """The mass before."""
-        return F.pad(p_TK.cumsum(dim=1)[:, :-1], (1, 0))
+        """The mass before. Whole numbers add up to the same in any order, where a GPU's sums of fractions
+        differ from run to run (torch.use_deterministic_algorithms refuses those)."""
+        units_TK = (p_TK.nan_to_num(1.0) / UNIT).long()  # NaN: an overflow on its way to the loss scaler
+        return (units_TK.cumsum(dim=1) - units_TK).to(p_TK.dtype) * UNIT
 
     def takes(self, value_TK: Tensor, threshold: float | Tensor) -> Tensor:
         return (value_TK < threshold) | (threshold >= 1)  # a rounded sum may reach 1 before the last expert

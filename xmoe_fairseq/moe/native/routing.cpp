@@ -18,6 +18,7 @@ namespace {
 
 using at::Tensor;
 
+constexpr double UNIT = 0x1p-52;                                  // of moe/rules.py
 constexpr int64_t BINS = 1024, TOKENS = BINS, TAKEN = BINS + 1;  // of moe/budget.py
 // Experts, of which to compare all with all is quicker than to sort them; the part of them of which to look for
 // one after the other is quicker still; comparisons worth a thread.
@@ -88,11 +89,10 @@ void choose(Choices& to, const T* probs_NE, int64_t N, int64_t E, Rule rule, dou
   Preference<I> experts(E);
   for (int64_t n = 0; n < N; ++n, probs_NE += E) {
     experts.start(reinterpret_cast<const I*>(probs_NE));
-    int64_t taken = 0;
-    double sum = 0;
+    int64_t taken = 0, units = 0;
     for (int64_t k = 0; k < limit; ++k) {
       const auto p = [&] { return probs_NE[experts.at(k)]; };  // the mass may need one less
-      const T value = rule == MASS ? T(sum) : rule == RELATIVE ? p() / probs_NE[experts.at(0)] : p();
+      const T value = rule == MASS ? T(units) * T(UNIT) : rule == RELATIVE ? p() / probs_NE[experts.at(0)] : p();
       // A rounded sum may reach 1.
       const bool takes = k == 0 || (rule == MASS ? value < cut || t >= 1 : value >= cut);
       taken += takes;
@@ -101,9 +101,9 @@ void choose(Choices& to, const T* probs_NE, int64_t N, int64_t E, Rule rule, dou
         const T root = rule == PROBABILITY ? std::sqrt(std::sqrt(value)) : value;
         const T level = rule == MASS ? value : 1 - root;
         const T place = std::isnan(level) ? T(BINS) : level * BINS;
-        ++to.histogram_C[std::min<int64_t>(int64_t(place), BINS - 1)];
+        ++to.histogram_C[std::clamp<int64_t>(int64_t(place), 0, BINS - 1)];
       }
-      sum += p();
+      units += std::isnan(p()) ? int64_t(1 / UNIT) : int64_t(p() / T(UNIT));
     }
     to.taken_N[n] = taken;
     for (int64_t k = 0; k < taken; ++k) ++to.counts_E[to.expert_NK[n * limit + k] = experts.at(k)];
