@@ -9,7 +9,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import nn
 
-from xmoe_fairseq.moe import RoutedLayer, moe_layers
+from xmoe_fairseq.moe import RoutedLayer, check_finite, moe_layers
 from xmoe_fairseq.moe.stats import RowCounts
 
 SECONDS = "seconds.json"  # of scripts/benchmark_checkpoints.sh
@@ -19,19 +19,22 @@ class CostMeter:
     """Counts what the MoE layers of a model compute while it is entered: every call on tokens that are no
     padding, those of a beam's hypotheses and of a context that is read again too.
 
-    The counts are numbers that the host knows, so that a GPU is not waited for.
+    The counts are numbers that the host knows, so that a GPU is not waited for but once, at the end: whether
+    all numbers were finite, before somebody prints what came of them.
     """
 
     def __init__(self, model: nn.Module, time: str = "") -> None:
-        self.layers, self.time = moe_layers(model), time
+        self.model, self.layers, self.time = model, moe_layers(model), time
         self.sums: dict[str, Counter[str]] = {layer.side: Counter() for layer in self.layers}
 
     def __enter__(self) -> None:
         self.handles = [layer.register_forward_hook(self.count) for layer in self.layers]
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *error: object) -> None:
         for handle in self.handles:
             handle.remove()
+        if not any(error):
+            check_finite(self.model)
 
     def count(self, layer: RoutedLayer, _: Any, output: Any) -> None:
         routing = output[1]

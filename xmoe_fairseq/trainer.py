@@ -9,14 +9,15 @@ import torch
 import torch.distributed as dist
 from fairseq.criterions import CRITERION_REGISTRY
 from fairseq.trainer import Trainer
-from torch import nn
+from torch import Tensor, nn
 
 from xmoe_fairseq.activated import describe_model, planned_experts
 from xmoe_fairseq.config import MoEConfig, read_field, router_kind
 from xmoe_fairseq.criterions.moe_loss import MoELossMixin
 from xmoe_fairseq.failure import explain, introduce
 from xmoe_fairseq.load import LoadReport
-from xmoe_fairseq.moe import step_balance
+from xmoe_fairseq.moe import check_finite, step_balance
+from xmoe_fairseq.moe.records import finite_so_far
 from xmoe_fairseq.moe.routers.registry import RouterKind
 from xmoe_fairseq.saved_settings import check_saved_settings, settle
 from xmoe_fairseq_compat.errors import FlagError
@@ -91,14 +92,26 @@ class MoETrainer(Trainer):
 
     def train_step(self, samples: list[Any], raise_oom: bool = False) -> Any:
         with self.explained("update", self.get_num_updates() + 1):
-            output = super().train_step(samples, raise_oom)
+            try:
+                output = super().train_step(samples, raise_oom)
+            except FloatingPointError:  # fairseq has repeated the step, and names a parameter
+                check_finite(self.get_model())
+                raise
         if output is not None and self.is_data_parallel_master:  # None: the update was skipped
             self._load_report.after_update(self.get_num_updates())
         return output
 
     def valid_step(self, sample: Any, raise_oom: bool = False) -> Any:
         with self.explained("validation after update", self.get_num_updates()):
-            return super().valid_step(sample, raise_oom)
+            output = super().valid_step(sample, raise_oom)
+            check_finite(self.get_model())
+        return output
+
+    def _check_grad_norms(self, grad_norm: Tensor) -> None:
+        """Before each update, where fairseq compares the ranks' norms: all ranks see a NaN of one of them."""
+        model = self.get_model()
+        super()._check_grad_norms(grad_norm + finite_so_far(model))
+        check_finite(model)
 
     def get_train_iterator(self, *args: Any, **kwargs: Any) -> Any:
         with self.explained("update", self.get_num_updates() + 1):  # it reads a first batch

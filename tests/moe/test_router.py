@@ -156,7 +156,7 @@ def test_base_assigns_equally_in_training_and_greedily_in_evaluation() -> None:
     x = torch.tensor([[3.0, 2.0, 0.0], [3.0, 0.0, 2.5], [3.0, 0.0, 0.0]])
     routing = router(x)
     assert chosen(routing) == [[1], [2], [0]]  # total 7.5; every other assignment has less
-    assert_same(routing.weight_R, torch.sigmoid(torch.tensor([2.0, 2.5, 3.0])))
+    assert_same(routing.weight_R[routing.token_R.argsort()], torch.sigmoid(torch.tensor([2.0, 2.5, 3.0])))
     assert routing.load_balance_loss == 0
     assert chosen(router.eval()(x)) == [[0], [0], [0]]
 
@@ -164,7 +164,7 @@ def test_base_assigns_equally_in_training_and_greedily_in_evaluation() -> None:
 @pytest.mark.parametrize("num_tokens", [0, 1, 7, 8])
 def test_base_never_gives_an_expert_more_than_its_share(num_tokens: int) -> None:
     routing = BaseRouter(5, 4)(torch.randn(num_tokens, 5))
-    assert routing.token_R.tolist() == list(range(num_tokens))
+    assert sorted(routing.token_R.tolist()) == list(range(num_tokens))
     assert routing.rows_per_expert().max() <= -(-num_tokens // 4)
 
 

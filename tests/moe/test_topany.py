@@ -50,7 +50,7 @@ def test_choices_by_hand() -> None:
     x_TD = torch.tensor([[3.0, 4.0, 0.0], [-3.0, -4.0, 0.0], [0.0, 0.0, 2.0]])
     routing = axes(0.5, 0.5, 0.9)(x_TD)
     assert_same(routing.combine_weights(), torch.tensor([[0.5, 0.5, 0.0], [0.0, 0.0, 1.0], [0.0, 0.0, 1.0]]))
-    assert routing.rank_R.tolist() == [0, 1, 0, 0] and routing.expert_R.tolist() == [1, 0, 2, 2]
+    assert routing.rank_R.tolist() == [1, 0, 0, 0] and routing.expert_R.tolist() == [0, 1, 2, 2]
     # one that passes is before one of a better score that does not
     routing = axes(0.5, 0.9, 0.9)(x_TD[:1])
     assert routing.expert_R.tolist() == [0] and routing.rank_R.tolist() == [0]

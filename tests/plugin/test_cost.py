@@ -15,7 +15,7 @@ from toy import language_model, sentences, translation_model, translation_sample
 
 from xmoe_fairseq.cost import SECONDS, CostMeter, measured_time, meter_of
 from xmoe_fairseq.criterions.routing_log import routing_sums
-from xmoe_fairseq.moe import moe_layers, record_routing
+from xmoe_fairseq.moe import finite, moe_layers, record_routing
 
 READ = (*PLUGIN, "--cpu", "--num-workers", 0, "--required-batch-size-multiple", 1, "--batch-size", 4)
 GENERATE = (*READ, "--source-lang", "en", "--target-lang", "de", "--beam", 3, "--max-len-b", 20)
@@ -23,6 +23,23 @@ GENERATE = (*READ, "--source-lang", "en", "--target-lang", "de", "--beam", 3, "-
 
 def costs(output: str) -> list[str]:
     return re.findall(r"^.*MoE: .*$", output, re.M)
+
+
+def test_what_a_gpus_host_learns_late_ends_before_anything_is_printed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(finite, "can_read", lambda tensor: False)
+    model = language_model(moe_threshold=0.5).eval()
+    batch = {"src_tokens": torch.randint(4, 20, (2, 9))}
+    with torch.no_grad(), CostMeter(model):
+        model(**batch)
+    moe_layers(model)[0].router.weight.data[0] = torch.nan
+    said = pytest.raises(FloatingPointError, match=r"^decoder.layers.1: .* NaN or inf$")
+    with torch.no_grad(), said, CostMeter(model):
+        model(**batch)
+    with pytest.raises(LookupError), CostMeter(model):  # the first error is the one to show
+        model(**batch)
+        raise LookupError
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from torch import nn
 from tqdm import tqdm
 
 from xmoe_fairseq.batches import Batches
-from xmoe_fairseq.moe import Router, moe_layers
+from xmoe_fairseq.moe import Router, check_finite, moe_layers
 
 TUNED = ("router", "all")  # the router alone, or experts and output biases too
 PARTS = 4  # a choice; the thresholds are chosen anew for each: a router that learns changes what they cost
@@ -42,6 +42,7 @@ def finetune(model: nn.Module, task: Any, criterion: Any, args: Namespace, choos
             optimizer.zero_grad()
             (loss / max(sample_size, 1)).backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            check_finite(model)
             optimizer.step()
             schedule.step()
             progress.set_postfix(loss=f"{float(loss.detach()) / max(sample_size, 1):.3f}")

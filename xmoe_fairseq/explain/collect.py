@@ -10,7 +10,7 @@ from fairseq.utils import apply_to_sample
 from torch import Tensor, nn
 
 from xmoe_fairseq.explain.pieces import in_words, pieces_of
-from xmoe_fairseq.moe import RoutedLayer, Routing, RoutingStats, moe_layers, record_routing
+from xmoe_fairseq.moe import RoutedLayer, Routing, RoutingStats, check_finite, moe_layers, record_routing
 from xmoe_fairseq.moe.routers.cheap_flags import KINDS
 from xmoe_fairseq.moe.routing import count
 
@@ -91,6 +91,7 @@ class Records:
         sample = apply_to_sample(lambda tensor: tensor.to(self.device), sample)
         with record_routing(self.model) as records, choices_with_cheap(self.layers) as chosen:
             self.model(**sample["net_input"])
+        check_finite(self.model)
         ran = {id(layer): routing for layer, routing in records}
         return [(ran[id(layer)], chosen.get(id(layer), ran[id(layer)])) for layer in self.layers]
 

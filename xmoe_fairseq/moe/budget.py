@@ -66,14 +66,16 @@ class Budget(Steered):
             # The first choice is taken anyway. NaN: an overflow on its way to the loss scaler.
             level_N = self.rule.level(value_TK[:, 1:]).nan_to_num(1.0).reshape(-1)
             bin_N = (level_N * BINS).long().clamp_(0, BINS - 1)
-            costs_TK = torch.ones_like(taken_TK) if costs_TK is None else costs_TK
-            counts_C.scatter_add_(0, bin_N, costs_TK[:, 1:].reshape(-1).long())
             counts_C[TOKENS] += value_TK.size(0)
-            counts_C[TAKEN] += (taken_TK & costs_TK)[:, 1:].sum()
+            if costs_TK is None:
+                counts_C.scatter_add_(0, bin_N, torch.ones_like(bin_N))
+                counts_C[TAKEN] += taken_TK[:, 1:].sum()
+                return taken_TK
+            counts_C.scatter_add_(0, bin_N, costs_TK[:, 1:].reshape(-1).long())
             # A free first choice leaves room for one more: as a further one that any t takes, of -1 expert.
             free = (~costs_TK[:, 0]).sum()
             counts_C[0] -= free
-            counts_C[TAKEN] -= free
+            counts_C[TAKEN] += (taken_TK & costs_TK)[:, 1:].sum() - free
         return taken_TK
 
     def move(self, wanted: Tensor, counts_C: Tensor) -> None:
@@ -142,7 +144,8 @@ def step_budgets(model: nn.Module) -> None:
     if not budgets:
         return
     counts_LC = of_all_ranks(torch.stack([budget.pop_counts() for budget in budgets]))
-    target_L = torch.tensor([budget.target for budget in budgets], device=counts_LC.device).double()
+    # Not torch.tensor of them all, for whose copy a GPU's host would wait.
+    target_L = torch.stack([counts_LC.new_full((), b.target, dtype=torch.float64) for b in budgets])
     level_L = level_for(counts_LC, target_L).float()
     for budget, level, counts_C in zip(budgets, level_L, counts_LC, strict=True):
         budget.move(budget.rule.threshold(level), counts_C)

@@ -33,11 +33,15 @@ def keep_within_capacity(routing: Routing, capacity: int) -> Routing:
     rows_per_expert = routing.rows_per_expert()
     first_row_E = rows_per_expert.cumsum(0) - rows_per_expert
     place_R = torch.arange(order_R.numel(), device=order_R.device) - first_row_E[routing.expert_R[order_R]]
-    kept_R = order_R[place_R < min(capacity, routing.num_tokens)].sort().values  # back in token order
+    capacity = min(capacity, routing.num_tokens)
+    kept_R = order_R[place_R < capacity].sort().values  # in their order of before
+    expert_R = routing.expert_R[kept_R]
+    in_order = None if routing.counts_in_order is None else (expert_R, rows_per_expert.clamp(max=capacity))
     return replace(
         routing,
         token_R=routing.token_R[kept_R],
-        expert_R=routing.expert_R[kept_R],
+        expert_R=expert_R,
         rank_R=routing.rank_R[kept_R],
-        weight_R=routing.weight_R[kept_R],
+        weight_R=routing.weight_R.index_select(0, kept_R),
+        in_order=in_order,
     )

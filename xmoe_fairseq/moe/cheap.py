@@ -56,7 +56,7 @@ class CheapExperts(nn.Module):
             token_R=routing.token_R[kept_R],
             expert_R=expert_R,
             rank_R=routing.rank_R[kept_R],
-            weight_R=routing.weight_R[kept_R],
+            weight_R=routing.weight_R.index_select(0, kept_R),
             rows_wanted=kept_R.numel(),
             rows_cheap=routing.rows_wanted - kept_R.numel(),
             num_cheap=len(self),

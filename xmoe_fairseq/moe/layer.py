@@ -109,10 +109,7 @@ class MoELayer(RoutedLayer):
         return y_TD if self.output_bias is None else y_TD + self.output_bias, routing
 
     def route(self, x_TD: Tensor, ids_T: Tensor | None) -> Routing:
-        try:
-            routing: Routing = self.router(x_TD, ids_T)
-        except FloatingPointError as error:
-            raise FloatingPointError(f"{self.name}: {error}") from None
+        routing: Routing = self.router(x_TD, ids_T)
         if wrong := check_routing(routing, x_TD.size(0), self.router.num_experts):
             raise ValueError(f"{self.name}: {type(self.router).__name__} must give {wrong}")
         return routing

@@ -1,9 +1,11 @@
-"""A model's MoE layers, and what they routed."""
+"""A model's MoE layers, what they routed, and whether the numbers were finite."""
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from xmoe_fairseq.moe.routed_layer import RoutedLayer
@@ -39,3 +41,28 @@ def record_routing(model: nn.Module) -> Iterator[list[tuple[RoutedLayer, Routing
     finally:
         for handle in handles:
             handle.remove()
+
+
+def check_finite(model: nn.Module) -> None:
+    """Whether all scores of the MoE layers were finite since the last time: to be called before an update is
+    applied, or a result is used. On a CPU there is nothing to do, as the layers themselves have raised.
+
+    A GPU's host waits once for all layers.
+
+    Raises:
+        FloatingPointError: they were not; the first such layer is named.
+    """
+    found = [(layer.name, layer.finite) for layer in moe_layers(model) if layer.finite is not None]
+    if not found:
+        return
+    for layer in moe_layers(model):
+        layer.finite = None
+    names, finite_L = zip(*found, strict=True)
+    for name, finite in zip(names, torch.stack(finite_L).tolist(), strict=True):
+        if math.isnan(finite):
+            raise FloatingPointError(f"{name}: router input or scores are NaN or inf")
+
+
+def finite_so_far(model: nn.Module) -> Tensor | float:
+    """0; NaN if `check_finite` would raise. Nothing waits for it."""
+    return sum((layer.finite for layer in moe_layers(model) if layer.finite is not None), 0.0)

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from xmoe_fairseq.moe.routing import Routing
 from xmoe_fairseq.moe.stats import RoutingStats, RowCounts, ffn_flops, ffn_parameters
@@ -18,6 +19,7 @@ class RoutedLayer(nn.Module):
     """
 
     num_cheap = 0  # experts that compute nothing, beside the E; see cheap.py
+    finite: Tensor | None = None  # sum of its routings' since `check_finite` has read it
 
     def __init__(
         self, model_dim: int, expert_dim: int, num_experts: int, router_flops: int, dense_ffn_dim: int | None,
@@ -46,7 +48,7 @@ class RoutedLayer(nn.Module):
 
         Raises:
             ValueError: shapes or mask type do not fit.
-            FloatingPointError: a non-padding token holds NaN or inf.
+            FloatingPointError: a non-padding token holds NaN or inf. On a GPU `check_finite` says so.
         """
         if x.shape[-1:] != (self.model_dim,):
             raise ValueError(f"x must be of shape (..., {self.model_dim}), got {tuple(x.shape)}")
@@ -56,15 +58,24 @@ class RoutedLayer(nn.Module):
         x_ND = x.reshape(-1, self.model_dim)
         ids_N = None if token_ids is None else token_ids.reshape(-1)
         if padding_mask is None:
-            y_ND, routing = self.forward_tokens(x_ND, ids_N)
+            y_ND, routing = self._of_tokens(x_ND, ids_N)
             return y_ND.to(x.dtype).view(x.shape), routing
         if padding_mask.shape != x.shape[:-1] or padding_mask.dtype.is_floating_point:
             got = f"{padding_mask.dtype} of shape {tuple(padding_mask.shape)}"
             raise ValueError(f"padding_mask must be bool of shape {tuple(x.shape[:-1])}, got {got}")
-        (real_T,) = (~padding_mask.bool()).reshape(-1).nonzero(as_tuple=True)
+        real_T = real_tokens(padding_mask)
         ids_T = None if ids_N is None else ids_N.index_select(0, real_T)
-        y_TD, routing = self.forward_tokens(x_ND.index_select(0, real_T), ids_T)
+        y_TD, routing = self._of_tokens(x_ND.index_select(0, real_T), ids_T)
         return torch.zeros_like(x_ND).index_copy(0, real_T, y_TD.to(x.dtype)).view(x.shape), routing
+
+    def _of_tokens(self, x_TD: Tensor, ids_T: Tensor | None) -> tuple[Tensor, Routing]:
+        try:
+            y_TD, routing = self.forward_tokens(x_TD, ids_T)
+        except FloatingPointError as error:
+            raise FloatingPointError(f"{self.name}: {error}") from None
+        if routing.finite is not None:
+            self.finite = routing.finite if self.finite is None else self.finite + routing.finite
+        return y_TD, routing
 
     def forward_tokens(self, x_TD: Tensor, ids_T: Tensor | None) -> tuple[Tensor, Routing]:
         """Of tokens that are no padding."""
@@ -105,3 +116,26 @@ class RoutedLayer(nn.Module):
     def to_log(self) -> dict[str, Tensor | float]:
         """What is worth a record beside the statistics of the routing, such as the router's threshold."""
         return {}
+
+
+_real = WeakTensorKeyDictionary()  # of masks in use: what they were when they were read, and what was found
+
+
+def real_tokens(padding_mask: Tensor) -> Tensor:
+    """(T,) places of the tokens that are no padding, in row-major order.
+
+    A GPU's host waits for their number. A model gives one mask to all its layers, of which the first waits.
+    """
+    mask = padding_mask if padding_mask._base is None else padding_mask._base
+    # Tensors of the inference mode have no version, and are of no use outside.
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or mask.is_inference():
+        return _look_for_tokens(padding_mask)
+    as_read = (mask._version, padding_mask.shape, padding_mask.stride(), padding_mask.storage_offset())
+    if _real.get(mask, (None,))[0] != as_read:
+        _real[mask] = as_read, _look_for_tokens(padding_mask)
+    real_T: Tensor = _real[mask][1]
+    return real_T
+
+
+def _look_for_tokens(padding_mask: Tensor) -> Tensor:
+    return (~padding_mask.bool()).reshape(-1).nonzero().squeeze(1)

@@ -34,6 +34,7 @@ class Routing:
     shared_experts: int = 0  # that compute every token, beside these rows
     num_cheap: int = 0  # of `probs_TE`, the last ones: their rows have been taken out (cheap.py)
     rows_cheap: int = 0  # so many
+    finite: Tensor | None = None  # () 0, or NaN if a score is NaN or inf; None = the router has seen to it
 
     @cached_property
     def load_balance_loss(self) -> Tensor:

@@ -59,17 +59,17 @@ class RoutingStats:
     @classmethod
     def of(cls, routing: Routing) -> "RoutingStats":
         probs_TE, rows_E = routing.probs_TE.detach(), routing.rows_per_expert()
-        active_E = torch.ones_like(rows_E) if routing.active_E is None else routing.active_E
         tiny = torch.finfo(probs_TE.dtype).tiny
 
         def number(value: float) -> Tensor:  # not new_tensor, for whose copy a GPU would wait
             return probs_TE.new_full((), value, dtype=torch.float64)
 
+        offered_E = torch.full_like(rows_E, routing.num_tokens, dtype=torch.float64)
         return cls(
             tokens=number(routing.num_tokens),
             rows_wanted=number(routing.rows_wanted),
             rows_kept_E=rows_E.double(),
-            offered_E=active_E.double() * routing.num_tokens,
+            offered_E=offered_E if routing.active_E is None else offered_E * routing.active_E,
             rows_shared=number(routing.num_tokens * routing.shared_experts),
             rows_cheap=number(routing.rows_cheap),
             probs_E=probs_TE.sum(dim=0).double(),

@@ -32,6 +32,8 @@ class Steered(nn.Module):
         """(C,) what has been counted by now; one forward pass in training is going to add to it."""
         if self._counts_C is None:
             self._counts_C = torch.zeros(self.num_counts, dtype=self.dtype, device=device)
+        if torch.compiler.is_compiling():  # each number of passes would be a graph of its own
+            return self._counts_C
         self._forwards += 1
         if self._forwards == MANY and not self._steps:
             warnings.warn(

@@ -17,7 +17,7 @@ from torch.nn.functional import nll_loss
 from tqdm import tqdm
 
 from xmoe_fairseq.batches import Batches
-from xmoe_fairseq.moe import RoutingStats, ThresholdRouter, moe_layers, record_routing
+from xmoe_fairseq.moe import RoutingStats, ThresholdRouter, check_finite, moe_layers, record_routing
 from xmoe_fairseq.moe.records import fix_thresholds
 from xmoe_fairseq.moe.rules import RULES, Rule, rule_named
 
@@ -97,6 +97,7 @@ class Meter:
 
             name = f"t {shorten(thresholds)}" if thresholds else "as it is"
             loss, seconds = run(self.model, self.places, self.batches, count, name)
+        check_finite(self.model)
         experts = float(totals["rows"]) / max(float(totals["tokens"]), 1.0)
         flops = float(totals["flops"]) / max(float(totals["flops_dense_ffn"]), 1.0)
         quality = self.known[tuple(thresholds)] = Quality(list(thresholds), loss, experts, flops, seconds)

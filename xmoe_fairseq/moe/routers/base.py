@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xmoe_fairseq.moe.balance import STEP, LossFreeBias, balance_named
+from xmoe_fairseq.moe.expert_order import expert_order, of_rows
+from xmoe_fairseq.moe.finite import check_scores, may_overflow
 from xmoe_fairseq.moe.losses import load_balance_loss, weigh_cheap, z_loss
 from xmoe_fairseq.moe.native.routing import Chosen
 from xmoe_fairseq.moe.routers.balance_flags import BALANCE
@@ -79,14 +81,13 @@ class Router(TokenRouter):
     def forward(self, x_TD: Tensor, ids_T: Tensor | None = None) -> Routing:
         """
         Raises:
-            FloatingPointError: a token holds NaN or inf (or its scores overflow), unless a loss scaler will
-                see to it (`may_overflow`).
+            FloatingPointError: a token holds NaN or inf (or its scores overflow). Not on a GPU, where
+                `check_finite` tells; nor where a loss scaler will see to it (`may_overflow`).
         """
         may_hold_nan = may_overflow(self, x_TD)  # asks for autocast
         with torch.autocast(device_type=x_TD.device.type, enabled=False):
             logits_TE = self.score(x_TD)
-            if not may_hold_nan:
-                check_scores(x_TD, logits_TE)
+            finite = None if may_hold_nan else check_scores(x_TD, logits_TE)
             chosen = self.chosen(logits_TE)
             return Routing(
                 token_R=chosen.token_R,
@@ -98,6 +99,7 @@ class Router(TokenRouter):
                 load_balance_of=self.balance_of(chosen),
                 z_loss_of=partial(z_loss, logits_TE),
                 in_order=None if chosen.counts_E is None else (chosen.expert_R, chosen.counts_E),
+                finite=finite,
             )
 
     def chosen(self, logits_TE: Tensor) -> Chosen:
@@ -108,7 +110,8 @@ class Router(TokenRouter):
         biased_TE = logits_TE.detach() + bias.bias_E
         chosen = self.choose_natively(biased_TE) or self.choose_plainly(biased_TE)
         probs_TE = torch.softmax(logits_TE, dim=-1)
-        weight_R = self.combine_weight(logits_TE, probs_TE)[chosen.token_R, chosen.expert_R]
+        weight_TE = self.combine_weight(logits_TE, probs_TE)
+        weight_R = of_rows(weight_TE, chosen.token_R, chosen.expert_R)
         return chosen._replace(probs_TE=probs_TE, weight_R=weight_R)
 
     def balance_of(self, chosen: Chosen) -> Callable[[], Tensor]:
@@ -129,10 +132,9 @@ class Router(TokenRouter):
     def choose_plainly(self, logits_TE: Tensor) -> Chosen:
         probs_TE = torch.softmax(logits_TE, dim=-1)
         expert_TK, chosen_TK = self.choose(logits_TE.detach(), probs_TE.detach())
-        token_R, rank_R = chosen_TK.nonzero(as_tuple=True)
-        expert_R = expert_TK[token_R, rank_R]
-        weight_R = self.combine_weight(logits_TE, probs_TE)[token_R, expert_R]
-        return Chosen(probs_TE, weight_R, token_R, expert_R, rank_R, expert_TK[:, 0])
+        rows = expert_order(expert_TK, chosen_TK, self.num_experts)
+        weight_R = of_rows(self.combine_weight(logits_TE, probs_TE), rows.token_R, rows.expert_R)
+        return Chosen(probs_TE, weight_R, *rows[:3], expert_TK[:, 0], rows.counts_E)
 
     def chooses_as(self, kind: type["Router"]) -> bool:
         """Whether the class is `kind`, or has from it all that decides about a token's experts."""
@@ -140,12 +142,15 @@ class Router(TokenRouter):
         return all(getattr(type(self), name) is getattr(kind, name) for name in decide)
 
     def score(self, x_TD: Tensor) -> Tensor:
-        dtype = torch.promote_types(x_TD.dtype, torch.float32)
-        logits_TE = F.linear(x_TD.to(dtype), self.weight.to(dtype))
+        if x_TD.dtype == self.weight.dtype and x_TD.element_size() >= 4:
+            logits_TE = F.linear(x_TD, self.weight)
+        else:
+            logits_TE = _ExactLinear.apply(x_TD, self.weight)  # type: ignore[no-untyped-call]
         return logits_TE if self.temperature == 1.0 else logits_TE / self.temperature
 
-    def choose(self, logits_TE: Tensor, probs_TE: Tensor) -> tuple[Tensor, Tensor]:
-        """Expert ids (T, K) in order of preference, and a bool (T, K): which of them the token takes."""
+    def choose(self, logits_TE: Tensor, probs_TE: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Distinct expert ids (T, K) in order of preference, and which of them a token takes: (T, K) bool, or
+        None for all, so that a GPU's host need not wait for their number."""
         raise NotImplementedError
 
     def combine_weight(self, logits_TE: Tensor, probs_TE: Tensor) -> Tensor:
@@ -167,29 +172,20 @@ class Router(TokenRouter):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def may_overflow(router: nn.Module, x_TD: Tensor) -> bool:
-    """Whether this is training in fp16, where now and then something overflows: the NaN goes through to the
-    gradients, whose loss scaler skips the update. All ranks see it in the norm, and decide alike."""
-    device = x_TD.device.type
-    is_autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
-    return router.training and (x_TD.dtype == torch.float16 or is_autocast)
+class _ExactLinear(torch.autograd.Function):
+    """`x W^T`, in fp32 at least. Kept for the backward pass is x as it was, half as large."""
 
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, weight_ED: Tensor) -> Tensor:
+        ctx.save_for_backward(x_TD, weight_ED)
+        dtype = torch.promote_types(x_TD.dtype, torch.float32)
+        return F.linear(x_TD.to(dtype), weight_ED.to(dtype))
 
-def check_scores(x_TD: Tensor, logits_TE: Tensor) -> None:
-    """Raises FloatingPointError: NaN or inf."""
-    if bad := not_finite(logits_TE):
-        if not torch.isfinite(x_TD).all():
-            raise FloatingPointError(f"router input holds NaN or inf in {bad}")
-        raise FloatingPointError(f"router scores are NaN or inf in {bad}, though the input is finite")
-
-
-def not_finite(x_TD: Tensor) -> str:
-    """In how many tokens there is NaN or inf; "" if in none."""
-    # A sum of all is quick, and finite only if every value is; if it is not, it may just have overflowed.
-    if math.isfinite(x_TD.detach().sum().item()):
-        return ""
-    finite_T = torch.isfinite(x_TD.detach()).all(dim=-1)
-    return "" if finite_T.all() else f"{int((~finite_T).sum())} of {len(finite_T)} tokens"
+    @staticmethod
+    def backward(ctx: Any, grad_TE: Tensor) -> tuple[Tensor, Tensor]:
+        x_TD, weight_ED = ctx.saved_tensors
+        grad_x_TD, grad_weight_ED = grad_TE @ weight_ED.to(grad_TE), grad_TE.t() @ x_TD.to(grad_TE)
+        return grad_x_TD.to(x_TD), grad_weight_ED.to(weight_ED)
 
 
 FEW = 1024  # probabilities that are sorted sooner than packed (docs/performance.md, Tried)
@@ -204,6 +200,7 @@ def by_preference(probs_TE: Tensor, limit: int) -> tuple[Tensor, Tensor]:
     # A stable sort of all experts takes twice as long as the top few of distinct integers: the bits of a
     # probability, which order as it does, above E - 1 - id.
     last_id_first_E = torch.arange(num_experts - 1, -1, -1, device=probs_TE.device)
-    key_TE = probs_TE.view(torch.int32).long() << 32 | last_id_first_E
+    key_TE = torch.add(last_id_first_E, probs_TE.view(torch.int32).long(), alpha=1 << 32)
     key_TK = key_TE.topk(limit).values if limit < num_experts else key_TE.sort(descending=True).values
-    return (key_TK >> 32).int().view(torch.float32), num_experts - 1 - (key_TK & 0xFFFFFFFF)
+    # Of the two words of an integer the lower comes first, wherever torch runs.
+    return key_TK.view(torch.float32)[:, 1::2], num_experts - 1 - (key_TK & 0xFFFFFFFF)

@@ -26,9 +26,9 @@ class BaseRouter(Router):
     def planned_experts(cls, config: Any) -> tuple[str, float]:
         return "", 1
 
-    def choose(self, logits_TE: Tensor, probs_TE: Tensor) -> tuple[Tensor, Tensor]:
+    def choose(self, logits_TE: Tensor, probs_TE: Tensor) -> tuple[Tensor, None]:
         expert_T = balanced_assignment(logits_TE) if self.training else logits_TE.argmax(dim=-1)
-        return expert_T.unsqueeze(1), torch.ones_like(expert_T, dtype=torch.bool).unsqueeze(1)
+        return expert_T.unsqueeze(1), None
 
     def combine_weight(self, logits_TE: Tensor, probs_TE: Tensor) -> Tensor:
         return torch.sigmoid(logits_TE)

@@ -134,7 +134,8 @@ class ExpertThresholdRouter(ExpertChoiceRouter):
     def takes(self, logits_TE: Tensor, probs_TE: Tensor) -> Tensor:
         if self.training and self.counting:
             self.thresholds.count(logits_TE)
-        if self.training and self.thresholds.updates < self.expert_choice_updates:
+        choosing = self.training and self.expert_choice_updates  # only then a GPU's host waits for `updates`
+        if choosing and self.thresholds.updates < self.expert_choice_updates:
             return self.best_of_batch(logits_TE)
         return logits_TE >= self.threshold_in_use_E
 

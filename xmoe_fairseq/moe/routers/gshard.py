@@ -5,6 +5,7 @@ Lepikhin et al. 2020, arXiv 2006.16668. This file only adapts: what routes, drop
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -15,9 +16,9 @@ from torch import Tensor, nn
 
 from xmoe_fairseq.moe.experts.feed_forward import FeedForward
 from xmoe_fairseq.moe.experts.kernels import AUTO, Activation
+from xmoe_fairseq.moe.finite import check_scores, may_overflow
 from xmoe_fairseq.moe.losses import z_loss
 from xmoe_fairseq.moe.routed_layer import RoutedLayer
-from xmoe_fairseq.moe.routers.base import may_overflow
 from xmoe_fairseq.moe.routers.registry import RouterKind, register_router
 from xmoe_fairseq.moe.routing import Routing
 from xmoe_fairseq.moe.stats import RoutingStats, RowCounts
@@ -92,9 +93,9 @@ class GShardLayer(RouterKind, RoutedLayer):
             y_SD = self.gshard(x_SD.unsqueeze(1)).squeeze(1)
         del self.gshard.l_aux  # it would keep this batch's graph until the next one
         logits_SE, (l_aux, combine_SEC, _) = outputs
-        if not may_overflow(self, x_TD) and not torch.isfinite(l_aux):
-            raise FloatingPointError(f"{self.name}: router scores are NaN or inf")
-        return y_SD[:num_tokens], self.routing(logits_SE, l_aux, combine_SEC, num_tokens)
+        finite = None if may_overflow(self, x_TD) else check_scores(x_TD, logits_SE[:num_tokens])
+        routing = self.routing(logits_SE, l_aux, combine_SEC, num_tokens)
+        return y_SD[:num_tokens], replace(routing, finite=finite)
 
     def routing(self, logits_SE: Tensor, l_aux: Tensor, combine_SEC: Tensor, num_tokens: int) -> Routing:
         """What fairscale did with the first `num_tokens` of S tokens."""

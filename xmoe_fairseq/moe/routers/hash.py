@@ -6,10 +6,11 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from xmoe_fairseq.moe.routers.base import TokenRouter, may_overflow, not_finite
+from xmoe_fairseq.moe.expert_order import expert_order
+from xmoe_fairseq.moe.finite import can_read, check_scores, may_overflow
+from xmoe_fairseq.moe.routers.base import TokenRouter
 from xmoe_fairseq.moe.routers.registry import Flag, Place, register_router
 from xmoe_fairseq.moe.routing import Routing
 
@@ -66,24 +67,27 @@ class HashRouter(TokenRouter):
         """
         if ids_T is None:
             raise ValueError("a hash router needs the tokens' ids: call the layer with token_ids")
-        first, last = (int(ids_T.min()), int(ids_T.max())) if ids_T.numel() else (0, 0)
-        if not 0 <= first <= last < self.table_V.numel():
-            rule = f"must be from 0 to {self.table_V.numel() - 1}"
-            raise ValueError(f"token_ids {rule}, got {first} to {last}")
-        if not may_overflow(self, x_TD) and (bad := not_finite(x_TD)):
-            raise FloatingPointError(f"router input holds NaN or inf in {bad}")
-        expert_T = self.table_V[ids_T]
-        dtype = torch.promote_types(x_TD.dtype, torch.float32)
+        if ids_T.numel() and can_read(ids_T):  # on a GPU index_select stops the program
+            first, last = int(ids_T.min()), int(ids_T.max())
+            if not 0 <= first <= last < self.table_V.numel():
+                rule = f"must be from 0 to {self.table_V.numel() - 1}"
+                raise ValueError(f"token_ids {rule}, got {first} to {last}")
+        finite = None if may_overflow(self, x_TD) else check_scores(x_TD, x_TD)
+        expert_T = self.table_V.index_select(0, ids_T)
+        rows = expert_order(expert_T.unsqueeze(1), None, self.num_experts)
+        dtype, sizes = torch.promote_types(x_TD.dtype, torch.float32), (expert_T.numel(), self.num_experts)
         nothing = partial(x_TD.new_zeros, (), dtype=dtype)
         return Routing(
-            token_R=torch.arange(expert_T.numel(), device=expert_T.device),
-            expert_R=expert_T,
-            rank_R=torch.zeros_like(expert_T),
+            token_R=rows.token_R,
+            expert_R=rows.expert_R,
+            rank_R=rows.rank_R,
             weight_R=torch.ones_like(expert_T, dtype=dtype),
-            probs_TE=F.one_hot(expert_T, self.num_experts).to(dtype),
+            probs_TE=x_TD.new_zeros(sizes, dtype=dtype).scatter_(1, expert_T.unsqueeze(1), 1.0),
             rows_wanted=expert_T.numel(),
             load_balance_of=nothing,
             z_loss_of=nothing,
+            in_order=(rows.expert_R, rows.counts_E),
+            finite=finite,
         )
 
     def extra_repr(self) -> str:

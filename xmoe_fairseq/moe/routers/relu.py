@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from xmoe_fairseq.moe.expert_order import of_rows
 from xmoe_fairseq.moe.native.routing import Chosen
 from xmoe_fairseq.moe.routers.base import Router
 from xmoe_fairseq.moe.routers.registry import Place, register_router
@@ -76,7 +77,7 @@ class ReLURouter(Router):
     def choose_plainly(self, logits_TE: Tensor) -> Chosen:
         positive_ET = (logits_TE.detach() > 0).t()
         expert_R, token_R = positive_ET.nonzero(as_tuple=True)  # in order of expert
-        weight_R = logits_TE.t().masked_select(positive_ET)
+        weight_R = of_rows(logits_TE, token_R, expert_R)
         probs_TE, first_T = torch.softmax(logits_TE, dim=-1), logits_TE.argmax(dim=1)
         rank_R, rows_E = torch.zeros_like(expert_R), positive_ET.sum(dim=1)
         return Chosen(probs_TE, weight_R, token_R, expert_R, rank_R, first_T, rows_E)
@@ -117,7 +118,7 @@ def step_sparsity(model: nn.Module) -> None:
     if not steered:
         return
     counts_LC = of_all_ranks(torch.stack([each.pop_counts() for each in steered])).double()
-    target_L = counts_LC.new_tensor([each.target for each in steered])
+    target_L = torch.stack([counts_LC.new_full((), each.target) for each in steered])
     rows, wanted = counts_LC[:, 0].sum(), (target_L * counts_LC[:, 1]).sum()
     factor = torch.where(wanted > 0, torch.where(rows > wanted, STEP, 1 / STEP), 1.0).float()
     for each in steered:

@@ -124,7 +124,7 @@ class ThresholdRouter(Router):
         else:
             costs_TK = expert_TK < self.num_experts - self.num_cheap if self.num_cheap else None
             chosen_TK = self.budget.take(value_TK, self.training and self.counting, costs_TK)
-        chosen_TK[:, 0] = True
+        chosen_TK[:, 0].fill_(True)
         return expert_TK, chosen_TK
 
     def choose_natively(self, logits_TE: Tensor) -> Chosen | None:

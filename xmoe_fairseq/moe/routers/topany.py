@@ -129,7 +129,7 @@ class TopAnyRouter(Router):
         expert_TK = by_preference(preference_TE, limit)[1]
         chosen_TK = passes_TE.gather(1, expert_TK)
         self._unserved_T = ~chosen_TK[:, 0]
-        chosen_TK[:, 0] = True
+        chosen_TK[:, 0].fill_(True)
         return expert_TK, chosen_TK
 
     def combine_weight(self, logits_TE: Tensor, probs_TE: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from xmoe_fairseq.moe.native.routing import Chosen, can_choose, choose_experts
@@ -61,9 +60,8 @@ class TopKRouter(Router):
     def from_config(cls, place: Place) -> "TopKRouter":
         return cls(place.model_dim, place.num_experts, k=experts_per_token(place.config))
 
-    def choose(self, logits_TE: Tensor, probs_TE: Tensor) -> tuple[Tensor, Tensor]:
-        expert_TK = by_preference(probs_TE, self.k)[1]
-        return expert_TK, torch.ones_like(expert_TK, dtype=torch.bool)
+    def choose(self, logits_TE: Tensor, probs_TE: Tensor) -> tuple[Tensor, Tensor | None]:
+        return by_preference(probs_TE, self.k)[1], None
 
     def choose_natively(self, logits_TE: Tensor) -> Chosen | None:
         is_native = can_choose(logits_TE) and self.chooses_as(TopKRouter)
