@@ -182,10 +182,11 @@ class _ExactLinear(torch.autograd.Function):
         return F.linear(x_TD.to(dtype), weight_ED.to(dtype))
 
     @staticmethod
-    def backward(ctx: Any, grad_TE: Tensor) -> tuple[Tensor, Tensor]:
-        x_TD, weight_ED = ctx.saved_tensors
-        grad_x_TD, grad_weight_ED = grad_TE @ weight_ED.to(grad_TE), grad_TE.t() @ x_TD.to(grad_TE)
-        return grad_x_TD.to(x_TD), grad_weight_ED.to(weight_ED)
+    def backward(ctx: Any, grad_TE: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        (x_TD, weight_ED), (of_x, of_weight) = ctx.saved_tensors, ctx.needs_input_grad
+        with torch.autocast(grad_TE.device.type, enabled=False):
+            grad_x_TD = (grad_TE @ weight_ED.to(grad_TE)).to(x_TD) if of_x else None
+            return grad_x_TD, (grad_TE.t() @ x_TD.to(grad_TE)).to(weight_ED) if of_weight else None
 
 
 FEW = 1024  # probabilities that are sorted sooner than packed (docs/performance.md, Tried)
