@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import os
+from datetime import timedelta
 from typing import Any
 
 from xmoe_fairseq_compat.errors import UserError
-from xmoe_fairseq_compat.registry import has, patch, stand_in
+from xmoe_fairseq_compat.registry import has, patch, stand_in, wrap
+from xmoe_fairseq_compat.settings import configuration
+
+PATIENCE = timedelta(minutes=30)  # torch's own for gloo; a choice for NCCL
 
 
 @patch("fairseq.models.distributed_fairseq_model")
@@ -46,16 +51,38 @@ def restart_among_the_living(module: Any) -> None:
     several nodes may count differently: there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 makes torchrun do it."""
     import torch.distributed as dist
 
-    def init_process_group(backend: Any, init_method: Any, world_size: int, rank: int) -> None:
+    def init_process_group(backend: Any, init_method: Any, world_size: int, rank: int, **how: Any) -> None:
         env = os.environ
         if env.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or env.get("GROUP_WORLD_SIZE") != "1":
-            dist.init_process_group(backend, init_method, world_size=world_size, rank=rank)
+            dist.init_process_group(backend, init_method, world_size=world_size, rank=rank, **how)
             return
         store = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), world_size, is_master=False)
         attempt = dist.PrefixStore(f"restart {env['TORCHELASTIC_RESTART_COUNT']}", store)
-        dist.init_process_group(backend, store=attempt, world_size=world_size, rank=rank)
+        dist.init_process_group(backend, store=attempt, world_size=world_size, rank=rank, **how)
 
     module.dist = stand_in(dist, init_process_group=init_process_group)
+
+
+@patch("fairseq.distributed.utils", when=lambda: has("torch", 2, 3))
+def wait_for_a_rank_that_saves(module: Any) -> None:
+    """On GPUs ranks wait for one another for 10 minutes, also for the one that saves, and no flag says how
+    long; NCCL guesses from a rank's number which GPU it has, and connects at the first use of a group.
+
+    It is half an hour here, or --heartbeat-timeout if that is longer; so in the groups of `new_groups`.
+    """
+
+    @wrap(module, "distributed_init")
+    def distributed_init(plain: Any, cfg: Any) -> Any:
+        import torch
+
+        ranks, dist = configuration(cfg).distributed_training, module.dist
+        how: dict[str, Any] = {"timeout": max(PATIENCE, timedelta(seconds=ranks.heartbeat_timeout))}
+        new_group = functools.partial(dist.new_group, **how)
+        if ranks.distributed_backend == "nccl" and torch.cuda.is_available():  # which is chosen by now
+            how["device_id"] = torch.device("cuda", torch.cuda.current_device())
+        init_process_group = functools.partial(dist.init_process_group, **how)
+        module.dist = stand_in(dist, init_process_group=init_process_group, new_group=new_group)
+        return plain(cfg)
 
 
 @patch("fairseq.distributed.utils")

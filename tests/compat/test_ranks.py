@@ -1,13 +1,19 @@
 """Patches of ranks.py that need no ranks."""
 
+import logging
 import sys
 from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from fairseq.dataclass.configs import FairseqConfig
 from fairseq.distributed import utils as distributed_utils
 from fairseq.models import distributed_fairseq_model
+from omegaconf import OmegaConf
 from toy import encoder_layer
 
 from xmoe_fairseq_compat.errors import UserError
@@ -48,3 +54,42 @@ def test_ddp_on_cpu_does_not_wait_for_unused_weights(group: dist.ProcessGroup) -
 def test_gather_on_cpu(group: dist.ProcessGroup) -> None:
     large = {"loss": 1.5, "ids": list(range(20_000))}
     assert distributed_utils.all_gather_list(large, group, max_size=16384) == [large]
+
+
+def ranks_of(**given: Any) -> Any:
+    cfg = OmegaConf.structured(FairseqConfig())
+    cfg.model = None
+    OmegaConf.update(cfg, "distributed_training", {"distributed_world_size": 1, **given})
+    return cfg
+
+
+@pytest.mark.parametrize("heartbeat, minutes", [(-1, 30), (60, 30), (7200, 120)])
+def test_all_groups_wait_as_long_as_the_flag_says(
+    heartbeat: int, minutes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    monkeypatch.setattr(distributed_utils, "dist", distributed_utils.dist)
+    monkeypatch.setattr(logging.root, "level", logging.root.level)
+    how = {"distributed_backend": "gloo", "distributed_init_method": f"file://{tmp_path}/ranks"}
+    distributed_utils.distributed_init(ranks_of(heartbeat_timeout=heartbeat, **how))
+    try:
+        for group in (dist.group.WORLD, distributed_utils.new_groups([[0]])):
+            assert group._get_backend(torch.device("cpu")).options._timeout == timedelta(minutes=minutes)
+    finally:
+        dist.destroy_process_group()
+
+
+def test_nccl_is_told_which_gpu_a_rank_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {}
+
+    def init_process_group(*args: Any, **how: Any) -> None:
+        asked.update(how)
+        raise InterruptedError
+
+    monkeypatch.setattr(distributed_utils, "dist", distributed_utils.dist)
+    monkeypatch.setattr(dist, "init_process_group", init_process_group)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    with pytest.raises(InterruptedError):
+        distributed_utils.distributed_init(ranks_of(distributed_init_method="env://"))
+    assert asked["device_id"] == torch.device("cuda", 3) and asked["timeout"] == timedelta(minutes=30)

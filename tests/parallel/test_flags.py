@@ -81,6 +81,19 @@ def test_allowed(flags: tuple[str, ...]) -> None:
     check_training(configuration("--eval-bleu"), translation_model(no_moe_decoder=True))
 
 
+@pytest.mark.parametrize(
+    "backend, messages, warns",
+    [("pytorch_ddp", "nccl", True), ("legacy_ddp", "nccl", False), ("pytorch_ddp", "gloo", False)],
+)
+def test_two_communicators_should_not_be_busy_at_once(
+    backend: str, messages: str, warns: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    check_training(
+        configuration("--ddp-backend", backend, "--distributed-backend", messages), translation_model()
+    )
+    assert ("use --ddp-backend legacy_ddp" in caplog.text) == warns
+
+
 def test_optimizers_must_update_every_weight_by_itself(corpus: tuple[Path, Path]) -> None:
     from fairseq import optim
 

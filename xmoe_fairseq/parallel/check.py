@@ -1,5 +1,6 @@
 """What cannot be combined with experts that are spread over the ranks, and what to do instead."""
 
+import logging
 from typing import Any
 
 from torch import nn
@@ -7,6 +8,8 @@ from torch import nn
 from xmoe_fairseq.config import read_field
 from xmoe_fairseq.parallel.groups import expert_names
 from xmoe_fairseq_compat.errors import FlagError, flag
+
+logger = logging.getLogger(__name__)
 
 
 def check_training(cfg: Any, model: nn.Module) -> None:
@@ -36,6 +39,14 @@ def check_training(cfg: Any, model: nn.Module) -> None:
     in_decoder = any(name.startswith("decoder.") for name in expert_names(model))
     if in_decoder and read_field(cfg.task, "eval_bleu", False):  # ranks decode different numbers of steps
         refuse("--eval-bleu", "add --no-moe-decoder, or score checkpoints with fairseq-generate")
+    is_overlapping = str(distributed.ddp_backend) in ("pytorch_ddp", "c10d")
+    # torch's new_group: what one communicator has in flight must end before another is used
+    if is_overlapping and distributed.distributed_backend == "nccl" and distributed.distributed_rank == 0:
+        logger.warning(
+            f"--ddp-backend {distributed.ddp_backend} reduces gradients while experts exchange rows: of two"
+            " NCCL communicators that are busy at once each may wait for the other; use --ddp-backend"
+            " legacy_ddp, which reduces after the backward pass"
+        )
 
 
 def check_optimizer(optimizer: Any, cfg: Any) -> None:

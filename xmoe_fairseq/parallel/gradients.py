@@ -1,12 +1,15 @@
 """Gradients of experts that lie on some ranks only: their mean over ranks, and their share of the norm."""
 
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from xmoe_fairseq.parallel.groups import ExpertParallel
+
+AT_ONCE = 2**28  # numbers that are reduced together, as by fairseq's legacy_ddp: what they are copied into
 
 
 def experts_of(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
@@ -21,12 +24,27 @@ def reduce_expert_gradients(parameters: Iterable[nn.Parameter], parallel: Expert
     the sum over replicas and the division by W. The replicas get the same bits.
     """
     world_size = parallel.size * parallel.replicas
+    grads = []
     for parameter in experts_of(parameters):
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-        parameter.grad.div_(world_size)
-        if parallel.replicas > 1:
-            dist.all_reduce(parameter.grad, group=parallel.replica_group)
+        grads.append(parameter.grad.div_(world_size))
+    for bucket in buckets(grads) if parallel.replicas > 1 else ():
+        flat_N = torch.cat([grad.flatten() for grad in bucket])  # one message is quicker than one for each
+        dist.all_reduce(flat_N, group=parallel.replica_group)
+        for grad, sum_N in zip(bucket, flat_N.split([grad.numel() for grad in bucket]), strict=True):
+            grad.copy_(sum_N.view_as(grad))
+
+
+def buckets(grads: Iterable[Tensor], most: int = AT_ONCE) -> Iterator[list[Tensor]]:
+    """In the order given, those of one dtype together, up to so many numbers, or one that is larger."""
+    open_ones: dict[torch.dtype, list[Tensor]] = defaultdict(list)
+    for grad in grads:
+        bucket = open_ones[grad.dtype]
+        if bucket and sum(each.numel() for each in [*bucket, grad]) > most:
+            yield open_ones.pop(grad.dtype)
+        open_ones[grad.dtype].append(grad)
+    yield from open_ones.values()
 
 
 def norm_with_experts(

@@ -9,6 +9,7 @@ from functools import cache
 from typing import Any
 
 import torch.distributed as dist
+from fairseq.distributed.utils import new_groups
 from torch import nn
 
 from xmoe_fairseq.config import MoEConfig, expert_parallel_size
@@ -45,11 +46,11 @@ def expert_parallel(config: MoEConfig) -> ExpertParallel | None:
 
 @cache
 def _make_groups(size: int, world: dist.ProcessGroup) -> ExpertParallel:
-    rank, world_size = dist.get_rank(world), dist.get_world_size(world)
-    # Every rank makes every group, in the same order, and keeps its own two.
-    expert_groups = [dist.new_group(list(range(first, first + size))) for first in range(0, world_size, size)]
-    replica_groups = [dist.new_group(list(range(first, world_size, size))) for first in range(size)]
-    return ExpertParallel(size, world_size // size, expert_groups[rank // size], replica_groups[rank % size])
+    """By fairseq, which has every rank make every group, in the same order, and keep its own."""
+    world_size = dist.get_world_size(world)
+    expert_group = new_groups([list(range(first, first + size)) for first in range(0, world_size, size)])
+    replica_group = new_groups([list(range(first, world_size, size)) for first in range(size)])
+    return ExpertParallel(size, world_size // size, expert_group, replica_group)
 
 
 def spread_experts(model: nn.Module, parallel: ExpertParallel) -> None:
