@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from xmoe_fairseq.build_moe import build_moe
 from xmoe_fairseq.config import MoEConfig, router_kind
-from xmoe_fairseq.moe import RoutedLayer, moe_layers
+from xmoe_fairseq.moe import RoutedLayer, keep_scores, moe_layers
 from xmoe_fairseq.parallel.groups import ExpertParallel, expert_parallel, spread_experts
 from xmoe_fairseq.parallel.trainer import ExpertParallelTrainer
 from xmoe_fairseq.token_ids import TokenIds
@@ -67,7 +67,7 @@ def install_moe_layers(
 
 
 def checkpoint_activations(layer: nn.Module, offload_to_cpu: bool) -> None:
-    """Recompute the layer in the backward pass.
+    """Recompute the layer in the backward pass, but not what its router chose.
 
     Not fairseq's checkpoint_wrapper: that runs the first forward without a graph, so a loss taken from
     inside the layer (load balance) would have no gradient.
@@ -78,7 +78,7 @@ def checkpoint_activations(layer: nn.Module, offload_to_cpu: bool) -> None:
 
 def _recompute(forward: Callable[..., Any], offload_to_cpu: bool, *args: Any, **kwargs: Any) -> Any:
     with torch.autograd.graph.save_on_cpu() if offload_to_cpu else nullcontext():
-        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+        return checkpoint(forward, *args, use_reentrant=False, context_fn=keep_scores, **kwargs)
 
 
 class _MoEFeedForward:

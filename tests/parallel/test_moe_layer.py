@@ -1,7 +1,9 @@
 """An MoE layer whose experts lie on several ranks equals one layer with all tokens, gradients too."""
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -9,8 +11,9 @@ import torch.distributed as dist
 from distributed import run_ranks
 from tolerances import assert_same
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from xmoe_fairseq.moe import CheapExperts, MoELayer, ThresholdRouter, TopKRouter
+from xmoe_fairseq.moe import CheapExperts, MoELayer, Router, ThresholdRouter, TopKRouter, keep_scores
 from xmoe_fairseq.moe.dispatch.all_to_all import exchange_rows
 
 MODEL_DIM, NUM_EXPERTS = 8, 8
@@ -72,7 +75,12 @@ def compare(counts: list[int], make: Callable[[Any], MoELayer]) -> None:
         x_TD = tokens(rank, counts[rank])
         return forward_backward(make(dist.group.WORLD), x_TD, torch.full((counts[rank],), float(rank)))
 
-    results = run_ranks(len(counts), ranks)
+    assert_as_one_process(run_ranks(len(counts), ranks), counts, make)
+
+
+def assert_as_one_process(
+    results: list[dict[str, Tensor]], counts: list[int], make: Callable[[Any], MoELayer]
+) -> None:
     x_TD = torch.cat([tokens(rank, count) for rank, count in enumerate(counts)])
     rank_of_T = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts)).float()
     alone = make(None)
@@ -107,6 +115,41 @@ def test_every_rank_holds_the_shared_experts() -> None:
 @pytest.mark.parametrize("case", ["uneven", "some ranks without tokens"])
 def test_cheap_experts_are_where_the_tokens_are(case: str) -> None:
     compare(TOKENS[case], lambda group: layer(group, cheap=(1, 1, 2)))
+
+
+class Recomputed(MoELayer):
+    def forward(self, *args: Any) -> Any:
+        return checkpoint(super().forward, *args, use_reentrant=False, context_fn=keep_scores)
+
+
+def test_a_recomputation_exchanges_the_same_rows() -> None:
+    """Rows 6 times: there and back, and so again, and their gradients; counts twice."""
+    plain_score, counts = Router.score, TOKENS["some ranks without tokens"]
+
+    def score(self: Router, x_TD: Tensor) -> Tensor:
+        """The second time far more off than sums in another order are."""
+        return plain_score(self, x_TD) * (1 if torch._C._current_graph_task_id() == -1 else 2)
+
+    def exchanges(received: Tensor, *args: Any, **kwargs: Any) -> Any:
+        made[received.is_floating_point()] += 1
+        return plain_exchange(received, *args, **kwargs)
+
+    made: Counter[bool] = Counter()
+    plain_exchange = dist.all_to_all_single
+
+    def ranks() -> dict[str, Tensor]:
+        moe, rank = layer(dist.group.WORLD), dist.get_rank()
+        moe.__class__ = Recomputed
+        with patch.object(dist, "all_to_all_single", exchanges), patch.object(Router, "score", score):
+            found = forward_backward(
+                moe, tokens(rank, counts[rank]), torch.full((counts[rank],), float(rank))
+            )
+        return {**found, "rows": torch.tensor(made[True]), "counts": torch.tensor(made[False])}
+
+    results = run_ranks(len(counts), ranks)
+    for result in results:
+        assert (int(result.pop("rows")), int(result.pop("counts"))) == (6, 2)
+    assert_as_one_process(results, counts, layer)
 
 
 def penalty_gradients(moe: MoELayer, x_TD: Tensor) -> dict[str, Tensor]:

@@ -19,6 +19,7 @@ from xmoe_fairseq.moe.cheap import CheapExperts
 from xmoe_fairseq.moe.experts.experts import Experts
 from xmoe_fairseq.moe.experts.kernels import register_kernel, use_kernel
 from xmoe_fairseq.moe.layer import MoELayer
+from xmoe_fairseq.moe.recompute import keep_scores
 from xmoe_fairseq.moe.records import check_finite, moe_layers, record_routing
 from xmoe_fairseq.moe.routed_layer import RoutedLayer
 from xmoe_fairseq.moe.routers.base import Router, TokenRouter
@@ -39,7 +40,7 @@ __all__ = [
     "BaseRouter", "Budget", "CheapExperts", "ExpertChoiceRouter", "ExpertThresholdRouter", "Experts",
     "HashRouter", "MoELayer", "ReLURouter", "RoutedLayer", "Router", "Routing", "RoutingStats",
     "SeqTopKRouter", "ThresholdRouter", "TokenRouter", "TopAnyRouter", "TopKRouter", "balanced_table",
-    "check_finite", "moe_layers", "random_table", "record_routing", "register_kernel", "register_router",
-    "step_balance", "step_budgets", "step_expert_pools", "step_expert_thresholds", "step_sparsity",
-    "use_kernel",
+    "check_finite", "keep_scores", "moe_layers", "random_table", "record_routing", "register_kernel",
+    "register_router", "step_balance", "step_budgets", "step_expert_pools", "step_expert_thresholds",
+    "step_sparsity", "use_kernel",
 ]  # fmt: skip

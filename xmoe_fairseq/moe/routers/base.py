@@ -19,6 +19,7 @@ from xmoe_fairseq.moe.expert_order import expert_order, of_rows
 from xmoe_fairseq.moe.finite import check_scores, may_overflow
 from xmoe_fairseq.moe.losses import load_balance_loss, weigh_cheap, z_loss
 from xmoe_fairseq.moe.native.routing import Chosen
+from xmoe_fairseq.moe.recompute import first_scores
 from xmoe_fairseq.moe.routers.balance_flags import BALANCE
 from xmoe_fairseq.moe.routers.registry import Flag, RouterKind
 from xmoe_fairseq.moe.routing import Routing, count
@@ -86,7 +87,7 @@ class Router(TokenRouter):
         """
         may_hold_nan = may_overflow(self, x_TD)  # asks for autocast
         with torch.autocast(device_type=x_TD.device.type, enabled=False):
-            logits_TE = self.score(x_TD)
+            logits_TE = first_scores(self.score(x_TD))
             finite = None if may_hold_nan else check_scores(x_TD, logits_TE)
             chosen = self.chosen(logits_TE)
             return Routing(

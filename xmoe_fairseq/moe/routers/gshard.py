@@ -18,6 +18,7 @@ from xmoe_fairseq.moe.experts.feed_forward import FeedForward
 from xmoe_fairseq.moe.experts.kernels import AUTO, Activation
 from xmoe_fairseq.moe.finite import check_scores, may_overflow
 from xmoe_fairseq.moe.losses import z_loss
+from xmoe_fairseq.moe.recompute import first_scores
 from xmoe_fairseq.moe.routed_layer import RoutedLayer
 from xmoe_fairseq.moe.routers.registry import RouterKind, register_router
 from xmoe_fairseq.moe.routing import Routing
@@ -63,6 +64,7 @@ class GShardLayer(RouterKind, RoutedLayer):
             vars(parameter).pop(
                 "expert", None
             )  # fairscale's mark for DDP to skip it; here all ranks have all
+        self.gshard.gate.wg.register_forward_hook(lambda _, __, logits_SE: first_scores(logits_SE))
 
     @classmethod
     def planned_experts(cls, config: Any) -> tuple[str, float]:
