@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from typing import Any
 
-from xmoe_fairseq_compat.errors import one_line
+from xmoe_fairseq_compat.errors import FlagError, one_line
 from xmoe_fairseq_compat.plugins import models
 from xmoe_fairseq_compat.registry import patch, patch_around, wrap
 from xmoe_fairseq_compat.settings import when_parsed
@@ -90,7 +90,17 @@ def user_dir_may_be_installed(module: Any) -> None:
 
 @patch("fairseq.options")
 def bf16_without_tpu(module: Any) -> None:
-    """Every torch: --bf16 turns --tpu on, and so needs torch_xla also on a CPU or GPU."""
+    """Every torch: --bf16 turns --tpu on, and so needs torch_xla also on a CPU or GPU; beside --fp16 it ends
+    in advice about TPUs."""
+
+    @wrap(module, "parse_args_and_arch")
+    def parse_args_and_arch(plain: Any, parser: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return plain(parser, *args, **kwargs)
+        except ValueError as error:
+            if "--fp16 and --tpu" not in str(error):
+                raise
+            raise FlagError("--fp16 cannot be combined with --bf16 or --tpu: leave one out") from error
 
     def see(namespace: Namespace, parser: Any) -> None:
         if getattr(namespace, "bf16", False) and find_spec("torch_xla") is None:

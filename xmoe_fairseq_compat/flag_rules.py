@@ -117,6 +117,8 @@ RUN: tuple[Rule, ...] = (
         lambda value, given: 0 <= value < max(numbers(given["lr"])),
     ),
     ("model_parallel_size", "must be 1 without Megatron-LM", lambda value, _: value == 1 or has_megatron()),
+    ("bf16 amp", "cannot be combined with --fp16", lambda value, given: not (value and given["fp16"])),
+    ("bf16", "cannot be combined with --amp", lambda value, given: not (value and given["amp"])),
     betas("adam_betas"),
     betas("adamax_betas"),
     betas("lamb_betas"),
