@@ -6,6 +6,9 @@ from typing import Any
 import pytest
 import torch
 from commands import TINY_MT, TRAIN, run
+from distributed import run_ranks
+from fairseq.distributed import fsdp_enable_wrap, fsdp_wrap
+from fairseq.trainer import Trainer
 from parallel_runs import EXACT, MT, configured, put_together, train
 from tolerances import assert_same
 from toy import language_model, translation_model
@@ -13,6 +16,7 @@ from toy import language_model, translation_model
 from xmoe_fairseq.config import MoEConfig, expert_parallel_size
 from xmoe_fairseq.parallel.check import check_optimizer, check_training
 from xmoe_fairseq.trainer import MoETrainer
+from xmoe_fairseq_compat.errors import FlagError
 
 
 @pytest.mark.parametrize("flag, ranks, size", [(1, 4, 1), (-1, 4, 4), (2, 4, 2), (-1, 1, 1)])
@@ -50,6 +54,22 @@ def test_backends_that_nobody_has_tried_with_experts(backend: str) -> None:
     refusal = f"--ddp-backend {backend} cannot be combined with MoE layers: use legacy_ddp or pytorch_ddp"
     with pytest.raises(ValueError, match=refusal):
         MoETrainer(configuration("--ddp-backend", backend), None, translation_model(), None)
+
+
+def test_a_fully_sharded_model_with_experts_is_refused() -> None:
+    """As fairseq-train makes it on GPUs: fairscale's wrapper around all, before there is a trainer."""
+    pytest.importorskip("fairscale")
+    cfg = configuration("--ddp-backend", "fully_sharded")
+
+    def rank() -> str:
+        with fsdp_enable_wrap(cfg.distributed_training):
+            model = fsdp_wrap(translation_model(), compute_device=torch.device("cpu"))
+        with pytest.raises(FlagError) as refused:
+            Trainer(cfg, None, model, None)
+        return str(refused.value)
+
+    (line, _) = run_ranks(2, rank)
+    assert line.startswith("--ddp-backend fully_sharded cannot be combined with MoE layers: use legacy_ddp")
 
 
 REFUSED = [
