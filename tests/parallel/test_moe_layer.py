@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from xmoe_fairseq.moe import CheapExperts, MoELayer, Router, ThresholdRouter, TopKRouter, keep_scores
-from xmoe_fairseq.moe.dispatch.all_to_all import exchange_rows
+from xmoe_fairseq.moe.dispatch.all_to_all import Sizes, exchange_rows
 
 MODEL_DIM, NUM_EXPERTS = 8, 8
 TOKENS = {
@@ -211,7 +211,7 @@ def test_every_rank_takes_part_in_the_backward_exchange(dtype: torch.dtype) -> N
         rank = dist.get_rank()
         send, receive = ([1, 2], [1, 0]) if rank == 0 else ([0, 0], [2, 0])
         rows_RD = torch.arange(6.0, dtype=dtype).view(3, 2)[: sum(send)].requires_grad_(rank == 1)
-        received_RD = exchange_rows(rows_RD, send, receive, dist.group.WORLD)
+        received_RD = exchange_rows(rows_RD, Sizes(send, receive), dist.group.WORLD)
         received_RD.float().sum().backward()
         return received_RD.detach(), rows_RD.grad
 

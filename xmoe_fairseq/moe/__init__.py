@@ -11,6 +11,7 @@ A capital suffix is a tensor's shape: `probs_TE` is (T, E). Without one the shap
     L  layers                                     N  ranks that share out the experts, or any number
     V  token ids                                  B, C  bins of a histogram, and all of its counts
     Z  cheap experts, behind the E                C  also constant ones among these
+    O  rows that went to ranks                    P  pairs that came from ranks
 """
 
 from xmoe_fairseq.moe.balance import step_balance

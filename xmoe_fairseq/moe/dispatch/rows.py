@@ -37,8 +37,7 @@ class ExpertRows:
         """(S, D) `y_s = sum of weight_r * y_r` over the rows r of source s; 0 for a source without rows.
 
         This is what combine means. A kernel ends with it, or does the same while it has the rows at hand
-        (native/experts.cpp). Where rows come from other ranks, theirs have the weight 1
-        here, and the rank whose tokens they are takes the sums when they are back.
+        (native/experts.cpp). What comes back from other ranks are such sums, which then have the weight 1.
 
         Args:
             dtype: of the result; None = that of y and the weights together.
