@@ -46,18 +46,21 @@ for ranks in $counts; do
         >"$folder/$ranks.log" 2>&1 || { tail -5 "$folder/$ranks.log"; exit 1; }
 done
 
-python - "$folder" "$counts" <<'PY'
+PYTHONPATH="$root/scripts" python - "$folder" "$counts" <<'PY'
 import json, sys
-print("ranks  tokens/s  ms/update  MB of rows  floor  MB reduced  % in exchanges  % in reductions")
+from experiments.count_traffic import expected_bytes
+print("ranks  tokens/s  ms/update  MB of rows  choices, counts  model  MB reduced  % in exchanges  % in reductions")
 for ranks in map(int, sys.argv[2].split()):
     run = json.load(open(f"{sys.argv[1]}/{ranks}.json"))
-    sent, seconds, update = run["bytes_sent"], run["seconds"], run["seconds_per_update"]
-    # 4 experts per token x 2 layers, there and back, forward and backward, to other ranks, 128 floats
-    floor = run["tokens_per_update"] * 4 * 2 * 4 * (1 - 1 / ranks) * 128 * 4
-    share = {what: 100 * seconds.get(what, 0) / update for what in ("rows", "reductions")}
+    update = run["seconds_per_update"]
+    sent, seconds = ({"rows": 0, "choices": 0, "counts": 0, "reductions": 0} | run[of] for of in ("bytes_sent", "seconds"))
+    # 2 layers of 16 experts, 4 experts per token, 128 floats
+    model = 2 * sum(expected_bytes(4, 16, ranks, 128, 4, run["tokens_per_update"]).values())
+    exchanges = seconds["rows"] + seconds["choices"] + seconds["counts"]
     print(
         f"{ranks:5}  {ranks * run['tokens_per_update'] / update:8.0f}  {1000 * update:9.1f}"
-        f"  {sent.get('rows', 0) / 1e6:10.2f}  {floor / 1e6:5.2f}  {sent.get('reductions', 0) / 1e6:10.2f}"
-        f"  {share['rows']:14.1f}  {share['reductions']:15.1f}"
+        f"  {sent['rows'] / 1e6:10.2f}  {(sent['choices'] + sent['counts']) / 1e6:15.2f}  {model / 1e6:5.2f}"
+        f"  {sent['reductions'] / 1e6:10.2f}  {100 * exchanges / update:14.1f}"
+        f"  {100 * seconds['reductions'] / update:15.1f}"
     )
 PY
