@@ -123,7 +123,8 @@ class Recomputed(MoELayer):
 
 
 def test_a_recomputation_exchanges_the_same_rows() -> None:
-    """Rows 6 times: there and back, and so again, and their gradients; counts twice."""
+    """Of numbers with a point rows 6 times (there and back, again, and their gradients), and the weights'
+    gradients; of whole ones choices and counts twice."""
     plain_score, counts = Router.score, TOKENS["some ranks without tokens"]
 
     def score(self: Router, x_TD: Tensor) -> Tensor:
@@ -144,11 +145,11 @@ def test_a_recomputation_exchanges_the_same_rows() -> None:
             found = forward_backward(
                 moe, tokens(rank, counts[rank]), torch.full((counts[rank],), float(rank))
             )
-        return {**found, "rows": torch.tensor(made[True]), "counts": torch.tensor(made[False])}
+        return {**found, "floats": torch.tensor(made[True]), "integers": torch.tensor(made[False])}
 
     results = run_ranks(len(counts), ranks)
     for result in results:
-        assert (int(result.pop("rows")), int(result.pop("counts"))) == (6, 2)
+        assert (int(result.pop("floats")), int(result.pop("integers"))) == (7, 4)
     assert_as_one_process(results, counts, layer)
 
 
