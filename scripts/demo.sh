@@ -44,7 +44,8 @@ train() { # MODEL/TASK
     ${updates:+--max-update "$updates" --total-num-update "$updates"}
 }
 
-score() { # MODEL/TASK: translations, perplexity, experts per token
+score() { # MODEL/TASK: translations, perplexity, experts per token; once for a checkpoint, as its seconds are part of it
+  [ ! "$OUT/$1/scores.last.json" -nt "$OUT/$1/checkpoint_last.pt" ] || return 0
   local about=(lm "$OUT/$1" --splits test)
   [ "${1#*/}" = language_model ] || about=(wmt "$OUT/$1" --splits test1 test --generate "--beam 4 --max-tokens 4000")
   experiment score "${about[@]}" --checkpoint last
