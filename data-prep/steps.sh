@@ -143,7 +143,7 @@ begin() { # NAME OUT PACKAGE...: an empty OUT is data/NAME; Python packages that
 
 # MORE_SOURCES and MORE_FILES: arrays of further JSON files with sources, and of files to hash.
 finish_shards() { # SOURCES TASK ABOUT "SETTING=VALUE ..." FILE... -- PACKAGE...: manifest, and what to give fairseq
-  local sources=("$1" ${MORE_SOURCES[@]+"${MORE_SOURCES[@]}"}) task=$2 about=$3 settings=$4 data
+  local sources=("$1" ${MORE_SOURCES[@]+"${MORE_SOURCES[@]}"}) task=$2 about=$3 settings=$4 data name
   local files=(${MORE_FILES[@]+"${MORE_FILES[@]}"})
   shift 4
   while [ "$1" != -- ]; do files+=("$1"); shift; done; shift
@@ -152,6 +152,6 @@ finish_shards() { # SOURCES TASK ABOUT "SETTING=VALUE ..." FILE... -- PACKAGE...
     "$PYTHON" "$PREP/manifest.py" --output "$OUT/manifest.json" --task "$task" --sources "${sources[@]}" \
     --about "$about" --settings "${settings[@]}" --packages "$@" \
     --counts "$C"/*.json --files "${files[@]}" "${BINARY[@]}"
-  data=$(printf ":$OUT/bin%s" "${SHARD_NAMES[@]}")
+  data='' && for name in "${SHARD_NAMES[@]}"; do data+=":$OUT/bin$name"; done
   echo "$STEP_PREFIX ${data#:} is ready after $SECONDS s (steps already done: ${STEPS_SKIPPED:-0})"
 }
