@@ -2,8 +2,8 @@
 
 import argparse
 import sys
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +11,21 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
-from benchmarks.gpu_subjects import PADDED, BatchOfOne, megablocks_layer
+from benchmarks.gpu_subjects import TORCHTITAN, BatchOfOne, megablocks_layer
 from benchmarks.subjects import Floor, output_of, transformers_block
 from benchmarks.tables import write_table
-from benchmarks.timing import add_rounds, forward, forward_backward, in_turn, leaves_of
+from benchmarks.timing import add_rounds, forward, forward_backward, host_waits, in_turn, leaves_of
 from xmoe_fairseq.moe import MoELayer, ThresholdRouter, use_kernel
+from xmoe_fairseq.moe.experts.kernels import AUTO
 from xmoe_fairseq.moe.stats import ffn_flops
 from xmoe_fairseq.tables import markdown
 
 FLOOR, OURS = "two dense products", "XMoE layer"
 AIM = 0.75  # of the dense products' rate
-WAYS = {"grouped products": "grouped", "plain autograd": "plain", "torchtitan's way, padded groups": PADDED}
+WAYS = {"grouped products": "grouped", "plain autograd": "plain", "torchtitan's way": TORCHTITAN}
 Case = argparse.Namespace
 Row = dict[str, Any]
+Subject = tuple[Callable[[], Tensor], list[Tensor]]  # its output, and the tensors that get gradients
 
 
 def tokens(case: Case) -> Tensor:
@@ -38,56 +40,74 @@ def xmoe_layer(case: Case) -> MoELayer:
     return layer.to(case.device, case.dtype)
 
 
-def peers(case: Case) -> dict[str, nn.Module]:
-    sizes = (case.model_dim, case.experts, case.expert_dim, case.per_token)
-    ways = ("grouped", "sparse")
-    found = {f"MegaBlocks, {way}": megablocks_layer(*sizes, case.device, way) for way in ways}
-    for way in ("eager", "grouped_mm"):
-        block = transformers_block(*sizes, way)
-        found[f"transformers Mixtral, {way}"] = block and BatchOfOne(block.to(case.device, case.dtype))
-    return {name: block for name, block in found.items() if block is not None}
-
-
-def subjects(case: Case, x: Tensor) -> Iterator[tuple[str, Callable[[], Tensor], list[Tensor]]]:
-    """Name, output, and the tensors that get gradients."""
-    floor = Floor(case.model_dim, case.expert_dim).to(case.device, case.dtype)
-    rows = torch.randn(case.tokens * case.per_token, case.model_dim).to(x).requires_grad_()
-    yield FLOOR, lambda: floor(rows), leaves_of(floor, rows)
+def subjects(case: Case, x: Tensor) -> dict[str, Callable[[], Subject]]:
+    """Each is made when its turn comes; who lacks something raises."""
     layer = xmoe_layer(case)
-    yield OURS, output_of(layer, x), leaves_of(layer, x)
-    for name, kernel in WAYS.items():
-        yield name, use_kernel(kernel)(output_of(layer, x)), leaves_of(layer, x)
-    for name, block in peers(case).items():
-        yield name, output_of(block, x), leaves_of(block, x)
+
+    def floor() -> Subject:
+        products = Floor(case.model_dim, case.expert_dim).to(case.device, case.dtype)
+        rows = torch.randn(case.tokens * case.per_token, case.model_dim).to(x).requires_grad_()
+        return lambda: products(rows), leaves_of(products, rows)
+
+    def ours(kernel: str) -> Subject:
+        return use_kernel(kernel)(output_of(layer, x)), leaves_of(layer, x)
+
+    def block(make: Callable[..., nn.Module | None], *arguments: Any) -> Subject:
+        if (made := make(*sizes, *arguments)) is None:
+            raise ImportError("is not installed")
+        module = BatchOfOne(made) if make is transformers_block else made
+        module = module.to(case.device, case.dtype)
+        return output_of(module, x), leaves_of(module, x)
+
+    sizes = (case.model_dim, case.experts, case.expert_dim, case.per_token)
+    megablocks = (megablocks_layer, case.device, case.dtype)
+    return {
+        FLOOR: floor,
+        OURS: partial(ours, AUTO),
+        **{name: partial(ours, kernel) for name, kernel in WAYS.items()},
+        **{f"MegaBlocks, {way}": partial(block, *megablocks, way) for way in ("grouped", "sparse")},
+        **{
+            f"transformers Mixtral, {way}": partial(block, transformers_block, way)
+            for way in ("eager", "grouped_mm")
+        },
+    }
 
 
 def against_floor(case: Case) -> Row:
     x = tokens(case)
-    one_way, both_ways, waits = {}, {}, {}
-    for name, output, leaves in subjects(case, x):
-        with torch.no_grad():
-            grad_y = torch.randn_like(output())
-        one_way[name], both_ways[name] = forward(output), forward_backward(output, leaves, grad_y)
-        waits[name] = host_waits(one_way[name]) if x.is_cuda else None
+    one_way, both_ways, waits, failed = {}, {}, {}, {}
+    for name, make in subjects(case, x).items():
+        try:
+            output, leaves = make()
+            with torch.no_grad():
+                grad_y = torch.randn_like(output())
+            passes = forward(output), forward_backward(output, leaves, grad_y)
+            passes[1]()
+        except Exception as error:  # of other people's code, which may not fit what is installed here
+            if name in (FLOOR, OURS):
+                raise
+            failed[name] = reason(error)
+            continue
+        one_way[name], both_ways[name] = passes
+        waits[name] = waits_of(one_way[name]) if x.is_cuda else None
     return {
         "forward": in_turn(one_way, case.rounds, case.calls),
         "forward + backward": in_turn(both_ways, case.rounds, case.calls),
         "host waits in the forward": waits,
+        "failed": failed,
     }
 
 
-def host_waits(run: Callable[[], object]) -> int:
-    """How often the host waited for the GPU, as torch's sync debug mode sees it."""
-    run()
-    before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("warn")
-    try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            run()
-    finally:
-        torch.cuda.set_sync_debug_mode(before)
-    return sum("synchronizing" in str(warning.message) for warning in caught)
+def waits_of(run: Callable[[], object]) -> int:
+    with host_waits() as waited:
+        run()
+    return len(waited)
+
+
+def reason(error: Exception) -> str:
+    """In one line that fits a table's cell."""
+    first = (str(error).strip().splitlines() or [""])[0]
+    return f"{type(error).__name__}: {first}".replace("|", "/")[:120]
 
 
 def routing_compiled(case: Case) -> Row:
@@ -124,6 +144,7 @@ def report(results: dict[str, Any]) -> list[str]:
             f"{3 * results['forward FLOPs'] / both.milliseconds / 1e9:.1f}",
             "not on a GPU" if waits is None else str(waits),
         ])  # fmt: skip
+    rows += [[name, why, *[""] * (len(titles) - 2)] for name, why in results["failed"].items()]
     reached = 1 / results["forward + backward"][OURS].ratio
     last = f"Aim: {AIM:.0%} of the dense products' rate; the layer reaches {reached:.0%}."
     if routing := results.get("router and permutation"):
@@ -146,7 +167,7 @@ def measure(case: Case) -> dict[str, Any]:
 def parse(arguments: list[str] | None) -> Case:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", type=torch.device, default="cuda", help="cpu: to try the script")
-    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
+    parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
     sizes = {"tokens": 16384, "model-dim": 768, "experts": 64, "expert-dim": 384, "per-token": 8}
     for name, size in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=size)

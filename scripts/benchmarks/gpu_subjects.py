@@ -11,38 +11,36 @@ from xmoe_fairseq.moe.experts import Activation, ExpertRows, Stacks, register_ke
 from xmoe_fairseq.moe.experts.plain import expert_sums_plain
 from xmoe_fairseq.moe.experts.products import lacks
 
-PADDED = "padded"
-PADDED_TO = 16  # rows; torchtitan pads an expert's rows to a multiple of 8 (bf16) to 32
+TORCHTITAN = "torchtitan"
 
 
-@register_kernel(PADDED, lacks)
-def expert_sums_padded(
+@register_kernel(TORCHTITAN, lacks)
+def expert_sums_torchtitan(
     x_SD: Tensor, rows: ExpertRows, stacks: Stacks, activation: Activation, dropout: float = 0.0
 ) -> Tensor:
-    """torchtitan's way: rows in the experts' order, each expert's padded with rows of zeros to a multiple.
-
-    The buffer is as large as could be needed, so that the host need not know the counts; its end belongs to
-    the last expert. Padding is read from, and its result added to, a row of zeros past the last source.
+    """As in torchtitan's `LocalTokenDispatcher` and `GroupedExperts` (main of 2026-08-21, b5bcd76), which
+    pads no more: rows are gathered, products of all experts, weights in fp32, a sum by `scatter_add` in x's
+    precision, by torch's deterministic way. Its experts have no biases; these have.
     """
     num_experts, num_rows = rows.counts_E.numel(), rows.source_R.numel()
     if num_rows == 0:  # the product's backward raises without rows
         return expert_sums_plain(x_SD, rows, stacks, activation, dropout)
-    padded_E = (rows.counts_E + PADDED_TO - 1) // PADDED_TO * PADDED_TO
-    size = num_rows + num_experts * (PADDED_TO - 1)
-    ends_E = padded_E.cumsum(0)
-    expert_R = torch.repeat_interleave(rows.counts_E, output_size=num_rows)
-    moved_E = (ends_E - padded_E) - (rows.counts_E.cumsum(0) - rows.counts_E)
-    place_R = torch.arange(num_rows, device=x_SD.device) + moved_E[expert_R]
-    source_P = torch.full((size,), x_SD.size(0), device=x_SD.device).index_copy(0, place_R, rows.source_R)
-    expert_P = torch.full((size,), num_experts - 1, device=x_SD.device).index_copy(0, place_R, expert_R)
-    offsets_E = torch.cat([ends_E[:-1], ends_E.new_full((1,), size)]).to(torch.int32)
-    x_PD = F.pad(x_SD, (0, 0, 0, 1)).index_select(0, source_P)
-    inner_PF = F.grouped_mm(x_PD, stacks.fc1_weight.transpose(1, 2), offs=offsets_E)
-    hidden_PF = activation(inner_PF + stacks.fc1_bias.index_select(0, expert_P))
-    hidden_PF = F.dropout(hidden_PF, dropout, dropout > 0)
-    y_PD = F.grouped_mm(hidden_PF, stacks.fc2_weight.transpose(1, 2), offs=offsets_E)
-    y_RD = y_PD.index_select(0, place_R) + stacks.fc2_bias.index_select(0, expert_R)
-    return rows.weighted_sum(y_RD, x_SD.size(0))
+    offsets_E = rows.counts_E.cumsum(0, dtype=torch.int32)
+    experts_E = torch.arange(num_experts, device=x_SD.device)
+    expert_R = torch.repeat_interleave(experts_E, rows.counts_E, output_size=num_rows)
+    x_RD = x_SD[rows.source_R]
+    inner_RF = F.grouped_mm(x_RD, stacks.fc1_weight.transpose(1, 2), offs=offsets_E)
+    hidden_RF = F.dropout(activation(inner_RF + stacks.fc1_bias[expert_R]), dropout, dropout > 0)
+    y_RD = F.grouped_mm(hidden_RF, stacks.fc2_weight.transpose(1, 2), offs=offsets_E)
+    y_RD = y_RD + stacks.fc2_bias[expert_R]
+    if rows.weight_R is not None:
+        y_RD = (y_RD.float() * rows.weight_R.unsqueeze(1)).to(y_RD.dtype)
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        return torch.zeros_like(x_SD).scatter_add(0, rows.source_R.unsqueeze(1).expand_as(y_RD), y_RD)
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 class BatchOfOne(nn.Module):
@@ -59,25 +57,23 @@ class BatchOfOne(nn.Module):
 
 
 def megablocks_layer(
-    model_dim: int, num_experts: int, expert_dim: int, per_token: int, device: torch.device, way: str
-) -> nn.Module | None:
-    """MegaBlocks' dropless layer, top-k, ReLU; None where it, or what this way needs, is not installed.
+    model_dim: int, num_experts: int, expert_dim: int, per_token: int, device: torch.device,
+    dtype: torch.dtype, way: str,
+) -> nn.Module:  # fmt: skip
+    """MegaBlocks' dropless layer, top-k, ReLU. Raises what it raises where it, or what this way needs, is
+    missing or does not fit the Triton that is there.
 
     Its load-balance losses, which it keeps for the end of a step with their graphs, are dropped.
     """
-    try:
-        from megablocks.layers.arguments import Arguments
-        from megablocks.layers.dmoe import dMoE
-        from megablocks.layers.moe import clear_load_balancing_loss
+    from megablocks.layers.arguments import Arguments
+    from megablocks.layers.dmoe import dMoE
+    from megablocks.layers.moe import clear_load_balancing_loss
 
-        normal = partial(nn.init.normal_, std=model_dim**-0.5)
-        arguments = Arguments(
-            hidden_size=model_dim, ffn_hidden_size=expert_dim, moe_num_experts=num_experts,
-            moe_top_k=per_token, activation_fn=F.relu, mlp_type="mlp", mlp_impl=way, bias=False,
-            return_bias=False, fp16=False, bf16=True, device=device,
-            init_method=normal, output_layer_init_method=normal,
-        )  # fmt: skip
-        layer = dMoE(arguments)
-    except (ImportError, AssertionError, RuntimeError):  # asks for grouped_gemm or stk only when built
-        return None
-    return BatchOfOne(layer.to(device, torch.bfloat16), clear_load_balancing_loss)
+    normal = partial(nn.init.normal_, std=model_dim**-0.5)
+    arguments = Arguments(
+        hidden_size=model_dim, ffn_hidden_size=expert_dim, moe_num_experts=num_experts,
+        moe_top_k=per_token, activation_fn=F.relu, mlp_type="mlp", mlp_impl=way, bias=False,
+        return_bias=False, fp16=dtype == torch.float16, bf16=dtype == torch.bfloat16, device=device,
+        init_method=normal, output_layer_init_method=normal,
+    )  # fmt: skip
+    return BatchOfOne(dMoE(arguments).to(device, dtype), clear_load_balancing_loss)

@@ -5,8 +5,10 @@ import platform
 import re
 import statistics
 import time
+import warnings
 from argparse import ArgumentParser, ArgumentTypeError
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,6 +71,23 @@ def _summary(times: list[float], first: list[float]) -> Timing:
     ratios = [mine / base for mine, base in zip(times, first, strict=True)]
     low, middle, high = statistics.quantiles(ratios, n=4)
     return Timing(1000 * statistics.median(times), middle, low, high)
+
+
+@contextmanager
+def host_waits() -> Iterator[list[str]]:
+    """Collects a text for each time that the host waits for the GPU inside the `with` block, as torch's debug
+    mode for that sees it."""
+    waited: list[str] = []
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            yield waited
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+    texts = [str(warning.message) for warning in caught]
+    waited += [text for text in texts if "called a synchronizing" in text]
 
 
 def finish_device() -> None:
