@@ -76,7 +76,7 @@ def script(name: str, *arguments: object, succeeds: bool = True, **env: str) -> 
     return result.stdout
 
 
-def run_as_torchrun(ranks: int, tool: str, *arguments: object) -> str:
+def run_as_torchrun(ranks: int, tool: str, *arguments: object, succeeds: bool = True) -> str:
     """As `run`, on ranks that find one another by torchrun's variables; what rank after rank printed."""
     from torch.distributed import TCPStore
 
@@ -86,7 +86,7 @@ def run_as_torchrun(ranks: int, tool: str, *arguments: object) -> str:
         "TORCHELASTIC_USE_AGENT_STORE": "True",
     }  # fmt: skip
     each = [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
-    return "".join(_run_forks(tool, arguments, each, True, ""))
+    return "".join(_run_forks(tool, arguments, each, succeeds, ""))
 
 
 def run_anew(tool: str, *arguments: object) -> str:

@@ -9,6 +9,7 @@ import hypothesis  # noqa: E402
 import pytest  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parent))  # tests share reference.py, toy.py and commands.py
+sys.path.insert(1, str(Path(__file__).parents[1] / "scripts"))  # experiments, benchmarks and gpu_check
 
 from commands import THREADS, write_corpus  # noqa: E402
 

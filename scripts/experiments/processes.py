@@ -2,6 +2,7 @@
 
 import signal
 import subprocess
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,11 +26,14 @@ def _pass_on(*_: object) -> None:
         raise SystemExit(TERMINATED)
 
 
-def run(words: Sequence[str], each_line: Callable[[str], None] | None = None, **options: Any) -> int:
+def run(
+    words: Sequence[str], each_line: Callable[[str], None] | None = None, deadline: float = 0, **options: Any
+) -> int:
     """The exit status of a command, from any thread.
 
     Args:
         each_line: gets what it prints, stderr too; None = as the options of subprocess.Popen say.
+        deadline: seconds after which it is terminated; 0 = none.
 
     Raises:
         SystemExit: it was ended because this process is to end.
@@ -40,7 +44,10 @@ def run(words: Sequence[str], each_line: Callable[[str], None] | None = None, **
         raise SystemExit(TERMINATED)
     with subprocess.Popen(words, text=True, **options) as process:
         _running.add(process)
+        timer = threading.Timer(deadline, process.terminate)
         try:
+            if deadline:
+                timer.start()
             if _ends:  # meanwhile
                 process.terminate()
             if each_line and process.stdout:
@@ -48,6 +55,7 @@ def run(words: Sequence[str], each_line: Callable[[str], None] | None = None, **
                     each_line(line)
             process.wait()
         finally:
+            timer.cancel()
             process.terminate()  # nothing, unless an exception got here
             _running.discard(process)
     if _ends:

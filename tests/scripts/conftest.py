@@ -10,8 +10,6 @@ from typing import TextIO
 import pytest
 from commands import run as command
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))  # experiments and benchmarks
-
 
 @pytest.fixture(scope="module")
 def mt_data(corpus: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -31,7 +31,7 @@ class Dispatched(TorchDispatchMode):
     that are kept for a backward pass beside those of `known` tensors."""
 
     def __init__(self, *known: Tensor) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.waits: Counter[str] = Counter()
         self.kernels: Counter[str] = Counter()
         self.refused: Counter[str] = Counter()
@@ -55,10 +55,10 @@ class Dispatched(TorchDispatchMode):
     def __enter__(self) -> "Dispatched":
         for context in self._inside:
             context.__enter__()
-        return super().__enter__()  # type: ignore[no-any-return]
+        return super().__enter__()  # type: ignore[no-untyped-call]
 
     def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
         for context in reversed(self._inside):
             context.__exit__(*error)
 
