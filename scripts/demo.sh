@@ -5,6 +5,7 @@
 #   bash scripts/demo.sh              about 7 minutes after set-up on 2 cores
 #   bash scripts/demo.sh --compare    the same for top-k routing, too; about 4 minutes more
 #   OUT=folder                        where runs and results go; default: runs/demo. A second call resumes.
+#   MT_UPDATES=n LM_UPDATES=n         fewer updates, for a quick look; the models then learn less
 #
 # The models are those of the presets `demo` (scripts/experiments/presets), without validation. It ends in one table, one
 # sentence, a picture, and a page to look inside. Expected: README.md, "Five minutes".
@@ -13,6 +14,7 @@ XMOE=xmoe-s4-normalized
 case ${1:-} in
   "") MODELS="dense $XMOE" ;;
   --compare) MODELS="dense $XMOE topk-s4-normalized" ;;
+  -h | --help) sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"; exit ;;
   *) echo "usage: bash scripts/demo.sh [--compare], got $1" >&2; exit 2 ;;
 esac
 
@@ -36,7 +38,7 @@ failed() { # WHAT LOG
 
 train() { # MODEL/TASK
   local model=${1%/*} run=$OUT/$1 about updates
-  case $1 in # MT_UPDATES=n LM_UPDATES=n: fewer for a quick look; the models then learn less
+  case $1 in
     */translation) about=(wmt demo "$model" "$MT_DATA") updates=${MT_UPDATES:-} ;;
     *) about=(lm demo "$model" "$LM_DATA") updates=${LM_UPDATES:-} ;;
   esac

@@ -19,7 +19,7 @@ from experiments import processes, train
 from experiments.catalogue import LanguageModelPreset
 from experiments.own_text import tell_shell
 from experiments.plan import Plan
-from experiments.results import lines, parameters, read_json, write_json
+from experiments.results import lines, parameters, read, read_json, write_json
 from xmoe_fairseq_compat.errors import UserError
 
 # Choices. The best checkpoint is kept, so a few passes too many cost time alone.
@@ -106,7 +106,10 @@ def flags_for(plan: Plan, updates: int) -> dict[str, int]:
         return {}
     length = {"max-update": updates} | ({"total-num-update": updates} if "total-num-update" in flags else {})
     scaled = ("warmup-updates", "save-interval-updates", "log-interval") if updates < own else ()
-    return length | {name: max(1, int(flags[name]) * updates // own) for name in scaled}
+    shorter = {name: max(1, int(flags[name]) * updates // own) for name in scaled}
+    if interval := shorter.get("save-interval-updates"):
+        shorter["validate-interval-updates"] = interval
+    return length | shorter
 
 
 def seconds_of(plan: Plan, text: Text, timing: dict[str, float], updates: int, interval: int) -> float:
@@ -121,9 +124,11 @@ def seconds_of(plan: Plan, text: Text, timing: dict[str, float], updates: int, i
 
 
 def done(run: Path) -> int:
-    """Updates in the last checkpoint."""
-    found = [re.fullmatch(r"checkpoint_\d+_(\d+)\.pt", path.name) for path in run.glob("checkpoint_*.pt")]
-    return max((int(one[1]) for one in found if one), default=0)
+    """Updates in the last checkpoint, as the log says."""
+    if not (run / "checkpoint_last.pt").exists() or not (run / "train.log").exists():
+        return 0
+    saved = re.findall(r"Saved checkpoint .* \(epoch \d+ @ (\d+) updates", read(run / "train.log"))
+    return int(saved[-1]) if saved else 0
 
 
 def tell(plan: Plan, data: Path, timing: dict[str, float], run: Path, asked: int | None) -> None:
@@ -138,11 +143,12 @@ def tell(plan: Plan, data: Path, timing: dict[str, float], run: Path, asked: int
     going_on = f", going on after {before:,}" if before else ""
     speed = f"{timing['updates']} updates took {timing['update']:.3f} s each just now"
     times = f"the text {updates * each / tokens:.1f} times"
+    lasts = f"about {minutes} with scores, as {speed}; after a stop the same command goes on"
     for line in (
         f"text: {text.about()}",
         f"model: {plan.lines()[0]}; {timing['parameters']:,} parameters",
         f"training: {updates:,} updates{going_on} of at most {each:,} tokens, {times} (--updates N: others)",
-        f"about {minutes} with scores, as {speed}; after a stop the same command goes on",
+        lasts if before < updates else "trained already; what is scored is not scored again",
     ):
         print(f"[run] {line}", flush=True)
     words = [word for name, value in flags.items() for word in (f"--{name}", value)]

@@ -15,7 +15,7 @@ from experiments.catalogue import LanguageModelPreset, TranslationPreset
 from experiments.compare import FLOPS, load
 from experiments.evaluation import hypotheses
 from experiments.plan import Plan
-from experiments.results import lines, publish, read_run
+from experiments.results import lines, publish, read_json, read_run
 from experiments.train import ROOT, languages
 from xmoe_fairseq.tables import markdown
 
@@ -23,6 +23,8 @@ from xmoe_fairseq.tables import markdown
 COLUMNS = {"wmt": {"test BLEU": 1, "test chrF++": 1}, "lm": {"test ppl": 2, "test ppl/word": 2}}
 COST = {"experts/token": 2, FLOPS: 2, "training seconds": 0}
 FEW = 100  # pairs: below, BLEU of the same model differs by many points from set to set
+FEW_WORDS = 2000
+MISSED = 0.1  # share of a budget, by which the experts per token may differ from it unsaid
 
 
 def row(run: Path, columns: dict[str, int]) -> list[str]:
@@ -43,6 +45,21 @@ def example(run: Path, data: Path) -> str:
         f"{few if len(translated) < FEW else ''}\n    source       {text[source][middle]}\n"
         f"    reference    {text[target][middle]}\n    translation  {translated[middle]}\n"
     )
+
+
+def remarks(run: Path, target: Any) -> str:
+    """What the numbers of a run do not say by themselves."""
+    values, said = load(run, "best").values, []
+    words = read_json(run / "scores.best.json")["splits"]["test"].get("words", FEW_WORDS)
+    if words < FEW_WORDS:
+        said.append(f"The test set has {words:,} words; of so few a perplexity says little.")
+    taken = values["experts/token"]
+    if target and abs(taken - target) > MISSED * target:
+        said.append(
+            f"The budget is {target:g} experts per token; on the test set the best checkpoint takes"
+            f" {taken:.2f}: thresholds settle in some hundred updates, and other text takes other numbers."
+        )
+    return "".join(f"\n{line}\n" for line in said)
 
 
 def commands(run: Path, data: Path, plan: Plan) -> str:
@@ -85,7 +102,8 @@ def main() -> None:
     runs = [path.parent for path in sorted(out.glob("*/scores.best.json"))]
     columns = COLUMNS[plan.task] | COST
     titles, rows = ["model", *columns], [row(each, columns) for each in runs]
-    shown = example(run, data) if plan.task == "wmt" else ""
+    shown = remarks(run, plan.method.flags.get("moe-target-experts-per-token"))
+    shown += example(run, data) if plan.task == "wmt" else ""
     content = [dict(zip(titles, cells, strict=True)) for cells in rows]
     publish(out / "report", markdown(titles, rows) + shown, content)
     print("\n" + commands(run, data, plan), end="")

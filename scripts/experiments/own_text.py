@@ -150,6 +150,8 @@ def main() -> None:
     if {"-h", "--help"} & {*words}:
         parser.print_help()
         return
+    if words and words[-1].startswith("-") and words[-1].partition("=")[0] not in parser.format_help():
+        parser.parse_args(["OUT", *words])  # says which flag there is none of
     if not words or words[-1].startswith("-"):
         parser.error("the last word must be OUT, a folder for the results (--help explains the flags)")
     args = parser.parse_args([words[-1], *words[:-1]])

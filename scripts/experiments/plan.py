@@ -125,6 +125,10 @@ class Plan:
         size, method = self.size, self.method
         flags = catalogue.task_flags(self.task) | size.flags | {"update-freq": self.update_freq}
         flags |= {"cpu": True, "num-workers": 0} if size.cpu else {"bf16": True}
+        if interval := flags.get(
+            "save-interval-updates"
+        ):  # else fairseq leaves it out at the end of an epoch
+            flags["validate-interval-updates"] = interval
         if method.kind == "wide":
             flags[("encoder" if self.task == "wmt" else "decoder") + "-ffn-embed-dim"] = self.ffn_dim
         if not self.is_dense:

@@ -106,6 +106,7 @@ def test_fairseq_takes_the_flags(task: str, preset: str) -> None:
             assert (config.moe_threshold, max_experts_per_token(config)) == (t, 0)
             assert config.moe_threshold_rule == named_rule(name)
         assert (args.encoder_ffn_embed_dim if task == "wmt" else args.decoder_ffn_embed_dim) == plan.ffn_dim
+        assert args.validate_interval_updates == args.save_interval_updates
         rows = args.max_tokens if task == "wmt" else args.batch_size * args.tokens_per_sample
         assert rows * args.update_freq[0] == plan.size.update_tokens
 

@@ -14,7 +14,7 @@ sys.path.insert(0, str(REPO / "tests/data_prep"))  # prep_scripts
 
 from prep_scripts import PREPROCESS
 
-from experiments import estimate, own_text
+from experiments import estimate, own_report, own_text
 from experiments.plan import Plan
 
 # Stands in for what takes minutes: the timing, the training and the scores. The rest is real.
@@ -105,6 +105,7 @@ def test_translation(environment: dict[str, str], text: tuple[Path, Path], tmp_p
         for language in ("en", "de"):
             assert "\u00a0" not in (out / f"data/text/{split}.{language}").read_text("utf-8")
     assert json.loads((out / "data/counts/bpe-test.json").read_text())["unknown"] == 0
+    assert "The budget is 2 experts per token" not in printed
     report = (out / "report.md").read_text("utf-8")
     assert report.startswith(
         "| model | test BLEU | test chrF++ | experts/token | MoE FLOPs / dense FFN | training seconds |\n"
@@ -222,6 +223,7 @@ def test_the_help_and_text_that_is_wrong(environment: dict[str, str], tmp_path: 
     said = run(environment, "wmt/run.sh", "--help")
     assert said.startswith("usage: bash scripts/wmt/run.sh --source FILE") and "xmoe-s4-budget-prob" in said
     assert "must be OUT, a folder" in run(environment, "lm/run.sh", "--text", succeeds=False)
+    assert "unrecognized arguments: --hlep" in run(environment, "lm/run.sh", "--hlep", succeeds=False)
     en, out = write(tmp_path / "a.en", ["one", "two", "three"]), tmp_path / "out"
     for content, why in (
         (b"eins\n", "a.de has 1 lines, but"),
@@ -235,6 +237,39 @@ def test_the_help_and_text_that_is_wrong(environment: dict[str, str], tmp_path: 
         assert why in failed and failed.count("\n") == 4  # what is begun, the step, the line, how to go on
 
 
+@pytest.mark.parametrize(
+    ("experts", "words", "remarks"),
+    [
+        (1.95, 5000, ()),
+        (1.3, 5000, ("budget is 2 experts",)),
+        (2.5, 110, ("110 words", "budget is 2 experts")),
+    ],
+)
+def test_what_numbers_do_not_say(
+    experts: float, words: int, remarks: tuple[str, ...], tmp_path: Path
+) -> None:
+    about = {"task": "lm", "preset": "tiny", "model": "dense", "data": "", "seed": 1, "flags": []}
+    side = {"encoder": {"experts": experts, "flops": 0.5}}
+    test = {"perplexity": 9.0, "perplexity_per_word": 99.0, "words": words, "routing": side}
+    (tmp_path / "run.json").write_text(json.dumps(about))
+    (tmp_path / "scores.best.json").write_text(json.dumps({"splits": {"test": test}}))
+    (tmp_path / "train.log").touch()
+    said = own_report.remarks(tmp_path, 2)
+    assert said.count("\n") == 2 * len(remarks) and all(remark in said for remark in remarks)
+
+
+def test_how_many_updates_are_done(tmp_path: Path) -> None:
+    """A run that was stopped has one checkpoint, without a number in its name."""
+    log = [
+        f"| Saved checkpoint {tmp_path}/checkpoint_last.pt (epoch 2 @ {n} updates, score None)"
+        for n in (9, 120)
+    ]
+    write(tmp_path / "train.log", log)
+    assert estimate.done(tmp_path) == 0  # it has been removed
+    (tmp_path / "checkpoint_last.pt").touch()
+    assert estimate.done(tmp_path) == 120
+
+
 def test_how_many_updates(monkeypatch: pytest.MonkeyPatch) -> None:
     tiny, paper = Plan("wmt", "tiny", "xmoe-s4"), Plan("wmt", "paper", "xmoe-s4", 1)
     assert [estimate.updates_of(tiny, tokens, None) for tokens in (10, 6000, 10**7)] == [1, 200, 1800]
@@ -242,7 +277,7 @@ def test_how_many_updates(monkeypatch: pytest.MonkeyPatch) -> None:
     assert estimate.updates_of(paper, 2**20 * 50, None) == 500  # its ten epochs
     assert estimate.flags_for(tiny, 200) == {
         "max-update": 200, "total-num-update": 200, "warmup-updates": 22, "save-interval-updates": 55,
-        "log-interval": 2,
+        "log-interval": 2, "validate-interval-updates": 55,
     }  # fmt: skip
     assert estimate.flags_for(tiny, 1800) == {}
     assert estimate.flags_for(tiny, 4000) == {"max-update": 4000, "total-num-update": 4000}

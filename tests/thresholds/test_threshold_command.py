@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,9 @@ def test_budget(checkpoint: Path, data: Path, pick: Any, capsys: pytest.CaptureF
     printed = capsys.readouterr().out
     output = checkpoint.with_name("checkpoint_last.picked.pt")
     assert "| as it is |" in printed and "| chosen |" in printed and f"written: {output}, " in printed
+    assert re.search(
+        r"\nchosen: 0\.\d\d of the dense FFN's FLOPs \(as it is: \d\.\d\d\), .*perplexity", printed
+    )
     state = torch.load(output, weights_only=True)
     assert state["cfg"]["model"]["moe_target_experts_per_token"] == 0
     assert not any("budget" in name for name in state["model"]) and not state["last_optimizer_state"]

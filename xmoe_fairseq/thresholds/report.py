@@ -65,6 +65,16 @@ def table(report: Report) -> str:
     return markdown(titles, rows)
 
 
+def verdict(report: Report) -> str:
+    """What the first row, which was chosen, costs and saves."""
+    before, (name, after) = report.reference, next(iter(report.rows.items()))
+    return (
+        f"{name}: {after.flops:.2f} of the dense FFN's FLOPs ({report.name}: {before.flops:.2f}),"
+        f" {time_ratio(after, report):.2f} times its FFNs' time here, perplexity {after.perplexity:.2f}"
+        f" ({before.perplexity:.2f})"
+    )
+
+
 def time_ratio(quality: Quality, report: Report) -> float:
     return quality.ffn_seconds / max(report.reference.ffn_seconds, 1e-12)
 
@@ -77,10 +87,10 @@ def write_report(path: Path, report: Report) -> None:
     """
     settings = "\n".join(f"- {key}: {value}" for key, value in report.about.items())
     markdown_file, json_file, plot_file = files = report_paths(path)
-    write_atomically(markdown_file, f"# {path.name}\n\n{settings}\n\n{table(report)}")
+    write_atomically(markdown_file, f"# {path.name}\n\n{settings}\n\n{table(report)}\n{verdict(report)}\n")
     write_json(json_file, report)
     write_atomically(plot_file, lambda file: plot(file, report))
-    print(f"{table(report)}written: " + ", ".join(map(str, [path, *files])))
+    print(f"{table(report)}{verdict(report)}\nwritten: " + ", ".join(map(str, [path, *files])))
 
 
 def write_json(path: Path, report: Report) -> None:
