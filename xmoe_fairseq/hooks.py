@@ -6,6 +6,7 @@ from typing import Any
 from xmoe_fairseq.cost import meter_of
 from xmoe_fairseq.criterions.routing_log import SHOWN, SIDES
 from xmoe_fairseq.moe.experts.kernels import AUTO
+from xmoe_fairseq.moe.records import check_finite
 from xmoe_fairseq.moe.routers.registry import RouterKind, flags_of_routers, registered_routers
 from xmoe_fairseq.moe.routers.threshold_flags import DEFAULT_BUDGET, FIXED_RULE
 from xmoe_fairseq.parallel.shards import join_shards
@@ -88,5 +89,6 @@ plugins.shaping.append(
     "|balance|target_.*)"
 )
 plugins.meters.append(meter_of)
+plugins.checks.append(check_finite)
 plugins.unshown.append(f"moe_(?!({'|'.join(SIDES)})_({'|'.join(SHOWN)})$).*")
 plugins.brief = True

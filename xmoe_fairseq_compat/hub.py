@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from xmoe_fairseq_compat import plugins
 from xmoe_fairseq_compat.errors import FlagError
 from xmoe_fairseq_compat.override_rules import did_you_mean
 from xmoe_fairseq_compat.registry import patch, wrap
@@ -45,3 +46,23 @@ def refuse_settings_of_nothing(module: Any) -> None:
                 "print_alignment='soft' cannot be printed: leave out verbose, read hypo['alignment']"
             )
         return plain(self, tokens, beam, verbose, *args, **kwargs)
+
+
+@patch("fairseq.hub_utils")
+def check_before_a_result_is_used(module: Any) -> None:
+    """Every torch: what a model learns late (a GPU's host of a NaN) is asked for by no one in translate()."""
+
+    @wrap(module.GeneratorHubInterface, "generate")
+    def generate(plain: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            found = plain(self, *args, **kwargs)
+        except AssertionError:  # as a search of what is not finite ends
+            check(self.models)
+            raise
+        check(self.models)
+        return found
+
+    def check(models: Any) -> None:
+        for each in plugins.checks:
+            for model in models:
+                each(model)

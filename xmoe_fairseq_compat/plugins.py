@@ -28,6 +28,8 @@ shaping: list[str] = []
 # Each gets a model that a command has opened to evaluate it, the checkpoint's path and what overrides its
 # configuration; and gives a `Meter`, or None.
 meters: list[Callable[[Any, str, dict[str, Any]], Meter | None]] = []
+# Each gets a model of which somebody is about to use the result, and raises what was wrong with it.
+checks: list[Callable[[Any], None]] = []
 # Regular expressions: statistics that are logged, but not shown to people (--log-format simple, tqdm).
 unshown: list[str] = []
 # Whether the configuration goes to a file, and one line of the log says to which.

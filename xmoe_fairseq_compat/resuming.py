@@ -138,6 +138,14 @@ def say_why_a_checkpoint_does_not_fit(module: Any) -> None:
                 f"it was trained with the {what.lower()} {saved}, this run has {here}; add --reset-optimizer"
                 " to go on with the new one, or give another --save-dir",
             ) from None
+        except ValueError as error:
+            if "parameter group" not in str(error):
+                raise
+            raise CheckpointError(
+                filename,
+                "its optimizer's state is of other groups of parameters (--fp16 has one, --bf16 has many);"
+                " add --reset-optimizer to go on with a new one, or give another --save-dir",
+            ) from None
         except Exception as error:
             cause: Any = error.__context__
             if isinstance(error, UserError) or "Cannot load model parameters" not in str(error):

@@ -9,8 +9,9 @@ from fairseq.dataclass.configs import GenerationConfig
 from fairseq.hub_utils import GeneratorHubInterface, from_pretrained
 from omegaconf import OmegaConf
 
+from xmoe_fairseq_compat import plugins
 from xmoe_fairseq_compat.errors import FlagError
-from xmoe_fairseq_compat.hub import refuse_settings_of_nothing
+from xmoe_fairseq_compat.hub import check_before_a_result_is_used, refuse_settings_of_nothing
 
 
 @pytest.mark.parametrize(
@@ -51,6 +52,32 @@ def test_settings_that_are_known_pass() -> None:
             hub, [], 3, lenpen=2.0, keep_inference_langtok=True, skip_invalid_size_inputs=True
         )
     assert error.value.args == (2.0, 3, True)
+
+
+def test_a_model_is_asked_before_its_translation_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    def check(model: str) -> None:
+        if model == "bad":
+            raise FloatingPointError(model)
+
+    def generate(self: Any, error: type[Exception] | None) -> str:
+        if error:
+            raise error
+        return "translation"
+
+    monkeypatch.setattr(plugins, "checks", [check])
+    kind = type("Hub", (), {"generate": generate, "models": ["good"]})
+    check_before_a_result_is_used(SimpleNamespace(GeneratorHubInterface=kind))
+    hub: Any = kind()
+    assert hub.generate(None) == "translation"
+    for error in (AssertionError, LookupError):
+        with pytest.raises(error):
+            hub.generate(error)
+    hub.models = ["good", "bad"]
+    for error in (None, AssertionError):
+        with pytest.raises(FloatingPointError):
+            hub.generate(error)
+    with pytest.raises(LookupError):
+        hub.generate(LookupError)
 
 
 def test_arguments_by_place_reach_the_search() -> None:

@@ -94,7 +94,16 @@ def test_an_overflow_in_fp16_training_is_the_loss_scalers() -> None:
         check_finite(layer)
 
 
-def test_padding_is_looked_for_once_in_a_mask() -> None:
+def test_a_mask_that_changes_without_its_version_is_looked_at_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(finite, "can_read", lambda tensor: tensor.is_cpu)
+    mask_T = torch.zeros(3, dtype=torch.bool)
+    assert real_tokens(mask_T).tolist() == [0, 1, 2]
+    mask_T.numpy()[0] = True
+    assert real_tokens(mask_T).tolist() == [1, 2]
+
+
+def test_padding_is_looked_for_once_in_a_gpus_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(finite, "can_read", lambda tensor: False)
     mask_BL = torch.tensor([[False, True, False], [True, False, False]])
     found = real_tokens(mask_BL)
     assert found.tolist() == [0, 2, 4, 5] and real_tokens(mask_BL) is found

@@ -106,6 +106,20 @@ def compare_apart(
         assert_same(whole, expected, scale=1.0, dtype=dtype, terms=terms, what=name)
 
 
+def test_a_gradient_that_one_rank_alone_wants() -> None:
+    """All take part in the exchange, or it would wait for them."""
+
+    def ranks() -> bool:
+        torch.manual_seed(3)
+        layer = MoELayer(8, 5, 6, TopKRouter(*SIZES, 3), expert_parallel_group=dist.group.WORLD)
+        layer.requires_grad_(False)
+        x_TD = torch.randn(4, MODEL_DIM, requires_grad=dist.get_rank() == 1)
+        layer(x_TD)[0].sum().backward()
+        return x_TD.grad is not None
+
+    assert run_ranks(3, ranks) == [False, True, False]
+
+
 @pytest.mark.parametrize("router", ROUTERS)
 def test_every_router_sends_what_it_chose(router: str) -> None:
     compare_apart(lambda group: MoELayer(8, 5, 6, ROUTERS[router](), expert_parallel_group=group))

@@ -32,7 +32,7 @@ class AllChoices(Balance):
     """
 
     def loss(self, probs_TE: Tensor, rows_E: Tensor) -> Tensor:
-        return share_loss(probs_TE, rows_E / rows_E.sum().clamp(min=1))
+        return share_loss(probs_TE, rows_E.to(probs_TE.dtype) / rows_E.sum().clamp(min=1))
 
 
 class CountsRows(Steered, Balance):

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from xmoe_fairseq.moe import finite
 from xmoe_fairseq.moe.routing import Routing
 from xmoe_fairseq.moe.stats import RoutingStats, RowCounts, ffn_flops, ffn_parameters
 
@@ -125,7 +126,10 @@ def real_tokens(padding_mask: Tensor) -> Tensor:
     """(T,) places of the tokens that are no padding, in row-major order.
 
     A GPU's host waits for their number. A model gives one mask to all its layers, of which the first waits.
+    On a CPU each looks: there other libraries may write into a tensor, which its version does not tell.
     """
+    if finite.can_read(padding_mask):
+        return _look_for_tokens(padding_mask)
     mask = padding_mask if padding_mask._base is None else padding_mask._base
     # Tensors of the inference mode have no version, and are of no use outside.
     if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or mask.is_inference():

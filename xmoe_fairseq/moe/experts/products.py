@@ -25,7 +25,8 @@ class Groups(NamedTuple):
         """The host waits for the counts where torch's grouped product needs what the call has not."""
         counts_E, num_rows = call.rows.counts_E, call.rows.source_R.numel()
         ends_E = counts_E.cumsum(0, dtype=torch.int32)
-        if not num_rows:  # torch's product for gradients of weights raises
+        # torch's product for gradients of weights raises; compiled code cannot ask
+        if not torch.compiler.is_compiling() and not num_rows:
             return cls(ends_E, [0] * counts_E.numel())
         needed = lacks(call)
         if needed and not torch.compiler.is_compiling():
