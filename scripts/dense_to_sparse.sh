@@ -40,6 +40,6 @@ for checkpoint in "$dense" "$out"/*.pt; do
   tag=$(basename "$checkpoint" .pt)
   # shellcheck disable=SC2086
   [[ $out/dense/scores.${tag#checkpoint_}.json -nt $checkpoint ]] ||
-    experiment score "$task" "$out/dense" --checkpoint "$checkpoint" --splits $splits "${search[@]}"
+    experiment score "$task" "$out/dense" --checkpoint "$checkpoint" --splits $splits --no-page "${search[@]}"
 done
 experiment compare_conversions "$out"/*.json

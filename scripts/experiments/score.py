@@ -152,6 +152,7 @@ def main() -> None:
     which.add_argument("--checkpoint", default="best", help="best, last or a file (default: best)")
     parser.add_argument("--splits", nargs="+", default=[], metavar="SPLIT", help="default: all but train")
     parser.add_argument("--generate", default="", metavar="FLAGS", help="of fairseq-generate, as one word")
+    parser.add_argument("--no-page", action="store_true", help="leave out RUN/explain.TAG.html")
     args = parser.parse_args()
     if args.generate and args.task == "lm":
         parser.error("--generate goes with translation")
@@ -165,7 +166,7 @@ def main() -> None:
         print(f"[score] {split}: {numbers}")
     print(f"[score] {path}")
     split, values = next(iter(scores["splits"].items()))
-    if values["routing"]:  # it has experts
+    if values["routing"] and not args.no_page:  # it has experts
         write_page(run.checkpoint, str(run.data), split, run.run / f"explain.{run.tag}.html")
 
 
