@@ -12,7 +12,7 @@ from tolerances import about, assert_same
 from torch import Tensor, nn
 
 from xmoe_fairseq.moe import MoELayer, Router, ThresholdRouter, TopKRouter, step_balance, step_budgets
-from xmoe_fairseq.moe.balance import BALANCES, STEP
+from xmoe_fairseq.moe.balance import BALANCES, STEP, AllChoices
 from xmoe_fairseq.moe.steered import MANY
 
 # Probabilities of three tokens, which take two experts each: 0 and 1; 0 and 1; 2 and 0.
@@ -42,6 +42,12 @@ def test_losses_by_hand() -> None:
     assert_same(router.balancing.share_E, torch.tensor([4, 4, 2]) / 10)
     expected = 3 * (14 / 30 * 0.4 + 7 / 30 * 0.4 + 9 / 30 * 0.2)
     assert router(logits_TE).load_balance_loss.item() == about(expected)
+
+
+def test_shares_are_as_precise_as_probabilities() -> None:
+    probs_TE, rows_E = torch.rand(9, 3, dtype=torch.float64), torch.tensor([1, 1, 1])
+    loss = AllChoices().loss(probs_TE, rows_E)
+    assert abs(loss - probs_TE.mean(0).sum()) < 1e-14  # 3 times a third, of which fp32 has fewer digits
 
 
 def test_bias_by_hand() -> None:

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from xmoe_fairseq.moe import Experts, MoELayer, TopKRouter, use_kernel
+from xmoe_fairseq.moe import Experts, MoELayer, ThresholdRouter, TopKRouter, use_kernel
 from xmoe_fairseq.moe.dispatch.gather_sum import BySource
 from xmoe_fairseq.moe.experts import Call, ExpertRows, Stacks, grouped, products
 from xmoe_fairseq.moe.experts.kernels import KernelError, choose_kernel, expert_sums
@@ -388,3 +388,13 @@ def test_it_does_not_break_a_compiled_graph() -> None:
     with use_kernel("grouped"):
         y_SD = compiled(call.x_SD, *vars(call.rows).values())
         assert_same(y_SD, experts(call.x_SD, call.rows))
+
+
+def test_a_layer_that_chooses_by_threshold_compiles_whole() -> None:
+    """How many rows there are is then no number that could be asked for."""
+    torch._dynamo.reset()
+    layer = MoELayer(8, 8, 4, ThresholdRouter(8, 4, 0.6), kernel="grouped", activation="gelu")
+    compiled = torch.compile(layer, backend="aot_eager", dynamic=True)
+    x_TD = torch.randn(12, 8)
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        assert_same(compiled(x_TD)[0], layer(x_TD)[0])

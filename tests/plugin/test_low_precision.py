@@ -109,3 +109,11 @@ def test_amp_trains_the_same_with_a_scaler(
     assert_same(live["weights"], off["weights"])
     for norm, expected in zip(live["norms"], exact["norms"], strict=True):
         assert norm.item() == pytest.approx(expected.item(), rel=0.02)
+
+
+def test_a_run_in_bf16_does_not_go_on_in_fp16(corpus: tuple[Path, Path], tmp_path: Path) -> None:
+    flags = (corpus[1], *PLUGIN, *LM, *TRAIN, "--save-dir", tmp_path, "--max-update")
+    run("fairseq-train", *flags, 1, "--bf16")
+    refused = run("fairseq-train", *flags, 2, "--fp16", succeeds=False)
+    assert "its optimizer's state is of other groups of parameters" in refused.strip().splitlines()[-1]
+    assert "add --reset-optimizer" in refused and "Traceback" not in refused

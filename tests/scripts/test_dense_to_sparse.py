@@ -26,6 +26,7 @@ def test_trains_converts_and_scores(task: str, request: pytest.FixtureRequest, t
         assert f"| random | 8 | one for all layers | {ways[updates]} |" in said
     scores = {path.name: json.loads(path.read_text()) for path in (out / "dense").glob("scores.*.json")}
     assert {*scores} == {f"scores.{tag}.json" for tag in ("last", "random-0", f"random-{tuning}")}
+    assert not [*out.rglob("explain*")]  # a page for each takes longer than its scores
     for found in scores.values():
         assert {*found["splits"]} == {"test"}
         if task == "lm":  # 3 updates are next to nothing: about as many as there are words to choose from
