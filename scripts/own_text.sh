@@ -7,7 +7,7 @@
 . "$(dirname "${BASH_SOURCE[0]}")/cpu_environment.sh"
 
 experiment() { # MODULE ARGUMENT...
-  python "$root/scripts/run.py" "experiments.$1" "${@:2}"
+  RUN_AS=run.sh python "$root/scripts/run.py" "experiments.$1" "${@:2}"
 }
 
 settings_from() { # MODULE ARGUMENT...: sets the variables that it writes to descriptor 3; what it prints is shown

@@ -225,6 +225,8 @@ def test_the_help_and_text_that_is_wrong(environment: dict[str, str], tmp_path: 
     assert "must be OUT, a folder" in run(environment, "lm/run.sh", "--text", succeeds=False)
     assert "unrecognized arguments: --hlep" in run(environment, "lm/run.sh", "--hlep", succeeds=False)
     en, out = write(tmp_path / "a.en", ["one", "two", "three"]), tmp_path / "out"
+    refused = run(environment, "lm/run.sh", "--text", en, "--updates", "0", out, succeeds=False)
+    assert refused.startswith("run.sh: --updates must be at least 1")
     for content, why in (
         (b"eins\n", "a.de has 1 lines, but"),
         (b"", "a.de: file is empty"),
