@@ -3,7 +3,8 @@
     bash scripts/wmt|lm/train.sh PRESET MODEL DATA RUN [FLAGS OF fairseq-train ...]
 
 DATA is a folder of data-prep (bin/, further shards bin1/ ..., text/). FLAGS take the place of the preset's.
-The same command again resumes. GPUS=n: processes (default: those there are); SEED=1.
+The same command again resumes. GPUS=n: processes (default: those there are); SEED=1. With --dry-run among FLAGS
+nothing is trained or written: parameters, FLOPs, memory of a GPU and hours are told; DATA need not be there.
 """
 
 import argparse
@@ -23,6 +24,7 @@ from xmoe_fairseq_compat.errors import FlagError
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
+TRAINER, DRY_RUN = str(BIN / "fairseq-train"), "--dry-run"
 
 
 def languages(binarised: Path) -> tuple[str, str]:
@@ -43,8 +45,23 @@ def shards(data: Path, task: str) -> str:
     return with_further_shards(first, data)
 
 
-def command(plan: Plan, data: Path, run: Path, seed: int, more: list[str]) -> list[str]:
-    trainer = [str(BIN / "fairseq-train")]
+def inputs(plan: Plan, data: Path) -> list[str]:
+    """Where fairseq finds the text; for translation, between which languages."""
+    if plan.task == "lm":
+        return [shards(data, "lm")]
+    source, target = languages(data / "bin")
+    return [shards(data, "wmt"), "--source-lang", source, "--target-lang", target]
+
+
+def command(
+    plan: Plan, data: Path, run: Path, seed: int, more: list[str], dry_run: bool = False
+) -> list[str]:
+    """
+    Args:
+        dry_run: DATA need not be there.
+    """
+    text = [str(data)] if dry_run and not (data / "bin").exists() else inputs(plan, data)
+    trainer = [TRAINER]
     if plan.gpus > 1:
         trainer = [str(BIN / "torchrun"), "--standalone", "--nproc_per_node", str(plan.gpus), *trainer]
     elif not plan.size.cpu:
@@ -52,10 +69,7 @@ def command(plan: Plan, data: Path, run: Path, seed: int, more: list[str]) -> li
     common = ["--log-format", "json", "--seed", str(seed), "--save-dir", str(run)]
     if plan.size.experts:
         common += ["--user-dir", str(ROOT / "xmoe_fairseq")]
-    if plan.task == "wmt":
-        source, target = languages(data / "bin")
-        common += ["--source-lang", source, "--target-lang", target]
-    return [*trainer, shards(data, plan.task), *common, *plan.flags(more)]
+    return [*trainer, *text, *common, *plan.flags(more)]
 
 
 def describe(plan: Plan, data: Path, seed: int, flags: list[str], words: list[str]) -> dict[str, Any]:
@@ -114,7 +128,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("model")
     parser.add_argument("data", type=Path, help="folder of data-prep")
     parser.add_argument("run", type=Path, help="folder for checkpoints and logs")
-    flags = parser.add_argument("flags", nargs=argparse.REMAINDER, help="further flags of fairseq-train")
+    further = "further flags of fairseq-train; --dry-run: count and tell, train nothing"
+    flags = parser.add_argument("flags", nargs=argparse.REMAINDER, help=further)
     flags.required = False  # or "the following arguments are required" names it
     return parser.parse_args()
 
@@ -125,6 +140,13 @@ def main() -> None:
     if not plan.size.cpu:
         plan = Plan(args.task, args.preset, args.model, gpus())
     data, run = args.data.resolve(), args.run.resolve()
+    if DRY_RUN in args.flags:
+        from experiments.dry_run import tell  # fairseq takes seconds
+
+        flags = [word for word in args.flags if word != DRY_RUN]
+        words = command(plan, data, run, seed, flags, dry_run=True)
+        tell(plan, words[words.index(TRAINER) + 1 :], data, flags)
+        return
     words = command(plan, data, run, seed, args.flags)
     note(run, describe(plan, data, seed, args.flags, words))
     for line in [*plan.lines(args.flags), shlex.join(words)]:

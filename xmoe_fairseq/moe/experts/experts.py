@@ -73,6 +73,8 @@ class Experts(nn.Module):
         Args:
             std: draw weights from N(0, std^2) instead, and set biases to 0.
         """
+        if self.fc1_weight.is_meta:  # nothing to draw into
+            return
         base_seed = int(torch.randint(2**62, (1,), device="cpu"))
         bounds = [1 / math.sqrt(w.size(-1)) for w in (self.fc1_weight, self.fc2_weight)]
         with torch.no_grad():

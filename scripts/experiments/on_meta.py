@@ -1,0 +1,235 @@
+"""A model built by fairseq as a command would build it, on torch's meta device, and one update of it counted.
+
+Nothing is computed and no memory is used: tensors there have shapes alone. What a host would read is taken to
+be 0 (no padding), and instead of a choice, which depends on numbers, each token takes k experts.
+"""
+
+import weakref
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from fairseq.optim import build_optimizer
+from fairseq.optim.fp16_optimizer import FP16Optimizer, MemoryEfficientFP16Optimizer
+from torch import Tensor, nn
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from gpu_check.budgets import as_on_a_gpu
+from xmoe_fairseq.moe import MoELayer, Router, Routing, moe_layers, use_kernel
+from xmoe_fairseq.moe.cheap import CheapExperts
+from xmoe_fairseq.moe.dispatch.local import LocalDispatcher
+from xmoe_fairseq.moe.expert_order import of_rows
+from xmoe_fairseq.moe.losses import load_balance_loss, z_loss
+
+aten = torch.ops.aten
+META = torch.device("meta")
+
+
+@dataclass(frozen=True)
+class Counted:
+    """Of one rank."""
+
+    parameters: Counter[str]
+    flops: Counter[str]  # of a forward pass, by operation: "grouped" are the experts' products
+    states: int  # bytes of weights, gradients and optimizer
+    peak: int  # bytes beside them, at most
+
+
+class Live(TorchDispatchMode):
+    """Bytes of the tensors that are made inside the `with` block and are still there, and at most were."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now = self.peak = 0
+        self.known: set[int] = set()
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if op is aten._local_scalar_dense.default and args[0].is_meta:
+            return torch.zeros((), dtype=args[0].dtype, device="cpu").numpy().item()
+        made = op(*args, **kwargs or {})
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, Tensor) and tensor.is_meta:
+                self._add(tensor.untyped_storage())
+        return made
+
+    def _add(self, storage: Any) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self.known:
+            self.known.add(key)
+            self.now += size
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._drop, key, size)
+
+    def _drop(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.now -= size
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, dropout: float = 0.0, causal: bool = False
+) -> Tensor:
+    """As on a GPU: no scores are kept. (On the meta device torch would take the plain way.)"""
+    if mask is not None:
+        mask = mask.expand(*q.shape[:3], k.size(2))
+    return aten._scaled_dot_product_efficient_attention(q, k, v, mask, True, dropout, causal)[0]  # type: ignore
+
+
+def drop_out(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    """As on a GPU: a mask of bytes is kept."""
+    return torch.native_dropout(x, p, True)[0] if training and p else x
+
+
+def take_evenly(per_token: float, layer: MoELayer, x_TD: Tensor, ids_T: Tensor | None) -> Routing:
+    """In the place of `MoELayer.route`: so many rows, whose experts and tokens are not known."""
+    router, num_tokens = layer.router, x_TD.size(0)
+    rows = round(per_token * num_tokens)
+    scores = router.score if isinstance(router, Router) else _no_scores(router.num_experts)
+    logits_TE = scores(x_TD)
+    probs_TE = torch.softmax(logits_TE, dim=-1)
+    token_R, expert_R, rank_R = (x_TD.new_zeros(rows, dtype=torch.long) for _ in range(3))
+    return Routing(
+        token_R=token_R, expert_R=expert_R, rank_R=rank_R, weight_R=of_rows(probs_TE, token_R, expert_R),
+        probs_TE=probs_TE, rows_wanted=rows,
+        load_balance_of=partial(load_balance_loss, probs_TE, token_R.new_zeros(num_tokens)),
+        z_loss_of=partial(z_loss, logits_TE),
+        in_order=(expert_R, token_R.new_zeros(layer.experts.fc1_weight.size(0))),  # those held here
+        num_cheap=layer.num_cheap,
+    )  # fmt: skip
+
+
+def _no_scores(num_experts: int) -> Any:
+    return lambda x_TD: x_TD.new_zeros(x_TD.size(0), num_experts, dtype=torch.float32)
+
+
+def leave_cheap(cheap: CheapExperts, routing: Routing) -> tuple[Routing, Tensor]:
+    return routing, routing.probs_TE[:, routing.num_experts :]
+
+
+def grouped_flops(a: Any, b: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+    """Of all experts together: the rows are shared out among them."""
+    rows, inner = (a[0], a[1] * b[-1]) if len(b) == 3 else (a[1], a[0] * b[1])
+    return int(2 * rows * inner)
+
+
+@contextmanager
+def without_numbers(per_token: float) -> Iterator[None]:
+    """What the meta device lacks, and what would depend on numbers."""
+    with ExitStack() as stack:
+        for place, stand_in in {
+            "torch.autocast": lambda *_, **__: nullcontext(),  # it knows no such device
+            "torch.is_autocast_enabled": lambda *_: False,
+            "torch.nn.functional.scaled_dot_product_attention": attend,
+            "torch.nn.functional.dropout": drop_out,
+            "xmoe_fairseq.moe.experts.grouped._keep": lambda inner_RF, dropout, _: (
+                torch.empty_like(inner_RF, dtype=torch.bool) if dropout else None
+            ),
+        }.items():
+            stack.enter_context(patch(place, stand_in))
+        route = partial(take_evenly, per_token)
+        stack.enter_context(patch.object(MoELayer, "route", lambda self, x, ids: route(self, x, ids)))
+        stack.enter_context(patch.object(MoELayer, "limit", lambda self, routing: routing))
+        stack.enter_context(patch.object(CheapExperts, "take_out", leave_cheap))
+        stack.enter_context(as_on_a_gpu())
+        stack.enter_context(use_kernel("grouped"))
+        yield
+
+
+@contextmanager
+def ranks(number: int) -> Iterator[None]:
+    """As the first of so many, which are not there."""
+    if number > 1:
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=number)
+    try:
+        yield
+    finally:
+        if number > 1:
+            dist.destroy_process_group()
+
+
+def build(cfg: Any, task: Any) -> tuple[nn.Module, nn.Module]:
+    """Model and criterion, in the precision in which they are trained."""
+    with META:
+        model, criterion = task.build_model(cfg.model), task.build_criterion(cfg.criterion)
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = None if buffer is None else buffer.to(META)
+        if isinstance(module, MoELayer):
+            module.dispatcher = LocalDispatcher()  # on average as many rows arrive as leave
+    if dtype := half(cfg.common):
+        model, criterion = model.to(dtype), criterion.to(dtype)
+    return model.train(), criterion.train()
+
+
+def half(common: Any) -> torch.dtype | None:
+    if common.bf16 or common.memory_efficient_bf16:
+        return torch.bfloat16
+    return torch.float16 if common.fp16 or common.memory_efficient_fp16 else None
+
+
+def optimizer_of(cfg: Any, parameters: list[nn.Parameter]) -> Any:
+    """As fairseq's trainer makes it."""
+    if half(cfg.common) is None:
+        return build_optimizer(cfg.optimizer, parameters)
+    efficient = cfg.common.memory_efficient_bf16 or cfg.common.memory_efficient_fp16
+    kind = MemoryEfficientFP16Optimizer if efficient else FP16Optimizer
+    return kind.build_optimizer(cfg, parameters)
+
+
+def by_part(model: nn.Module) -> Counter[str]:
+    """Parameters, each tensor once."""
+    found: Counter[str] = Counter()
+    experts = {id(p) for layer in moe_layers(model) for p in layer.expert_parameters()}
+    for name, parameter in model.named_parameters():
+        found["experts" if id(parameter) in experts else part_of(name)] += parameter.numel()
+    return found
+
+
+def part_of(name: str) -> str:
+    *path, module, last = name.split(".")
+    if last.startswith(("in_proj_", "out_proj_", "fc1_", "fc2_")):
+        return "unused copies"
+    for part, names in {
+        "routers": ("router.", ".gate."), "beside experts": (".moe.",), "norms": ("norm",),
+        "embeddings": ("embed_", "output_projection"), "attention": ("_attn.",),
+    }.items():  # fmt: skip
+        if any(each in name for each in names):
+            return part
+    return "dense FFNs"
+
+
+def batch(task: str, sentences: int, length: int) -> dict[str, Any]:
+    """A batch as the task's criterion takes it, without padding."""
+    tokens = torch.zeros(sentences, length, dtype=torch.long, device=META)
+    inputs = {"src_tokens": tokens, "src_lengths": tokens[:, 0]}
+    if task == "wmt":
+        inputs["prev_output_tokens"] = tokens.clone()
+    count = sentences * length
+    return {"net_input": inputs, "target": tokens.clone(), "ntokens": count, "nsentences": sentences}
+
+
+def count(cfg: Any, task: Any, sample: dict[str, Any], per_token: float) -> Counted:
+    """One update."""
+    counter = FlopCounterMode(display=False, custom_mapping={aten._grouped_mm: grouped_flops})
+    with without_numbers(per_token), Live() as live:
+        model, criterion = build(cfg, task)
+        optimizer = optimizer_of(cfg, [p for p in model.parameters() if p.requires_grad])
+        live.peak, before = live.now, live.now
+        with counter:
+            loss = criterion(model, sample)[0]
+        optimizer.backward(loss)
+        del loss
+        peak = live.peak - before
+        optimizer.step()
+        states = live.now
+    flops = {str(op): n for op, n in counter.get_flop_counts()["Global"].items()}
+    return Counted(by_part(model), Counter(flops), states, peak)
