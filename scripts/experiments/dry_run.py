@@ -1,175 +1,16 @@
-"""What a training would be, without training: parameters, FLOPs, memory of a GPU, hours.
+"""train.sh --dry-run: tells what a training would be, instead of training.
 
-The model is built as the command would build it, but on torch's meta device, and one update is counted there
-(`on_meta.py`). What is counted must be what arithmetic gives (`arithmetic.py`), or the command ends with status
-1. DATA need not be there: then the sizes are the paper's. Nothing is written.
-
-UTILISATION=0.3: share of a GPU's peak that an update reaches; nobody has measured it.
+If what is counted is not what arithmetic gives, the command ends with status 1. DATA need not be there: then
+the sizes are the paper's. Nothing is written. UTILISATION=0.3: share of a GPU's peak that an update reaches;
+nobody has measured it.
 """
 
-import os
-from argparse import Namespace
-from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
-from math import inf
 from pathlib import Path
-from typing import Any
 
-from fairseq import tasks
-from fairseq.data import Dictionary
-from fairseq.dataclass.utils import convert_namespace_to_omegaconf
-
-from experiments import arithmetic
-from experiments.arithmetic import Shape
-from experiments.on_meta import Counted, batch, count, ranks
+from experiments.costs import PEAKS, Found, find, utilisation
 from experiments.plan import Plan
-from experiments.shapes import SPECIAL, Text, check_known, experts_of, parse, shape_of
-from xmoe_fairseq_compat.errors import FlagError, UserError
 
-PEAKS = {"A100": 312e12, "H100": 989e12}  # FLOP/s: bf16 products of dense matrices, by NVIDIA's data sheets
-MEMORY = 80e9  # bytes of either
-BESIDE = 1.5e9  # bytes of CUDA's context, NCCL's buffers and the products' work space: assumed
-BUCKET = 2**28  # numbers: fairseq's legacy_ddp
-TOLERANCE = 0.05  # of kept bytes, between counted and arithmetic, which leaves small tensors out
-
-
-class Differs(UserError):
-    """What a model has is not what arithmetic says."""
-
-
-@dataclass(frozen=True)
-class Found:
-    """Of one rank."""
-
-    plan: Plan
-    text: Text
-    shape: Shape
-    experts: tuple[float, float]  # routed ones of a token, at least and at most
-    parameters: Counter[str]
-    memory: dict[str, float]  # bytes
-    batches: float  # of the training, on all GPUs
-
-    @property
-    def tokens(self) -> int:
-        """Of one side of a batch."""
-        return self.shape.tokens(self.shape.stacks[-1])
-
-    def flops(self, per_token: float) -> Counter[str]:
-        """Forward, of a batch."""
-        return arithmetic.flops(self.shape, per_token)
-
-    def total_flops(self, per_token: float) -> float:
-        """Of the training on all GPUs: the backward pass costs twice the forward pass."""
-        return 3 * self.flops(per_token).total() * self.batches
-
-    def gpu_hours(self, gpu: str) -> tuple[float, float]:
-        """With the least and the most experts: of all GPUs together, however many share them."""
-        least, most = (self.total_flops(k) / (PEAKS[gpu] * utilisation()) / 3600 for k in self.experts)
-        return least, most
-
-    def gflops(self) -> tuple[tuple[float, float], tuple[float, float]]:
-        """Forward, of a token: all, and MoE layers."""
-        pairs = []
-        for k in self.experts:
-            flops = self.flops(k)
-            moe = sum(flops[part] for part in ("routers", "experts", "beside experts"))
-            pairs.append((flops.total() / self.tokens / 1e9, moe / self.tokens / 1e9))
-        (least, least_moe), (most, most_moe) = pairs
-        return (least, most), (least_moe, most_moe)
-
-    @property
-    def gigabytes(self) -> float:
-        return sum(self.memory.values()) / 1e9
-
-
-def utilisation() -> float:
-    """Raises FlagError."""
-    text = os.environ.get("UTILISATION", "0.3")
-    try:
-        share = float(text)
-    except ValueError:
-        share = 0.0
-    if not 0 < share <= 1:
-        raise FlagError(f"UTILISATION must be above 0 and at most 1, got {text}")
-    return share
-
-
-def find(plan: Plan, words: list[str], data: Path) -> Found:
-    """
-    Args:
-        words: behind fairseq-train.
-
-    Raises:
-        FlagError: a flag that the arithmetic does not know.
-        Differs: see above.
-    """
-    text, args = Text.of(plan.task, data), parse(words)
-    check_known(args)
-    shape = shape_of(plan, args, text)
-    experts = experts_of(shape, args)
-    cfg = convert_namespace_to_omegaconf(args)
-    sample = batch(plan.task, shape.sentences, shape.stacks[-1].length)
-    with ranks(plan.gpus if shape.held < shape.experts else 1):
-        counted = count(cfg, task_of(plan, cfg, text), sample, experts[1])
-    compare(shape, experts[1], counted)
-    memory = memory_of(plan, args, shape, experts[1], counted)
-    return Found(plan, text, shape, experts, counted.parameters, memory, batches_of(plan, args, shape, text))
-
-
-def task_of(plan: Plan, cfg: Any, text: Text) -> Any:
-    """With dictionaries of the size."""
-    entries = Dictionary()
-    for number in range(text.dictionary - SPECIAL):
-        entries.add_symbol(f"piece{number}")
-    kind = tasks.TASK_REGISTRY[cfg.task._name]
-    return kind(cfg.task, entries, entries)
-
-
-def compare(shape: Shape, per_token: float, counted: Counted) -> None:
-    """Raises Differs."""
-    flops = arithmetic.flops(shape, per_token)
-    same("parameters", arithmetic.parameters(shape), counted.parameters)
-    columns = arithmetic.bias_columns(shape, per_token)
-    grouped = counted.flops["aten._grouped_mm"]
-    routed = {"experts": grouped - columns, "everything else": counted.flops.total() - grouped}
-    expected = {"experts": flops["experts"], "everything else": flops.total() - flops["experts"]}
-    same("FLOPs", expected, routed)
-    states = shape.precision.states(arithmetic.parameters(shape))
-    kept = arithmetic.activations(shape, per_token) + arithmetic.logits(shape)
-    for what, worked_out, found in (("states", states, counted.states), ("activations", kept, counted.peak)):
-        if abs(found / worked_out - 1) > TOLERANCE:
-            raise Differs(f"memory of {what} must be {worked_out:,} bytes by arithmetic, counted {found:,}")
-
-
-def same(what: str, expected: Mapping[str, int], counted: Mapping[str, int]) -> None:
-    for part in [*expected, *(counted.keys() - expected.keys())]:
-        worked_out, found = expected.get(part, 0), counted.get(part, 0)
-        if worked_out != found:
-            raise Differs(f"{what} of {part} must be {worked_out:,} by arithmetic, counted {found:,}")
-
-
-def memory_of(
-    plan: Plan, args: Namespace, shape: Shape, per_token: float, counted: Counted
-) -> dict[str, float]:
-    """Bytes of a GPU. What goes over a network is by arithmetic alone: there is none here."""
-    width, numbers = shape.itemsize, counted.parameters.total()
-    logits = arithmetic.logits(shape)
-    found = {"states": counted.states, "activations": counted.peak - logits, "logits": logits}
-    if plan.gpus > 1:
-        reduced = numbers if args.ddp_backend == "pytorch_ddp" else min(BUCKET, numbers)
-        found["buckets"] = width * reduced
-    if shape.held < shape.experts:
-        reached = arithmetic.ranks_of_a_token(shape.experts // shape.held, shape.experts, per_token)
-        rows = sum(stack.moe_layers * shape.tokens(stack) * stack.model_dim for stack in shape.stacks)
-        found["rows from other ranks"] = reached * rows * width
-    return found | {"beside": BESIDE}
-
-
-def batches_of(plan: Plan, args: Namespace, shape: Shape, text: Text) -> float:
-    """Of the whole training, whichever of updates and epochs ends it."""
-    by_epochs = (args.max_epoch or inf) * text.epoch / shape.tokens(shape.stacks[-1])
-    return min(by_epochs, (args.max_update or inf) * plan.gpus * args.update_freq[0])
+MEMORY = 80e9  # bytes of a GPU of PEAKS
 
 
 def between(pair: tuple[float, float], digits: int = 0) -> str:
@@ -188,7 +29,7 @@ def fitting(found: Found) -> str:
     parts = [n for n in range(2, shape.sentences + 1) if shape.sentences % n == 0]
     fits = next((n for n in parts if shape.sentences / n * each <= room), 0)
     if not fits:
-        return "does not fit into 80 GB: not a single sentence would; more GPUs with --moe-expert-parallel-size"
+        return "does not fit into 80 GB, nor would a single sentence: --moe-expert-parallel-size on more GPUs"
     sentences = shape.sentences // fits
     flag = f"--batch-size {sentences}" if plan.task == "lm" else f"--max-tokens {found.tokens // fits}"
     return f"does not fit into 80 GB: {flag} --update-freq {plan.update_freq * fits} would, and is as good"
@@ -196,23 +37,19 @@ def fitting(found: Found) -> str:
 
 def lines(found: Found) -> list[str]:
     """What `tell` prints."""
-    plan, text, total = found.plan, found.text, found.parameters.total()
+    plan, total = found.plan, found.parameters.total()
     parts = ", ".join(f"{part} {number:,}" for part, number in found.parameters.items())
     all_, moe = (between(pair, 3) for pair in found.gflops())
     of_moe = f", of which MoE layers {moe}; routed experts per token {between(found.experts, 1)}"
-    tokens, share = found.batches * found.tokens, utilisation()
-    hours = [f"{gpu} {between(found.gpu_hours(gpu), 1)}" for gpu in PEAKS]
-    on = f"on {plan.gpus} of them " + ", ".join(
-        between(tuple(h / plan.gpus for h in found.gpu_hours(gpu)), 1) for gpu in PEAKS  # type: ignore[arg-type]
-    )
+    hours = ", ".join(f"{gpu} {between(found.gpu_hours(gpu), 1)}" for gpu in PEAKS)
     memory = ", ".join(f"{part} {size / 1e9:.2f}" for part, size in found.memory.items())
-    sentences, length = found.shape.sentences, found.shape.stacks[-1].length
+    batch = f"{found.shape.sentences:,} x {found.shape.stacks[-1].length:,} tokens"
     return [
-        f"text: {text.about(plan.task)}; a batch is {sentences:,} x {length:,} tokens",
+        f"text: {found.text.about(plan.task)}; a batch is {batch}",
         f"parameters on a rank: {total:,} ({parts})",
         f"FLOPs, forward, of a token: {all_} G" + (of_moe if found.shape.held else ""),
-        f"training: {tokens / 1e9:,.3f} G tokens; GPU hours at {share:g} of the peak (assumed): "
-        f"{', '.join(hours)}; {on}",
+        f"training: {found.batches * found.tokens / 1e9:,.3f} G tokens; GPU hours, to be divided by the "
+        f"number of GPUs, at {utilisation():g} of the peak (assumed): {hours}",
         f"memory of a {'process' if plan.size.cpu else 'GPU'}, GB: {found.gigabytes:.1f} ({memory})",
         *filter(None, [fitting(found)]),
     ]

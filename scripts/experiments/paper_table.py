@@ -1,14 +1,15 @@
 """The paper's trainings, each counted as by --dry-run: parameters, FLOPs, memory of a GPU, hours.
 
-    bash scripts/paper_table.sh          (a test says when docs/paper_runs.md, which has the table, must have it anew)
+    bash scripts/paper_table.sh          (a test says when docs/paper_runs.md must have its tables anew)
 
 UTILISATION=0.3, as for --dry-run.
 """
 
 from pathlib import Path
 
-from experiments import dry_run
-from experiments.dry_run import PEAKS, Found, between
+from experiments import costs
+from experiments.costs import PEAKS, Found
+from experiments.dry_run import between
 from experiments.plan import Plan
 from xmoe_fairseq.tables import markdown
 
@@ -27,20 +28,19 @@ def titles() -> list[str]:
 
 def row(model: str, found: Found) -> list[str]:
     all_, moe = (between(pair, 3) for pair in found.gflops())
-    has_experts = bool(found.shape.held)
     hours = [
         between((least / gpus, most / gpus), 1)
         for least, most in map(found.gpu_hours, PEAKS)
         for gpus in GPUS
     ]
-    experts = between(found.experts) if has_experts else "-"
-    parameters = f"{found.parameters.total() / 1e6:.1f}"
-    return [f"`{model}`", parameters, experts, all_, moe if has_experts else "-", f"{found.gigabytes:.1f}", *hours]
+    experts, moe = (between(found.experts), moe) if found.shape.held else ("-", "-")
+    parameters, memory = f"{found.parameters.total() / 1e6:.1f}", f"{found.gigabytes:.1f}"
+    return [f"`{model}`", parameters, experts, all_, moe, memory, *hours]
 
 
 def find(task: str, model: str) -> Found:
     plan = Plan(task, "paper", model, GPUS[-1])
-    return dry_run.find(plan, ["data", *plan.flags()], Path("no data"))
+    return costs.find(plan, ["data", *plan.flags()], Path("no data"))
 
 
 def table(task: str) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 from fairseq import options
 
 import xmoe_fairseq  # noqa: F401  (registers the models)
-from experiments.arithmetic import PRECISIONS, Shape, Stack
+from experiments.dimensions import PRECISIONS, Shape, Stack
 from experiments.estimate import Text as Counts
 from experiments.plan import Plan
 from experiments.results import lines
@@ -68,11 +68,13 @@ def parse(words: list[str]) -> Namespace:
 def check_known(args: Namespace) -> None:
     """Raises FlagError: what the arithmetic does not know."""
     given = {name: getattr(args, name) for name in UNKNOWN if getattr(args, name, None)}
-    given |= {name: getattr(args, name) for name in WIDTHS if getattr(args, name, args.decoder_embed_dim) != args.decoder_embed_dim}
+    width = args.decoder_embed_dim
+    given |= {name: getattr(args, name) for name in WIDTHS if getattr(args, name, width) != width}
     given |= {"optimizer": args.optimizer} if args.optimizer != "adam" else {}
     given |= {"moe_router": "gshard"} if getattr(args, "moe_router", "") == "gshard" else {}
     for name, value in given.items():
-        raise FlagError(f"{flag(name)} {value} cannot be combined with --dry-run, whose arithmetic knows no such model")
+        why = "cannot be combined with --dry-run, whose arithmetic knows no such model"
+        raise FlagError(f"{flag(name)} {value} {why}")
 
 
 def precision(args: Namespace) -> str:
@@ -90,7 +92,8 @@ def stack_of(args: Namespace, moe: MoEConfig | None, side: str, length: int) -> 
         layers=own("layers"), model_dim=width, ffn_dim=own("ffn_embed_dim"), heads=own("attention_heads"),
         length=length, memory_dim=args.encoder_embed_dim if attends else 0, unused=side == "encoder",
         prenorm=bool(own("normalize_before")) and not getattr(args, "no_decoder_final_norm", False),
-        moe_freq=moe.moe_freq if moe and moe.has_experts(side) else 0, embedding_norm=bool(getattr(args, "layernorm_embedding", False)),
+        moe_freq=moe.moe_freq if moe and moe.has_experts(side) else 0,
+        embedding_norm=bool(getattr(args, "layernorm_embedding", False)),
         learned_positions=length and own("learned_pos", False) and args.max_target_positions + 2,
     )  # fmt: skip
 
@@ -109,7 +112,8 @@ def shape_of(plan: Plan, args: Namespace, text: Text) -> Shape:
         "sentences": max(1, min([*most, *([args.batch_size] if args.batch_size else [])])),
         "embeddings": 1 + (not shared) + (not tied),
         "relu": args.activation_fn == "relu",
-        "dropout": args.dropout, "activation_dropout": getattr(args, "activation_dropout", 0) or getattr(args, "relu_dropout", 0),
+        "dropout": args.dropout,
+        "activation_dropout": getattr(args, "activation_dropout", 0) or getattr(args, "relu_dropout", 0),
         "precision": PRECISIONS[precision(args)],
     }  # fmt: skip
     if moe is None or not any(stack.moe_layers for stack in stacks):

@@ -3,8 +3,9 @@
     bash scripts/wmt|lm/train.sh PRESET MODEL DATA RUN [FLAGS OF fairseq-train ...]
 
 DATA is a folder of data-prep (bin/, further shards bin1/ ..., text/). FLAGS take the place of the preset's.
-The same command again resumes. GPUS=n: processes (default: those there are); SEED=1. With --dry-run among FLAGS
-nothing is trained or written: parameters, FLOPs, memory of a GPU and hours are told; DATA need not be there.
+The same command again resumes. GPUS=n: processes (default: those there are); SEED=1. With --dry-run among
+FLAGS nothing is trained or written: parameters, FLOPs, memory of a GPU and hours are told; DATA need not be
+there.
 """
 
 import argparse

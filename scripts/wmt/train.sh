@@ -3,6 +3,7 @@
 #
 #   bash scripts/wmt/train.sh PRESET MODEL DATA RUN [further flags of fairseq-train]
 #   bash scripts/wmt/train.sh --help     all presets and models (scripts/experiments: presets, models.toml)
+#   bash scripts/wmt/train.sh PRESET MODEL DATA RUN --dry-run     what it would take: GB, FLOPs, hours; trains nothing
 #   GPUS=n SEED=1        processes (default: the GPUs there are); fewer GPUs take more batches per update
 #
 # DATA is a folder of data-prep, e.g. data/mt-sample; RUN one for checkpoints, run.json, train.log. The
