@@ -26,7 +26,8 @@ def attention(stack: Stack, source_dim: int) -> int:
 
 def parameters(shape: Shape) -> Parts:
     """Numbers that a rank holds."""
-    found: Parts = Counter(embeddings=shape.embeddings * shape.vocabulary * shape.stacks[-1].model_dim)
+    found: Parts = Counter(embeddings=shape.embeddings * shape.vocabulary * shape.embedding_dim)
+    found["embeddings"] += projections(shape)
     for stack in shape.stacks:
         width, moe = stack.model_dim, stack.moe_layers
         own, dense = attention(stack, width), ffn(width, stack.ffn_dim)
@@ -43,6 +44,12 @@ def parameters(shape: Shape) -> Parts:
         found["routers"] += moe * router_parameters(shape, width)
         found["beside experts"] += moe * beside_experts(shape, stack)
     return +found
+
+
+def projections(shape: Shape) -> int:
+    """From embeddings of another width, and back."""
+    width, wanted = shape.embedding_dim, shape.stacks[-1].model_dim
+    return 2 * width * wanted if width != wanted else 0
 
 
 def router_parameters(shape: Shape, width: int) -> int:
@@ -79,7 +86,8 @@ def flops(shape: Shape, per_token: float) -> Parts:
             shape.shared_experts * inner + 6 * width * shape.constant_experts
         )
     last = shape.stacks[-1]
-    found["output layer"] = 2 * last.model_dim * shape.vocabulary * shape.tokens(last)
+    output = shape.embedding_dim * shape.vocabulary + projections(shape)
+    found["output layer"] = 2 * output * shape.tokens(last)
     return +found
 
 

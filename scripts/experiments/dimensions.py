@@ -62,7 +62,8 @@ class Shape:
 
     stacks: tuple[Stack, ...]
     vocabulary: int
-    embeddings: int  # matrices of V x D, an output layer among them unless it is shared
+    embeddings: int  # matrices of V x embedding_dim, an output layer among them unless it is shared
+    embedding_dim: int  # where it is not D, products come between
     sentences: int
     experts: int = 0
     split: int = 1

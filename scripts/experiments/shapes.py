@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from fairseq import options
+from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+from omegaconf import OmegaConf
 
 import xmoe_fairseq  # noqa: F401  (registers the models)
 from experiments.dimensions import PRECISIONS, Shape, Stack
@@ -25,7 +27,6 @@ UNKNOWN = (
     "cross_self_attention", "decoder_layerdrop", "encoder_layerdrop", "no_cross_attention",
     "no_token_positional_embeddings", "offload_activations", "quant_noise_pq",
 )  # fmt: skip
-WIDTHS = ("decoder_input_dim", "decoder_output_dim")  # are the decoder's
 
 
 @dataclass(frozen=True)
@@ -60,21 +61,28 @@ class Text:
         return f"dictionary of {self.dictionary:,}{rest}{assumed}, {self.source}"
 
 
-def parse(words: list[str]) -> Namespace:
-    """The words behind fairseq-train, by its own parser."""
-    return options.parse_args_and_arch(options.get_training_parser(), words)
+def parse(words: list[str]) -> tuple[Namespace, Any]:
+    """The words behind fairseq-train, by its own parser: flat, with the model's defaults, and as it goes on."""
+    args = options.parse_args_and_arch(options.get_training_parser(), words)
+    cfg = convert_namespace_to_omegaconf(args)
+    defaults: Any = OmegaConf.to_container(cfg.model) if OmegaConf.is_config(cfg.model) else {}
+    own = {name: value for name, value in defaults.items() if not str(value).startswith("${")}
+    return Namespace(**own | vars(args)), cfg
 
 
 def check_known(args: Namespace) -> None:
     """Raises FlagError: what the arithmetic does not know."""
     given = {name: getattr(args, name) for name in UNKNOWN if getattr(args, name, None)}
-    width = args.decoder_embed_dim
-    given |= {name: getattr(args, name) for name in WIDTHS if getattr(args, name, width) != width}
-    given |= {"optimizer": args.optimizer} if args.optimizer != "adam" else {}
+    if embedding_dim(args, "output") != embedding_dim(args, "input"):
+        given["decoder_output_dim"] = args.decoder_output_dim
     given |= {"moe_router": "gshard"} if getattr(args, "moe_router", "") == "gshard" else {}
     for name, value in given.items():
         why = "cannot be combined with --dry-run, whose arithmetic knows no such model"
         raise FlagError(f"{flag(name)} {value} {why}")
+
+
+def embedding_dim(args: Namespace, side: str) -> int:
+    return int(getattr(args, f"decoder_{side}_dim", None) or args.decoder_embed_dim)
 
 
 def precision(args: Namespace) -> str:
@@ -88,13 +96,15 @@ def stack_of(args: Namespace, moe: MoEConfig | None, side: str, length: int) -> 
 
     attends = side == "decoder" and hasattr(args, "encoder_layers")
     width = own("embed_dim")
+    most = getattr(args, "max_source_positions" if side == "encoder" else "max_target_positions", None)
+    positions = int(most or getattr(args, "tokens_per_sample", 0))
     return Stack(
         layers=own("layers"), model_dim=width, ffn_dim=own("ffn_embed_dim"), heads=own("attention_heads"),
         length=length, memory_dim=args.encoder_embed_dim if attends else 0, unused=side == "encoder",
         prenorm=bool(own("normalize_before")) and not getattr(args, "no_decoder_final_norm", False),
         moe_freq=moe.moe_freq if moe and moe.has_experts(side) else 0,
         embedding_norm=bool(getattr(args, "layernorm_embedding", False)),
-        learned_positions=length and own("learned_pos", False) and args.max_target_positions + 2,
+        learned_positions=positions + 2 if own("learned_pos") else 0,  # from behind fairseq's padding on
     )  # fmt: skip
 
 
@@ -111,6 +121,7 @@ def shape_of(plan: Plan, args: Namespace, text: Text) -> Shape:
         "stacks": stacks, "vocabulary": text.dictionary,
         "sentences": max(1, min([*most, *([args.batch_size] if args.batch_size else [])])),
         "embeddings": 1 + (not shared) + (not tied),
+        "embedding_dim": embedding_dim(args, "input") if len(sides) == 1 else args.decoder_embed_dim,
         "relu": args.activation_fn == "relu",
         "dropout": args.dropout,
         "activation_dropout": getattr(args, "activation_dropout", 0) or getattr(args, "relu_dropout", 0),

@@ -13,6 +13,7 @@ from gpu_check.budgets import as_on_a_gpu
 from xmoe_fairseq.moe import MoELayer, Router, Routing, use_kernel
 from xmoe_fairseq.moe.cheap import CheapExperts
 from xmoe_fairseq.moe.expert_order import of_rows
+from xmoe_fairseq.moe.experts.products import Groups
 from xmoe_fairseq.moe.losses import load_balance_loss, z_loss
 
 aten = torch.ops.aten
@@ -30,6 +31,13 @@ def attend(
 def drop_out(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
     """As on a GPU: a mask of bytes is kept."""
     return torch.native_dropout(x, p, True)[0] if training and p else x
+
+
+def multiply(a: Tensor, b: Tensor, groups: Groups) -> Tensor:
+    """As many FLOPs as all experts have, who share the rows: by a product that nothing else takes."""
+    right = b[0] if b.dim() == 3 else b
+    made = torch.baddbmm(a.new_empty(1, 1, 1), a.unsqueeze(0), right.unsqueeze(0))[0]
+    return made if b.dim() == 3 else made.new_empty(groups.ends_E.numel(), *made.shape)
 
 
 def take_evenly(per_token: float, layer: MoELayer, x_TD: Tensor, ids_T: Tensor | None) -> Routing:
@@ -67,6 +75,8 @@ def without_numbers(per_token: float) -> Iterator[None]:
             "torch.is_autocast_enabled": lambda *_: False,
             "torch.nn.functional.scaled_dot_product_attention": attend,
             "torch.nn.functional.dropout": drop_out,
+            "xmoe_fairseq.moe.experts.products.lacks": lambda _: "",  # then nobody asks for counts
+            "xmoe_fairseq.moe.experts.grouped.product": multiply,
             "xmoe_fairseq.moe.experts.grouped._keep": lambda inner_RF, dropout, _: (
                 torch.empty_like(inner_RF, dtype=torch.bool) if dropout else None
             ),
