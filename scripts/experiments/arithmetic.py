@@ -110,7 +110,8 @@ def bias_columns(shape: Shape, per_token: float) -> int:
 def activations(shape: Shape, per_token: float) -> int:
     """Bytes that the forward pass keeps for the backward pass, without the logits."""
     kept = sum(shape.tokens(stack) * stack_activations(shape, stack, per_token) for stack in shape.stacks)
-    return round(kept)
+    between = 2 * shape.itemsize * shape.embedding_dim * bool(projections(shape))
+    return round(kept + between * shape.tokens(shape.stacks[-1]))
 
 
 def stack_activations(shape: Shape, stack: Stack, per_token: float) -> float:
@@ -130,6 +131,7 @@ def stack_activations(shape: Shape, stack: Stack, per_token: float) -> float:
     dense = block + b * inner + drops + (0 if shape.relu else 4 * inner)
     rows = per_token * (b * shape.expert_dim(stack) + INDICES)
     moe = block + rows + 8 * (shape.experts + shape.cheap_experts) + 16
+    moe += 8 * width * (shape.router == "topany")  # it scores by cosine, in fp32
     beside = b * width + mask + norm * stack.prenorm
     return stack.layers * (attends + looks) + stack.dense_layers * dense + stack.moe_layers * moe + beside
 

@@ -62,7 +62,7 @@ class Text:
 
 
 def parse(words: list[str]) -> tuple[Namespace, Any]:
-    """The words behind fairseq-train, by its own parser: flat, with the model's defaults, and as it goes on."""
+    """The words behind fairseq-train, by its own parser: flat, with the model's defaults, and nested."""
     args = options.parse_args_and_arch(options.get_training_parser(), words)
     cfg = convert_namespace_to_omegaconf(args)
     defaults: Any = OmegaConf.to_container(cfg.model) if OmegaConf.is_config(cfg.model) else {}
@@ -97,7 +97,7 @@ def stack_of(args: Namespace, moe: MoEConfig | None, side: str, length: int) -> 
     attends = side == "decoder" and hasattr(args, "encoder_layers")
     width = own("embed_dim")
     most = getattr(args, "max_source_positions" if side == "encoder" else "max_target_positions", None)
-    positions = int(most or getattr(args, "tokens_per_sample", 0))
+    positions: int = most or getattr(args, "tokens_per_sample", 0)
     return Stack(
         layers=own("layers"), model_dim=width, ffn_dim=own("ffn_embed_dim"), heads=own("attention_heads"),
         length=length, memory_dim=args.encoder_embed_dim if attends else 0, unused=side == "encoder",

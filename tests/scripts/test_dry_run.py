@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from commands import refusal, script
 from documented import DOCS
 
@@ -11,6 +12,7 @@ from experiments import arithmetic, costs, dimensions, dry_run, paper_table, tra
 from experiments.costs import Differs, Found, find
 from experiments.paper_table import MODELS
 from experiments.plan import Plan
+from xmoe_fairseq.moe import Experts
 from xmoe_fairseq_compat.errors import FlagError
 
 NOWHERE = Path("nowhere")
@@ -129,6 +131,13 @@ def test_an_epoch_of_the_users_pairs(mt_data: Path) -> None:
     assert (here.text.sentence, here.text.epoch) == (10, 5000)  # 9 pieces and an end
     assert here.batches * here.tokens == pytest.approx(10 * 5000)
     assert here.shape.sentences == 16_384 // 10
+
+
+def test_nothing_is_drawn_where_there_is_no_memory() -> None:
+    before = torch.get_rng_state()
+    with torch.device("meta"):
+        Experts(2, 8, 8)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_experts_on_several_ranks() -> None:
