@@ -11,7 +11,7 @@ from experiments.dimensions import Parts, Shape, Stack
 ALIGNMENT = 16  # bytes: of columns that the grouped product needs, the first of which is a bias
 STATISTICS = 8  # bytes that a normalisation keeps of each token
 INDICES = 28  # bytes of a routed row: three places (int64) and a weight
-LOGIT = 12  # bytes when the backward pass begins: fp32 log-probabilities, their gradient, the logits'
+LOGIT = 4  # bytes: the log-probabilities, in fp32
 
 
 def ffn(model_dim: int, inner_dim: int) -> int:
@@ -137,7 +137,7 @@ def stack_activations(shape: Shape, stack: Stack, per_token: float) -> float:
 
 
 def logits(shape: Shape) -> int:
-    """Bytes at the beginning of the backward pass, when they are most."""
+    """Bytes that the criterion keeps. Their gradients are as much, twice, when the backward pass begins."""
     return LOGIT * shape.vocabulary * shape.tokens(shape.stacks[-1])
 
 

@@ -130,8 +130,8 @@ def compare(shape: Shape, per_token: float, counted: Counted) -> None:
     expected = {"experts": flops["experts"], "everything else": flops.total() - flops["experts"]}
     same("FLOPs", expected, routed)
     states = shape.precision.states(arithmetic.parameters(shape))
-    kept, peak = arithmetic.activations(shape, per_token), counted.peak - arithmetic.logits(shape)
-    for what, worked_out, found in (("states", states, counted.states), ("activations", kept, peak)):
+    kept, there = arithmetic.activations(shape, per_token), counted.kept - arithmetic.logits(shape)
+    for what, worked_out, found in (("states", states, counted.states), ("activations", kept, there)):
         if abs(found - worked_out) > TOLERANCE * worked_out:
             raise Differs(f"memory of {what} must be {worked_out:,} bytes by arithmetic, counted {found:,}")
 
@@ -148,12 +148,9 @@ def memory_of(
 ) -> dict[str, float]:
     """Bytes of a GPU. What goes over a network is by arithmetic alone: there is none here."""
     width, numbers = shape.itemsize, counted.parameters.total()
-    logits = arithmetic.logits(shape)
-    found: dict[str, float] = {
-        "states": counted.states,
-        "activations": counted.peak - logits,
-        "logits": logits,
-    }
+    kept = counted.kept - arithmetic.logits(shape)
+    found: dict[str, float] = {"states": counted.states, "activations": kept}
+    found["logits and gradients of the loss"] = counted.peak - kept
     if plan.gpus > 1:
         reduced = numbers if args.ddp_backend == "pytorch_ddp" else min(BUCKET, numbers)
         found["buckets"] = width * reduced

@@ -23,9 +23,9 @@ def fitting(found: Found) -> str:
     memory, shape, plan = found.memory, found.shape, found.plan
     if sum(memory.values()) <= MEMORY or plan.size.cpu:
         return ""
-    batch = memory["activations"] + memory["logits"] + memory.get("rows from other ranks", 0)
-    room = MEMORY - (sum(memory.values()) - batch)
-    each = batch / shape.sentences
+    fixed = memory["states"] + memory["beside"] + memory.get("buckets", 0)
+    batch = sum(memory.values()) - fixed
+    room, each = MEMORY - fixed, batch / shape.sentences
     parts = [n for n in range(2, shape.sentences + 1) if shape.sentences % n == 0]
     fits = next((n for n in parts if shape.sentences / n * each <= room), 0)
     if not fits:

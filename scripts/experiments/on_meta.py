@@ -36,6 +36,7 @@ class Counted:
     parameters: Counter[str]
     flops: Counter[str]  # of a forward pass, by operation: EXPERTS are the experts' products
     states: int  # bytes of weights, gradients and optimizer
+    kept: int  # bytes beside them when the forward pass has ended
     peak: int  # bytes beside them, at most
 
 
@@ -151,10 +152,11 @@ def count(cfg: Any, task: Any, sample: dict[str, Any], per_token: float) -> Coun
         live.peak, before = live.now, live.now
         with counter:
             loss = criterion(model, sample)[0]
+        kept = live.now - before
         optimizer.backward(loss)
         del loss
         peak = live.peak - before
         optimizer.step()
         states = live.now
     flops = {str(op): n for op, n in counter.get_flop_counts()["Global"].items()}
-    return Counted(by_part(model), Counter(flops), states, peak)
+    return Counted(by_part(model), Counter(flops), states, kept, peak)

@@ -96,8 +96,8 @@ def stack_of(args: Namespace, moe: MoEConfig | None, side: str, length: int) -> 
 
     attends = side == "decoder" and hasattr(args, "encoder_layers")
     width = own("embed_dim")
-    most = getattr(args, "max_source_positions" if side == "encoder" else "max_target_positions", None)
-    positions: int = most or getattr(args, "tokens_per_sample", 0)
+    most = getattr(args, "max_source_positions" if side == "encoder" else "max_target_positions", 0)
+    positions = most or getattr(args, "tokens_per_sample", 0)
     return Stack(
         layers=own("layers"), model_dim=width, ffn_dim=own("ffn_embed_dim"), heads=own("attention_heads"),
         length=length, memory_dim=args.encoder_embed_dim if attends else 0, unused=side == "encoder",
