@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # One table and one picture of runs that scripts/{wmt,lm}/train.sh trained and score.sh scored.
 #
-#   bash scripts/compare.sh RUN...          writes compare.md, compare.json, compare.png, compare.html to OUT=runs/compare
+#   bash scripts/compare.sh RUN... [--against MODEL]    writes compare.md, .json, .png, .html to OUT=runs/compare; also
+#                                                     how much better each is than MODEL's, seed by seed
 #   SCORES=average5                         those of averaged checkpoints (default: best)
 #   QUALITY="test ppl"                      what the picture shows (default: test BLEU, or test ppl)
 set -euo pipefail

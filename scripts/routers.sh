@@ -3,7 +3,7 @@
 #
 #   bash scripts/routers.sh              language model and translation, two seeds each, half of the dense FFN's FLOPs
 #   SEEDS="1 2" TASKS="lm wmt" MODELS="dense,topk-s4 --moe-topk 2"          (default: all)
-#   OUT=runs/routers                     the runs, and TASK/routers.md, .json
+#   OUT=runs/routers                     the runs, and TASK/compare.md, .json, .png, .html
 #
 # The demo's data and sizes (preset `routers`). One run per core at a time, one thread each; the first seeds of all
 # come first. The same command goes on where it was stopped. About 2 hours on 2 cores, an estimate from single runs; the last part
@@ -52,5 +52,9 @@ for task in "${tasks[@]}"; do
   first=("$OUT/$task"/*-"${seeds[0]}"/scores.best.json) runs=("$OUT/$task"/*/scores.best.json)   # also those of other calls
   first=("${first[@]%/scores.best.json}") runs=("${runs[@]%/scores.best.json}")
   python "$root/scripts/run.py" benchmarks.trained_models "$OUT/$task/dense-${seeds[0]}" "${first[@]}"
-  python "$root/scripts/run.py" experiments.compare_routers "${runs[@]}" --split "$split" --out "$OUT/$task/routers"
+  scores=("$split ppl")
+  [ "$task" = lm ] || scores+=("$split BLEU" "$split chrF++")
+  python "$root/scripts/run.py" experiments.compare "${runs[@]}" --split "$split" --quality "$split ppl" --out "$OUT/$task" \
+    --against "topk-s4 --moe-topk 2" --columns "${scores[@]}" "experts/token" "MoE FLOPs / dense FFN" "max violation" \
+    "dead experts, %" "update / the first's" "decoded token / the first's"
 done

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from experiments.catalogue import LanguageModelPreset, TranslationPreset
-from experiments.compare import FLOPS, load
 from experiments.evaluation import hypotheses
 from experiments.plan import Plan
 from experiments.results import lines, publish, read_json, read_run
+from experiments.runs import FLOPS, load
 from experiments.train import ROOT, languages
 from xmoe_fairseq.tables import markdown
 

@@ -16,11 +16,10 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from experiments import plots
-from experiments.results import write_json
+from experiments.results import check_ending, write_json
 from xmoe_fairseq.batches import Batches
 from xmoe_fairseq.moe import Routing, record_routing
 from xmoe_fairseq.thresholds.checkpoint import MAX_TOKENS, open_model
-from xmoe_fairseq_compat.errors import FlagError
 
 COLUMNS = 3
 
@@ -67,8 +66,7 @@ def main() -> None:
     parser.add_argument("--of", nargs=4, action="append", required=True, metavar=words)
     parser.add_argument("--out", type=Path, required=True, help="PNG file to write")
     args = parser.parse_args()
-    if args.out.suffix != ".png":
-        raise FlagError(f"--out must end in .png, got {args.out}")
+    check_ending("--out", args.out, ".png")
     torch.set_num_threads(1)
     found = {layer: counts for words in args.of for layer, counts in count(*words).items()}
     columns, rows = min(COLUMNS, len(found)), math.ceil(len(found) / COLUMNS)

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from xmoe_fairseq_compat.errors import UserError
+from xmoe_fairseq_compat.errors import FlagError, UserError
 from xmoe_fairseq_compat.files import write_atomically
 
 
@@ -94,6 +94,12 @@ def check_output(output: Path, *inputs: Path) -> None:
     for path in inputs:
         if output.exists() and path.exists() and output.samefile(path):
             raise UserError(f"{output}: is the input {path}, which would be overwritten; name another output")
+
+
+def check_ending(flag: str, path: Path, ending: str) -> None:
+    """Raises FlagError."""
+    if path.suffix != ending:
+        raise FlagError(f"{flag} must end in {ending}, got {path}")
 
 
 def write_json(path: Path, content: Any) -> None:
