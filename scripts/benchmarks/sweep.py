@@ -12,7 +12,7 @@ from fairseq.checkpoint_utils import load_checkpoint_to_cpu
 from torch import nn
 
 from benchmarks.timing import add_rounds
-from benchmarks.trained_layers import places
+from benchmarks.trained_layers import every_of, places
 from experiments import plots
 from experiments.results import mean_and_deviation, read_run
 from xmoe_fairseq.batches import Batches
@@ -42,7 +42,7 @@ def measure(
 def open_dense(run: Path) -> tuple[nn.Module, list[Place], Batches]:
     """Its FFNs are those that have experts in the others."""
     model, task, cfg = open_model(run / "checkpoint_best.pt", Path(read_run(run)["data"]))
-    layers: list[Any] = places(model, cfg.model)
+    layers: list[Any] = places(model, cfg.model, every_of(run))
     ffns = [(layer.moe,) * 2 if hasattr(layer, "moe") else (layer.fc1, layer.fc2) for layer in layers]
     return model, ffns, whole_valid(task, cfg)
 

@@ -9,24 +9,35 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.timing import add_rounds, forward, in_turn, machine
+from experiments.plan import Plan
 from experiments.results import read_run, write_json
 from xmoe_fairseq.config import read_field
 from xmoe_fairseq.thresholds.checkpoint import open_model
 
 CHECKPOINT = "checkpoint_best.pt"
-DENSE_PLACES = slice(1, None, 2)  # of a dense model the layers that have experts in the others
+EVERY = 2  # --moe-freq, where a preset does not say it
 
 
-def places(model: nn.Module, model_cfg: Any) -> list[nn.Module]:
-    """The layers whose FFN is timed: those with experts, and of a dense model those in their places."""
+def places(model: nn.Module, model_cfg: Any, every: int) -> list[nn.Module]:
+    """The layers whose FFN is timed: those with experts, and of a dense model those in their places.
+
+    Args:
+        every: such layer has experts in the other models.
+    """
     sides = [side for side in ("encoder", "decoder") if hasattr(model, side)]
     sparse = [layer for side in sides for layer in getattr(model, side).layers if hasattr(layer, "moe")]
     return sparse or [
         layer
         for side in sides
         if not read_field(model_cfg, f"no_moe_{side}", False)
-        for layer in list(getattr(model, side).layers)[DENSE_PLACES]
+        for layer in list(getattr(model, side).layers)[every - 1 :: every]
     ]
+
+
+def every_of(run: Path) -> int:
+    """Of a run's preset."""
+    about = read_run(run)
+    return int(Plan(about["task"], about["preset"], about["model"]).size.flags.get("moe-freq", EVERY))
 
 
 def feed_forward(layer: nn.Module) -> tuple[nn.Module, Callable[..., object]]:
@@ -53,7 +64,7 @@ def ffns_of(run: Path, max_tokens: int) -> Ffns:
     )
     calls: list[tuple[Callable[..., object], tuple[Tensor | None, ...]]] = []
     handles = []
-    layers: list[Any] = places(model, cfg.model)
+    layers: list[Any] = places(model, cfg.model, every_of(run))
     for layer in layers:
         module, ffn = feed_forward(layer)
         handles.append(module.register_forward_pre_hook(lambda _, given, ffn=ffn: calls.append((ffn, given))))
