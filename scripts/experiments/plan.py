@@ -62,7 +62,7 @@ class Plan:
             (self.task == "lm" and not method.causal,
              f"{self.model} cannot be used in a language model: a token would see later ones"),
             (method.kind == "wide" and not size.wide_ffn_dim,
-             f"{self.model} wants a preset with wide_ffn_dim, such as claims, got {self.preset}"),
+             f"{self.model} wants a preset with wide_ffn_dim, such as claims of lm, got {self.preset}"),
             (not size.experts and method.kind != "dense", f"{own}, got {self.model}"),
             (uneven, f"GPUS must divide {whole}, got {self.gpus}"),
         ):  # fmt: skip
@@ -141,8 +141,9 @@ class Plan:
         flags |= self.batch_flags(
             not (size.flags.get("disable-validation") or "--disable-validation" in more)
         )
-        if BUDGETS & {*method.flags, *given(more)}:
-            flags.pop("moe-threshold", None)  # the preset's, which cannot be combined with them
+        asked = method.flags | given(more)
+        if BUDGETS & {*asked} or asked.get("moe-threshold-rule", "mass") not in ("mass", "auto"):
+            flags.pop("moe-threshold", None)  # the preset's: of a mass, and not to be combined with them
         words: list[str] = []
         for name, value in flags.items():
             if name not in given(more) and value is not False:

@@ -63,7 +63,7 @@ def test_an_update_has_as_many_tokens_on_any_number_of_gpus(
 @pytest.mark.parametrize("flags", [["--max-update", "100"], ["--lr", "1", "--max-update=100", "--no-save"]])
 def test_the_users_number_of_updates_is_announced(flags: list[str]) -> None:
     plan = Plan("wmt", "claims", "dense")
-    assert plan.lines()[1].endswith("; 1,000 updates") and plan.lines(flags)[1].endswith("; 100 updates")
+    assert plan.lines()[1].endswith("; 5,000 updates") and plan.lines(flags)[1].endswith("; 100 updates")
 
 
 @pytest.mark.parametrize(
@@ -87,12 +87,13 @@ def test_what_is_refused(plan: tuple[str, str, str, int], message: str) -> None:
 def test_fairseq_takes_the_flags(task: str, preset: str) -> None:
     """And the plugin's rules hold for every model of the size, which is what the preset says it is."""
     for name, model in models().items():
-        if (task == "lm" and not model.causal) or (model.kind == "wide" and preset != "claims"):
+        wide = catalogue.presets(task)[preset].wide_ffn_dim
+        if (task == "lm" and not model.causal) or (model.kind == "wide" and not wide):
             continue
         plan = Plan(task, preset, name)
         args = options.parse_args_and_arch(options.get_training_parser(), ["folder", *plan.flags()])
         config = read_moe_config(args, ("encoder", "decoder") if task == "wmt" else ("decoder",))
-        both = task == "wmt" and preset in ("tiny", "demo", "routers") and model.causal
+        both = task == "wmt" and preset in ("tiny", "demo", "routers", "claims") and model.causal
         assert config.has_experts("decoder") == ((task == "lm" or both) and not plan.is_dense)
         factor = model.split if preset == "paper" and model.capacity else 0
         assert config.moe_capacity_factor == factor
@@ -119,9 +120,12 @@ def named_rule(name: str) -> str:
 def test_a_budget_that_is_typed_takes_the_place_of_the_presets_threshold() -> None:
     plan = Plan("lm", "tiny", "xmoe-s4")
     assert "--moe-threshold" in plan.flags()
-    for budget in (["--moe-target-experts-per-token", "3"], ["--moe-layer-thresholds=0.5"]):
-        words = plan.flags(budget)
-        assert "--moe-threshold" not in words and words[-len(budget) :] == budget
+    rule = ["--moe-threshold-rule", "probability"]  # whose tau is not the t of a mass
+    for given in (["--moe-target-experts-per-token", "3"], ["--moe-layer-thresholds=0.5"], rule):
+        words = plan.flags(given)
+        assert "--moe-threshold" not in words and words[-len(given) :] == given
+    assert plan.flags([*rule, "--moe-threshold", "0.08"]).count("--moe-threshold") == 1
+    assert "--moe-threshold" in plan.flags(["--moe-threshold-rule", "mass"])
 
 
 @pytest.mark.parametrize("task", TASKS)
