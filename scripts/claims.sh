@@ -1,36 +1,81 @@
 #!/usr/bin/env bash
-# The paper's claims, tested on real text at a size for a CPU: every table of docs/results.md.
+# The paper's claims, tested where small models have learnt something: every table and plot of docs/results.md.
 #
-#   bash scripts/claims.sh mt|lm           the data, all models with 3 seeds, the seconds of their FFNs; a table and a
-#                                          plot of them, and what two of them lose at other thresholds
-#   SEEDS="1 2 3" MODELS="dense,xmoe-s4 --moe-threshold 0.8"        (default: all of the table; sweeps only then)
-#   OUT=runs/claims-mt                     the runs, and compare.md, .json, .png, sweep-xmoe-s4/, sweep-split-s8/
+#   bash scripts/claims.sh lm|mt           the data, all models, the first seeds of all first; then in OUT
+#     compare.md, .png, .html                quality, also against top-k with 2 experts, seed by seed; experts, FLOPs, seconds
+#     training.png                           learning curves, experts per token and the router's entropy over updates
+#     rules.md                               models tested with each other's ways to choose, at the same number of experts
+#     tokens-MODEL.md, .png                  what kind of token takes many experts
+#     sweep-split-s8/                        trained with t = 1, tested with less
+#     significance.md                        mt: BLEU and chrF++ against top-k by paired bootstrap
+#   SEEDS="1 2 3" MODELS="dense,xmoe-s4 --moe-threshold 0.8"        (default: all of the table; with MODELS compare.* only)
+#   OUT=runs/claims-lm DATA=data/docs-lm-open-4k
 #
 # One run per core at a time, one thread each; `taskset -c 0` leaves the other cores alone. The same command goes
-# on where it was stopped. About 2 hours each on 2 cores, an estimate from single runs; mt needs the package sources
-# of Debian or Ubuntu.
+# on where it was stopped. Expected: HOURS. The data want the package sources of Debian or Ubuntu; the timings a
+# machine with nothing else to do.
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/cpu_environment.sh"
+topk2="topk-s4 --moe-topk 2"
+tau="--moe-threshold-rule probability --moe-threshold 0.08"   # what steers to 2 experts in the end
 case ${1:-} in
-  mt) task=wmt DATA=${DATA:-$root/data/claims-mt} prepare=(prepare_packages_mt.sh de) ;;
-  lm) task=lm DATA=${DATA:-$root/data/claims-lm} prepare=(prepare_docs_lm.sh small) ;;
-  *) echo "usage: bash scripts/claims.sh mt|lm; got '${1:-}'" >&2; exit 2 ;;
+  lm)
+    task=lm DATA=${DATA:-$root/data/docs-lm-open-4k} vocabulary=4000 prepare=(prepare_docs_lm.sh open) seeds="1 2 3"
+    models=(dense "$topk2" xmoe-s4-budget-probability xmoe-s4-budget topk-s4 xmoe-s4-normalized xmoe-s4 switch split-s8)
+    for experts in 1.3 4; do
+      for model in xmoe-s4-budget-probability xmoe-s4-budget; do
+        models+=("$model --moe-target-experts-per-token $experts")
+      done
+    done
+    models+=("xmoe-s4 $tau" dense-wide relu-s4 xmoe-s8-shared-budget-probability)
+    scores=("test ppl") ;;
+  mt)
+    task=wmt DATA=${DATA:-$root/data/packages-en-de-full} vocabulary=8000 prepare=(prepare_packages_mt.sh de --full)
+    seeds="1 2" scores=("test BLEU" "test chrF++" "test ppl")
+    models=(dense xmoe-s4-budget-probability "$topk2" topk-s4 xmoe-s4-budget
+      "xmoe-s4 --moe-capacity-factor 4 --moe-max-experts-per-token 0" split-s8) ;;   # the paper's capacity, no other limit
+  *) echo "usage: bash scripts/claims.sh lm|mt; got '${1:-}'" >&2; exit 2 ;;
 esac
 OUT=${OUT:-$root/runs/claims-$1}
-# Few pieces, so that the models' time is in their layers and not in the softmax.
-VOCAB_SIZE=2000 bash "$root/data-prep/${prepare[0]}" "${prepare[@]:1}" "$DATA"
-if [ -n "${MODELS:-}" ]; then IFS=, read -ra models <<<"$MODELS"; else
-  models=(dense xmoe-s4 topk-s4 xmoe-s4-budget switch xmoe-s8-budget xmoe-s8 topk-s2 xmoe-s2 split-s8 dense-wide)
-fi
-read -ra seeds <<<"${SEEDS:-1 2 3}"
-python "$root/scripts/run.py" experiments.grid "$task" claims "$DATA" "$OUT" --models "${models[@]}" --seeds "${seeds[@]}"
-runs=("$OUT"/*/scores.best.json)   # also those of other calls
-runs=("${runs[@]%/scores.best.json}")
-first=$OUT/dense-${seeds[0]}; [ -d "$first" ] || first=${runs[0]}
-bash "$root/scripts/benchmark_checkpoints.sh" "$first" "${runs[@]}"
-QUALITY="test ppl" OUT=$OUT bash "$root/scripts/compare.sh" "${runs[@]}"   # BLEU is next to nothing after 1,000 updates
+[ -z "${MODELS:-}" ] || IFS=, read -ra models <<<"$MODELS"
+read -ra seeds <<<"${SEEDS:-$seeds}"
+run() { python "$root/scripts/run.py" "$@"; }
+
+runs_of() { # MODEL ...: fills `found` with the folders of their runs, which grid.py has named
+  local model run
+  found=()
+  for model in "$@"; do
+    model=$(sed -E 's/[^[:alnum:]_.]+/-/g' <<<"$model")
+    for run in "$OUT/$model"-*/scores.best.json; do
+      if [[ $run =~ /$model-[0-9]+/scores.best.json$ ]]; then found+=("${run%/*}"); fi
+    done
+  done
+}
+
+VOCAB_SIZE=$vocabulary bash "$root/data-prep/${prepare[0]}" "${prepare[@]:1}" "$DATA"
+run experiments.grid "$task" claims "$DATA" "$OUT" --models "${models[@]}" --seeds "${seeds[@]}"
+runs=("$OUT"/*/scores.best.json) first=("$OUT"/*-"${seeds[0]}"/scores.best.json)   # also those of other calls
+runs=("${runs[@]%/*}") first=("${first[@]%/*}")
+runs_of dense
+run benchmarks.trained_models "${found[0]:-${first[0]}}" "${first[@]}"
+runs_of "$topk2"
+against=()
+[ ${#found[@]} = 0 ] || against=(--against "$topk2")
+run experiments.compare "${runs[@]}" --out "$OUT" ${against[@]+"${against[@]}"} --columns "${scores[@]}" "experts/token" \
+  "MoE FLOPs / dense FFN" "update / the first's" "decoded token / the first's" "parameters (M)"
 [ -z "${MODELS:-}" ] || exit 0
-for model in xmoe-s4 split-s8; do
-  bash "$root/scripts/sweep_threshold.sh" "${seeds[@]/#/$OUT/$model-}" --dense "${seeds[@]/#/$OUT/dense-}" \
-    --out "$OUT/sweep-$model"
+
+routed=("$topk2" xmoe-s4-budget-probability xmoe-s4-budget topk-s4)
+[ $task = wmt ] || routed+=(xmoe-s4)
+run experiments.plot_training "${runs[@]}" "${against[@]}" --models dense "${routed[@]}" --out "$OUT/training.png"
+runs_of "${routed[@]}"
+run experiments.compare_rules "${found[@]}" --out "$OUT/rules"
+for model in xmoe-s4-budget-probability xmoe-s4-budget; do
+  runs_of "$model"
+  run experiments.token_kinds "${found[@]}" --out "$OUT/tokens-$model"
 done
+runs_of dense
+dense=("${found[@]}")
+runs_of split-s8
+bash "$root/scripts/sweep_threshold.sh" "${found[@]}" --dense "${dense[@]}" --out "$OUT/sweep-split-s8"
+[ $task = lm ] || run experiments.significance "${runs[@]}" "${against[@]}" --out "$OUT/significance"

@@ -44,14 +44,17 @@ def open_meter(checkpoint: Path, data: Path, max_tokens: int | None = None) -> M
     return Meter(model, whole_valid(task, cfg, max_tokens), routers[0].rule)  # type: ignore[union-attr]
 
 
-def open_model(checkpoint: Path, data: Path) -> tuple[nn.Module, Any, DictConfig]:
+def open_model(checkpoint: Path, data: Path, **settings: Any) -> tuple[nn.Module, Any, DictConfig]:
     """Model, on a GPU if there is one, task and configuration, as fairseq's commands open them.
+
+    Args:
+        settings: of the model, in the place of the checkpoint's.
 
     Raises:
         UserError: it cannot be opened with this data.
     """
     check_is_file(checkpoint)
-    overrides: dict[str, Any] = {"data": binarised_folders(data, "--data")}
+    overrides: dict[str, Any] = {"data": binarised_folders(data, "--data"), **settings}
     if "eval_bleu" in checkpoint_utils.load_checkpoint_to_cpu(str(checkpoint))["cfg"].task:
         overrides["eval_bleu"] = False  # one that was chosen by BLEU would build what translates
     (model,), cfg, task = checkpoint_utils.load_model_ensemble_and_task([str(checkpoint)], overrides)
