@@ -92,7 +92,7 @@ def label_ends(panel: Axes, ends: Iterable[tuple[float, float, str, str]]) -> No
     ordered = sorted(ends, key=lambda end: end[1])
     ys = [panel.transData.transform((x, y))[1] for x, y, *_ in ordered]
     heights = [1.2 * SMALL * (text.count("\n") + 1) * figure.dpi / 72 for _, _, text, _ in ordered]
-    line = {"arrowstyle": "-", "linewidth": 0.6, "shrinkA": 1, "shrinkB": 0, "relpos": (0, 0.5)}
+    line = {"arrowstyle": "-", "linewidth": 0.6, "linestyle": ":", "shrinkA": 1, "relpos": (0, 0.5)}
     for (x, y, text, colour), at in zip(ordered, apart(ys, heights), strict=True):
         height = panel.transAxes.inverted().transform((0, at))[1]
         panel.annotate(

@@ -141,7 +141,7 @@ def tables(side: str, layers: list[str], groups: list[dict[str, Any]], how_far: 
 def draw(sides: dict[str, dict[str, Any]], path: Path) -> None:
     names = [[*dict.fromkeys(row["property"] for row in side["groups"])] for side in sides.values()]
     columns = max(map(len, names))
-    figure, axes = plots.panels(len(sides), columns, 4 * columns, 3.6 * len(sides))
+    figure, axes = plots.panels(len(sides), columns, 4 * columns, 3.6 * len(sides), sharey="row")
     for number, (side, own) in enumerate(zip(sides.values(), names, strict=True)):
         for column, panel in enumerate(axes[number * columns : (number + 1) * columns]):
             if column < len(own):
