@@ -177,6 +177,9 @@ def main() -> None:
         raise UserError(f"RUNs must be of one model, and differ in the seed, got {'; '.join(rows)}")
     sides: dict[str, dict[str, Any]] = {}
     for side, tokens in records_of(args.runs, args.split, args.tokens).items():
+        if not tokens.experts_NL.var(0).any():
+            always = f"{tokens.experts_NL[0, 0]:g} experts in each layer of the {side}"
+            raise UserError(f"RUN {args.runs[0]}: all tokens take {always}; name one whose tokens differ")
         found = properties(tokens)
         groups, how_far = group_rows(tokens, found), strengths(tokens, found)
         sides[side] = {"layers": tokens.layers, "groups": groups, "how far": how_far}
