@@ -73,5 +73,7 @@ def build_router(place: Place) -> TokenRouter:
         raise FlagError(f"{where}: {error}") from error
     if isinstance(router, Router):
         router.temperature = config.moe_router_temperature
+        if config.moe_router_hidden_dim:
+            router.score_by_hidden(config.moe_router_hidden_dim)
         router.balance_by(config.moe_balance, config.moe_balance_step)
     return router

@@ -79,6 +79,7 @@ _RULES: dict[str, Rule] = {
     "moe_num_experts": ("must be in [1, 2^20]", lambda n: 1 <= n <= 2**20),
     "moe_ffn_split": _AT_LEAST_1,
     "moe_shared_experts": ("must be 0 (none) or more", lambda n: n >= 0),
+    "moe_router_hidden_dim": ("must be 0 (none) or more", lambda n: n >= 0),
     "moe_router_temperature": _SCALE,
     "moe_router_init_scale": _SCALE,
     "moe_output_scale": _SCALE,
@@ -133,6 +134,8 @@ def _check_router(config: MoEConfig, kind: type[RouterKind]) -> None:
     for name in ("moe_router_temperature", "moe_router_init_scale"):
         if not issubclass(kind, Router) and getattr(config, name) != 1:
             refuse(name, f"must be 1 {here}, whose scores are not the plugin's")
+    if config.moe_router_hidden_dim and getattr(kind, "score", None) is not Router.score:
+        refuse("moe_router_hidden_dim", f"must be 0 {here}, whose scores are its own")
     read_router_args(config.moe_router, kind, config.moe_router_args)
 
 

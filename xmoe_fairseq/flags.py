@@ -45,6 +45,10 @@ class CommonFlags(FairseqDataclass):
         0, "n: experts that compute every token beside those that it chooses, as one FFN n times as wide "
         "(DeepSeekMoE); not among the E of --moe-num-experts"
     )  # fmt: skip
+    moe_router_hidden_dim: int = _flag(
+        0, "a router's scores are W2 relu(W1 x + b1), with so many hidden units (what xmoe-convert "
+        "--router-hidden-dim fits); 0 = linear, W x"
+    )  # fmt: skip
     moe_router_temperature: float = _flag(
         1.0, "divides a router's scores, in training and evaluation; below 1 = more decisive from the start; "
         "1e-6 to 1e6"

@@ -85,7 +85,7 @@ def check_overrides(overrides: Mapping[str, Any], settings: Mapping[str, Any]) -
 plugins.after_load.append(read_whole)
 plugins.override_rules.append(check_overrides)
 plugins.shaping.append(
-    "no_moe_.*|moe_(freq|(num|shared|zero|copy|constant)_experts|ffn_split|router|router_args|combine"
+    "no_moe_.*|moe_(freq|(num|shared|zero|copy|constant)_experts|ffn_split|router|router_(args|hidden_dim)|combine"
     "|balance|target_.*)"
 )
 plugins.meters.append(meter_of)

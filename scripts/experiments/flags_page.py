@@ -59,6 +59,9 @@ validation adds two lines to `moe_load.jsonl` in `--save-dir`: of the validated 
 the expert. (wandb by `--wandb-project` was tried with 0.31 and `WANDB_MODE=offline`, which `wandb
 sync` sends later; each epoch leaves an empty run folder more.)
 
+With `--ffn-sparsity-coeff` a dense model's log has `ffn_active`, the share of the FFNs' neurons that are
+above 0 for a token, and `ffn_penalty`, without the coefficient.
+
 At its start a training says how many parameters a token meets (those that all share, and its
 experts'), as `xmoe-checkpoint info` does: with a fixed t at most, with a budget about, with top-k
 exactly; and which routing the flags that were left out stand for. A checkpoint holds that, so it

@@ -39,7 +39,7 @@ def convert(dense: Path, sparse: Path, data: Path, *flags: str, split: int = 8) 
     [
         ("lm", ("--activation-fn", "gelu"), "coactivation"),
         ("mt", (), "clustering"),
-        ("lm", (), "coactivation --shared 2 --budget 0.5"),
+        ("lm", (), "coactivation --shared 2 --budget 0.5 --router-hidden-dim 4"),
         ("mt", ("--activation-fn", "gelu_accurate", "--decoder-normalize-before"), "random"),
     ],
 )
@@ -118,12 +118,13 @@ def plain(stock: Stock, tmp_path_factory: pytest.TempPathFactory) -> dict[str, t
     return torch.load(sparse, weights_only=True)["model"]
 
 
-@pytest.mark.parametrize("tuned", ["router", "all"])
+@pytest.mark.parametrize("tuned, loss", [("router", "distill"), ("all", "task")])
 def test_fine_tuning_moves_the_moe_layers_alone(
-    stock: Stock, plain: dict[str, torch.Tensor], tmp_path: Path, tuned: str
+    stock: Stock, plain: dict[str, torch.Tensor], tmp_path: Path, tuned: str, loss: str
 ) -> None:
     path, data = stock("lm")
-    convert(path, tmp_path / "tuned.pt", data, "--finetune-updates", "4", "--finetune", tuned)
+    flags = ("--finetune-updates", "4", "--finetune", tuned, "--finetune-loss", loss)
+    convert(path, tmp_path / "tuned.pt", data, *flags)
     moved = torch.load(tmp_path / "tuned.pt", weights_only=True)["model"]
     names = [name for name in plain if "_float_tensor" not in name]  # fairseq leaves it uninitialised
     changed = {name for name in names if not torch.equal(plain[name], moved[name])}

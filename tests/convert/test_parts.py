@@ -78,15 +78,16 @@ def test_pairs_are_looked_at_in_the_first_tokens_only(monkeypatch: pytest.Monkey
     assert_same(seen.mean_hidden(), ffn.hidden(x_TD).mean(dim=0))
 
 
-def test_the_router_ranks_experts_by_what_they_contribute() -> None:
+@pytest.mark.parametrize("hidden_dim", [0, 8])
+def test_the_router_ranks_experts_by_what_they_contribute(hidden_dim: int) -> None:
     ffn, _, x_TD = planted()
     seen = seen_by(ffn, x_TD)
     neurons_EF = group("coactivation", ffn, seen, NUM_GROUPS, 1, ALL)
     parts = Parts(ffn, neurons_EF, seen.mean_hidden(), ALL[:0])
-    fit = RouterFit(parts, steps=200, seed=1, lr=0.05)
+    fit = RouterFit(parts, steps=200, seed=1, hidden_dim=hidden_dim, lr=0.05)
     for _ in range(100):
         fit.add(x_TD)
-    shares_TE, probs_TE = parts.shares(x_TD), (x_TD @ fit.weight_ED.detach().t()).softmax(dim=1)
+    shares_TE, probs_TE = parts.shares(x_TD), fit.router.score(x_TD).detach().softmax(dim=1)
     assert_same(shares_TE.sum(dim=1), torch.ones(512))
     assert (shares_TE.argmax(dim=1) == probs_TE.argmax(dim=1)).float().mean() > 0.98
     uniform = F.kl_div(torch.full_like(shares_TE, 0.25).log(), shares_TE, reduction="batchmean")

@@ -36,6 +36,23 @@ def test_ranks_train_as_one_process(kind: str, ranks: int, size: int, corpus: tu
     assert reference["norms"][0] > 0.1  # clipping was at work
 
 
+def test_ranks_train_a_router_with_a_hidden_layer_as_one_process(corpus: tuple[Path, Path]) -> None:
+    flags = (*task_flags("language", corpus), "--max-update", 2, "--moe-router-hidden-dim", 8)
+    runs = train(2, *flags, "--ddp-backend", "legacy_ddp", "--moe-expert-parallel-size", 2)
+    assert_same_training(runs, one_process(*flags, "--update-freq", 2), 2)
+
+
+@pytest.mark.parametrize("penalty", ["hoyer", "l1"])
+def test_ranks_train_a_dense_model_with_a_penalty_as_one_process(
+    penalty: str, corpus: tuple[Path, Path]
+) -> None:
+    flags = (*task_flags("translation", corpus), "--max-update", 2, "--moe-freq", 0)
+    flags = (*flags, "--ffn-sparsity", penalty, "--ffn-sparsity-coeff", 0.5)
+    reference = one_process(*flags, "--update-freq", 4)
+    assert reference["logs"][0]["ffn_neurons"] > 0
+    assert_same_training(train(2, *flags, "--update-freq", 2), reference, 1)
+
+
 def test_pytorch_ddp_trains_as_one_process(corpus: tuple[Path, Path]) -> None:
     flags = (*task_flags("translation", corpus), "--max-update", 3)
     runs = train(4, *flags, "--update-freq", 2, "--moe-expert-parallel-size", 2)

@@ -133,6 +133,14 @@ BAD = [
         )
         for given in ("0.5,0.5", "1.5", "half", "nan", ",")
     ),
+    ({"moe_router_hidden_dim": -1}, "--moe-router-hidden-dim must be 0 (none) or more, got -1"),
+    *(
+        (
+            {"moe_router_hidden_dim": 8, "moe_router": name},
+            f"--moe-router-hidden-dim must be 0 with --moe-router {name}, whose scores are its own, got 8",
+        )
+        for name in ("topany", "hash", "gshard")
+    ),
     ({"moe_router_temperature": 0}, "--moe-router-temperature must be from 1e-6 to 1e6, got 0"),
     ({"moe_router_temperature": 1e-320}, "--moe-router-temperature must be from 1e-6 to 1e6, got 1e-320"),
     ({"moe_router_init_scale": -1.0}, "--moe-router-init-scale must be from 1e-6 to 1e6, got -1.0"),

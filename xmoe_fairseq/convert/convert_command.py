@@ -12,19 +12,17 @@ import math
 from argparse import Namespace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
-from tqdm import tqdm
+from torch import nn
 
 from xmoe_fairseq.batches import Batches, binarised_folders
 from xmoe_fairseq.convert import models
-from xmoe_fairseq.convert.ffn import FeedForward, feed, feed_forwards
-from xmoe_fairseq.convert.finetune import TUNED, finetune
-from xmoe_fairseq.convert.grouping import GROUPINGS, CoActivation, group
+from xmoe_fairseq.convert.calibrate import calibrate
+from xmoe_fairseq.convert.ffn import FeedForward, feed_forwards
+from xmoe_fairseq.convert.finetune import LOSSES, TUNED, distillation, finetune, task_loss
+from xmoe_fairseq.convert.grouping import GROUPINGS
 from xmoe_fairseq.convert.models import Dense
-from xmoe_fairseq.convert.router_fit import ROWS, Parts, RouterFit
 from xmoe_fairseq.convert.upcycle import add_flags, check_upcycling, upcycle
 from xmoe_fairseq.moe.records import fix_thresholds
 from xmoe_fairseq.moe.rules import RULES, rule_named
@@ -32,11 +30,10 @@ from xmoe_fairseq.thresholds.checkpoint import settings_for
 from xmoe_fairseq.thresholds.measure import Meter, Quality, ffn_seconds, measure_dense
 from xmoe_fairseq.thresholds.report import check_name, report_of
 from xmoe_fairseq.thresholds.search import Search, equal_loss, same_everywhere
-from xmoe_fairseq_compat.errors import FlagError, UserError, flag
+from xmoe_fairseq_compat.errors import FlagError, flag
 from xmoe_fairseq_compat.usage import Parser
 
 # Choices:
-ROUTER_PASSES = 2  # over the calibration data
 BUDGETS = (0.15, 0.25, 0.5, 1.0)  # in the table, as far as they can be met
 PRECISION = 1 / 128  # of the search for t
 
@@ -57,6 +54,8 @@ def argument_parser() -> argparse.ArgumentParser:
     add("--valid-tokens", type=int, default=20_000, help="of valid, to choose t (default: %(default)s)")
     add("--max-tokens", type=int, default=2048, help="tokens in a batch (default: %(default)s)")
     add("--grouping", choices=GROUPINGS, default=GROUPINGS[0], help="of neurons (default: %(default)s)")
+    add("--router-hidden-dim", type=int, default=0, metavar="H", help="hidden units of a router, which cost "
+        "FLOPs too (--moe-router-hidden-dim; default: none, linear)")  # fmt: skip
     add("--no-moe-encoder", action="store_true", help="keep the encoder dense")
     add("--no-moe-decoder", action="store_true", help="keep the decoder dense")
     aim = parser.add_mutually_exclusive_group()
@@ -69,6 +68,8 @@ def argument_parser() -> argparse.ArgumentParser:
     add("--finetune-updates", type=int, default=0, help="updates of the MoE layers (default: none)")
     add("--finetune", choices=TUNED, default="all",
         help="the router, or also the experts (default: %(default)s)")  # fmt: skip
+    add("--finetune-loss", choices=LOSSES, default=LOSSES[0], help="the dense model's own criterion, or the "
+        "divergence from the dense model's probabilities (default: %(default)s)")  # fmt: skip
     add("--finetune-lr", type=float, default=5e-4, help="of Adam, falling to 0 (default: %(default)s)")
     add("--seed", type=int, default=1, help="default: %(default)s")
     add_flags(parser)
@@ -86,6 +87,8 @@ def check(args: Namespace) -> None:
     for name in ("calibration_tokens", "valid_tokens", "max_tokens", "moe_freq"):
         if getattr(args, name) < 1:
             raise FlagError(f"{flag(name)} must be at least 1, got {getattr(args, name)}")
+    if args.router_hidden_dim < 0:
+        raise FlagError(f"--router-hidden-dim must be 0 (linear) or more, got {args.router_hidden_dim}")
     if not 0 <= args.shared <= max(args.split - 2, 0):
         raise FlagError(f"--shared must be from 0 to --split {args.split} less 2, got {args.shared}")
     if not 0 < args.budget <= 1:
@@ -116,8 +119,9 @@ def convert(args: Namespace) -> None:
 
 
 def make_sparse(args: Namespace, dense: Dense, ffns: list[FeedForward], sides: tuple[str, ...]) -> None:
+    settings = {"moe_num_experts": args.split - args.shared, "moe_router_hidden_dim": args.router_hidden_dim}
     whole = {"moe_threshold": 1.0, "moe_max_experts_per_token": 0}
-    config = models.sparse_config(dense, ffns, args, sides, moe_num_experts=args.split - args.shared, **whole)
+    config = models.sparse_config(dense, ffns, args, sides, **settings, **whole)
     valid = Batches(dense.task, "valid", args.valid_tokens, args.max_tokens, args.seed)
     model = models.build_sparse(dense, config, calibrate(args, dense, ffns))
     models.compare(dense, model, next(iter(valid)))
@@ -125,8 +129,8 @@ def make_sparse(args: Namespace, dense: Dense, ffns: list[FeedForward], sides: t
     before = measure_dense(dense.model, places, valid)
     choose = partial(choose_thresholds, args, model, valid, before)
     if args.finetune_updates:
-        criterion = dense.task.build_criterion(dense.state["cfg"].criterion)
-        finetune(model, dense.task, criterion, args, choose)
+        loss = distillation(dense) if args.finetune_loss == "distill" else task_loss(dense)
+        finetune(model, dense.task, loss, args, choose)
     chosen, search = choose()
     rows = {"chosen": chosen, **rows_of_budgets(search)}
     config = Namespace(**{**vars(config), **settings_for(chosen.thresholds, args.moe_threshold_rule)})
@@ -134,43 +138,13 @@ def make_sparse(args: Namespace, dense: Dense, ffns: list[FeedForward], sides: t
         "dense": args.dense.name, "experts": args.split, "shared": args.shared, "grouping": args.grouping,
         "calibration tokens": args.calibration_tokens, "fine-tuning updates": args.finetune_updates,
         "fine-tuned": args.finetune if args.finetune_updates else "nothing",
+        "fine-tuning loss": args.finetune_loss, "router hidden units": args.router_hidden_dim,
         "thresholds": "per layer" if args.per_layer else "one for all layers",
         "threshold rule": args.moe_threshold_rule, "seed": args.seed,
         "threads": torch.get_num_threads(), models.TYPED: models.as_typed(config, dense.task),
     }  # fmt: skip
     report = report_of(search, about, rows, "dense", before, partial(ffn_seconds, dense.model, places))
     models.write_sparse(args, dense, config, model, report)
-
-
-def calibrate(args: Namespace, dense: Dense, ffns: list[FeedForward]) -> dict[str, dict[str, Tensor]]:
-    """The parameters of each MoE layer: neurons grouped, routers fitted."""
-    train = Batches(dense.task, "train", args.calibration_tokens, args.max_tokens, args.seed)
-    pairs, shared = args.grouping == "coactivation", args.shared / args.split
-    seen = {ffn.name: CoActivation(ffn, pairs, shared) for ffn in ffns}
-    with bar("neurons", args.calibration_tokens) as progress:
-        feed(dense.model, ffns, train, lambda ffn, x: seen[ffn.name].add(ffn.hidden(x)), progress)
-    fits = {}
-    for index, ffn in enumerate(tqdm(ffns, desc="group", unit="layer")):
-        here = seen[ffn.name]
-        if not here.is_finite():
-            largest = max(float(weight.abs().max()) for weight in (ffn.fc1_weight, ffn.fc2_weight))
-            raise UserError(
-                f"{args.dense}: what {ffn.name} computes is beyond fp32, with weights of up to {largest:.2g};"
-                " take an earlier checkpoint"
-            )
-        shared_N, routed_N = here.shared_and_others()
-        neurons_EF = group(args.grouping, ffn, here, args.split - args.shared, args.seed + index, routed_N)
-        parts = Parts(ffn, neurons_EF, here.mean_hidden(), shared_N)
-        fits[ffn.name] = RouterFit(parts, ROUTER_PASSES * here.tokens // ROWS, args.seed)
-    with bar("routers", ROUTER_PASSES * args.calibration_tokens) as progress:
-        for _ in range(ROUTER_PASSES):
-            feed(dense.model, ffns, train, lambda ffn, x: fits[ffn.name].add(x), progress)
-            progress.set_postfix(excess=f"{sum(f.excess for f in fits.values()) / len(fits):.4f}")
-    return {name: fit.state() for name, fit in fits.items()}
-
-
-def bar(what: str, tokens: int) -> Any:
-    return tqdm(desc=what, total=tokens, unit="token", unit_scale=True)
 
 
 def choose_thresholds(

@@ -6,18 +6,52 @@ from itertools import count, islice
 from typing import Any
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from xmoe_fairseq.batches import Batches
+from xmoe_fairseq.convert.models import Dense
+from xmoe_fairseq.criterions.moe_loss import MoELossMixin
 from xmoe_fairseq.moe import Router, check_finite, moe_layers
 
+LOSSES = ("task", "distill")
 TUNED = ("router", "all")  # the router alone, or experts and output biases too
 PARTS = 4  # a choice; the thresholds are chosen anew for each: a router that learns changes what they cost
 
 
-def finetune(model: nn.Module, task: Any, criterion: Any, args: Namespace, choose: Callable[[], Any]) -> None:
-    """Adam on the MoE layers alone, with the dense model's own criterion; attention and embeddings stay.
+Loss = Callable[[nn.Module, dict[str, Any]], tuple[Tensor, int]]  # of a batch: a sum, and over how many
+
+
+def task_loss(dense: Dense) -> Loss:
+    """The dense model's own criterion, without what moe_ criterions add: balanced routers would rank experts
+    by something else than what they contribute."""
+    criterion: Any = dense.task.build_criterion(dense.state["cfg"].criterion)
+    if isinstance(criterion, MoELossMixin):
+        criterion.weigh(0.0)
+    return lambda model, sample: criterion(model, sample)[:2]
+
+
+def distillation(dense: Dense) -> Loss:
+    """Divergence of the sparse model's probabilities from the dense one's, `sum_v q(v) ln(q(v) / p(v))`, over
+    the target tokens (Hinton et al. 2015, arXiv 1503.02531, at temperature 1)."""
+    pad = dense.task.target_dictionary.pad()
+
+    def log_probs(model: Any, sample: dict[str, Any]) -> Tensor:
+        every: Tensor = model.get_normalized_probs(model(**sample["net_input"]), log_probs=True)
+        return every[sample["target"].ne(pad)]
+
+    def loss(model: nn.Module, sample: dict[str, Any]) -> tuple[Tensor, int]:
+        with torch.no_grad():
+            wanted_TV = log_probs(dense.model, sample)
+        found_TV = log_probs(model, sample)
+        return F.kl_div(found_TV, wanted_TV, reduction="sum", log_target=True), len(found_TV)
+
+    return loss
+
+
+def finetune(model: nn.Module, task: Any, loss_of: Loss, args: Namespace, choose: Callable[[], Any]) -> None:
+    """Adam on the MoE layers alone; attention and embeddings stay.
 
     Args:
         args: of xmoe-convert; --finetune-lr falls to 0 over the updates.
@@ -38,7 +72,7 @@ def finetune(model: nn.Module, task: Any, criterion: Any, args: Namespace, choos
         choose()
         model.train()
         for sample in islice(samples, updates * (part + 1) // PARTS - updates * part // PARTS):
-            loss, sample_size, _ = criterion(model, sample)
+            loss, sample_size = loss_of(model, sample)
             optimizer.zero_grad()
             (loss / max(sample_size, 1)).backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -53,6 +87,6 @@ def finetune(model: nn.Module, task: Any, criterion: Any, args: Namespace, choos
 
 def tunable(model: nn.Module, tuned: str) -> Iterator[nn.Parameter]:
     for layer in moe_layers(model):
-        modules = layer.modules() if tuned == "all" else [m for m in layer.modules() if isinstance(m, Router)]
-        for module in modules:
-            yield from module.parameters(recurse=False)
+        routers = (module for module in layer.modules() if isinstance(module, Router))
+        for module in [layer] if tuned == "all" else routers:
+            yield from module.parameters()

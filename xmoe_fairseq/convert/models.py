@@ -23,6 +23,7 @@ from xmoe_fairseq_compat.misfits import as_flag
 
 SPARSE = "xmoe_"  # how the names of the plugin's models begin
 SIDES = {"transformer": ("encoder", "decoder"), "transformer_lm": ("decoder",)}
+SPARSITY = "ffn_sparsity_coeff"
 TYPED = "flags of fairseq-train"  # in a report
 EXACT = 1e-4  # largest difference of log-probabilities from the dense model's, where there should be none
 # Their units are near 0 for most inputs, so whole groups of them can be left out.
@@ -50,6 +51,8 @@ def read_dense(path: Path, binarised: str | None) -> Dense:
         raise UserError(f"{path} is no fairseq checkpoint: it has no configuration or no model")
     kind = check_model(path, cfg.model, state["model"])
     check_components(path, cfg)
+    if read_field(cfg.get("criterion"), SPARSITY, 0.0):
+        cfg.criterion[SPARSITY] = 0.0  # a penalty of dense models alone
     if not Path(utils.split_paths(cfg.task.data)[0]).is_dir():
         gone = f"{path} was trained on {cfg.task.data}, which is not there"
         raise FlagError(f"--calibration must be given: {gone}")

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from xmoe_fairseq.convert.ffn import FeedForward
+from xmoe_fairseq.moe import TopKRouter
 
 ROWS = 256  # tokens in one step of Adam: a choice, as its learning rate is
 
@@ -56,27 +57,34 @@ class Parts:
 
 
 class RouterFit:
-    """Fits W so that softmax(x W^T) is the share that each expert contributes to a token, a batch at a time.
+    """Fits scores whose softmax is the share that each expert contributes to a token, a batch at a time.
 
     The loss is the divergence from the shares: at its minimum a probability is the expected share, and t then
     means the share of the contributions that is kept.
 
     Args:
         steps: of Adam, in all; the learning rate falls to 0 over them.
+        hidden_dim: of the router; 0 = linear scores.
     """
 
-    def __init__(self, parts: Parts, steps: int, seed: int, lr: float = 0.01) -> None:
+    def __init__(
+        self, parts: Parts, steps: int, seed: int, hidden_dim: int = 0, lr: float = 0.01
+    ) -> None:  # fmt: skip
         num_experts, model_dim = parts.neurons_EF.size(0), parts.ffn.fc1_weight.size(1)
-        self.parts = parts
-        self.weight_ED = torch.zeros(num_experts, model_dim, requires_grad=True)
-        self.optimizer = torch.optim.Adam([self.weight_ED], lr=lr, betas=(0.9, 0.98))  # as in finetune.py
+        self.parts, self.router = parts, TopKRouter(model_dim, num_experts)
+        if hidden_dim:
+            self.router.score_by_hidden(hidden_dim)
+        torch.nn.init.zeros_(self.router.weight)
+        betas = (0.9, 0.98)  # as in finetune.py
+        self.optimizer = torch.optim.Adam(self.router.parameters(), lr=lr, betas=betas)
         self.schedule = torch.optim.lr_scheduler.LinearLR(self.optimizer, 1.0, 0.0, max(steps, 1))
         self.generator = torch.Generator().manual_seed(seed)
         self.excess = 0.0  # running mean of the divergence from the shares, in nats
 
     def state(self) -> dict[str, Tensor]:
         """Parameters of the MoELayer."""
-        return {**self.parts.state(), "router.weight": self.weight_ED.detach()}
+        router = {f"router.{name}": value for name, value in self.router.state_dict().items()}
+        return {**self.parts.state(), **router}
 
     def add(self, x_TD: Tensor) -> None:
         shares_TE = self.parts.shares(x_TD)
@@ -86,7 +94,7 @@ class RouterFit:
 
     def step(self, x_TD: Tensor, shares_TE: Tensor) -> None:
         with torch.enable_grad():
-            log_probs_TE = F.log_softmax(x_TD @ self.weight_ED.t(), dim=1)
+            log_probs_TE = F.log_softmax(self.router.score(x_TD), dim=1)
             loss = F.kl_div(log_probs_TE, shares_TE, reduction="batchmean")
             self.optimizer.zero_grad()
             loss.backward()

@@ -26,7 +26,7 @@ from xmoe_fairseq_compat.errors import FlagError, flag
 ROUTERS, COMBINES = ("topk", "threshold"), ("ones", "normalized")
 ONLY = ("moe_router", "moe_threshold", "moe_topk", "moe_combine")  # flags that are for upcycling alone
 NEVER = ("shared", "calibration_tokens", "grouping", "budget", "max_loss", "per_layer", "finetune_updates",
-         "finetune", "finetune_lr")  # fmt: skip
+         "finetune", "finetune_loss", "finetune_lr", "router_hidden_dim")  # fmt: skip
 
 
 def add_flags(parser: ArgumentParser) -> None:

@@ -43,3 +43,21 @@ def z_loss(logits_TE: Tensor) -> Tensor:
     if logits_TE.size(0) == 0:
         return logits_TE.sum()
     return F.mse_loss(torch.logsumexp(logits_TE, dim=-1), logits_TE.new_zeros(logits_TE.size(0)))
+
+
+def square_hoyer(hidden_TF: Tensor) -> Tensor:
+    """(...,) of (..., F): `(sum_f |h_f|)^2 / (F sum_f h_f^2)`, a smooth share of the neurons that matter.
+
+    1 if all are alike, 1 / F if one is alone, 0 if there is none. Its gradient makes the small ones smaller
+    and the large ones larger. Yang et al. 2020 (DeepHoyer), arXiv 1908.09979, there without F.
+    """
+    # In fp32 at least: in half precision the squares of a wide layer overflow.
+    dtype = torch.promote_types(hidden_TF.dtype, torch.float32)
+    length: Tensor = torch.linalg.vector_norm(hidden_TF, dim=-1, dtype=dtype)
+    most = (length.square() * hidden_TF.size(-1)).clamp(min=torch.finfo(dtype).tiny)
+    return hidden_TF.abs().sum(dim=-1, dtype=dtype).square() / most
+
+
+def mean_magnitude(hidden_TF: Tensor) -> Tensor:
+    """(...,) of (..., F): L1 over F."""
+    return hidden_TF.abs().mean(dim=-1, dtype=torch.promote_types(hidden_TF.dtype, torch.float32))

@@ -11,7 +11,6 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xmoe_fairseq.moe.balance import STEP, LossFreeBias, balance_named
@@ -22,6 +21,7 @@ from xmoe_fairseq.moe.native.routing import Chosen
 from xmoe_fairseq.moe.recompute import first_scores
 from xmoe_fairseq.moe.routers.balance_flags import BALANCE
 from xmoe_fairseq.moe.routers.registry import Flag, RouterKind
+from xmoe_fairseq.moe.routers.scores import HiddenLayer, exact_linear
 from xmoe_fairseq.moe.routing import Routing, count
 
 
@@ -55,7 +55,10 @@ class TokenRouter(RouterKind, nn.Module):
 
 
 class Router(TokenRouter):
-    """Linear scores without a bias, softmax, and a choice that a subclass makes."""
+    """Linear scores without a bias, softmax, and a choice that a subclass makes.
+
+    Linear in the token or, after `score_by_hidden`, in a hidden layer of it.
+    """
 
     temperature = 1.0  # divides the scores: below 1 a router is more decisive
     deciding: ClassVar[tuple[str, ...]] = ()  # methods by which `choose` goes
@@ -66,7 +69,21 @@ class Router(TokenRouter):
         super().__init__(model_dim, num_experts, 2 * model_dim * num_experts)
         self.weight = nn.Parameter(torch.empty(num_experts, model_dim))
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))  # as nn.Linear
+        self.hidden: HiddenLayer | None = None
         self.balance_by("first")
+
+    def score_by_hidden(self, width: int) -> None:
+        """Let the scores be linear in so many units of a hidden layer, no longer in the token.
+
+        Raises:
+            ValueError: the width is below 1; the class has scores of its own.
+        """
+        if width < 1 or type(self).score is not Router.score:
+            raise ValueError(f"{type(self).__name__} cannot score by a hidden layer of width {width}")
+        self.hidden = HiddenLayer(self.model_dim, width)
+        self.weight = nn.Parameter(self.weight.new_empty(self.num_experts, width))
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+        self.flops_per_token = 2 * width * (self.model_dim + self.num_experts)
 
     def balance_by(self, name: str, step: float = STEP) -> None:
         """See `balance.py`; `first` is this class's own `balance`, the step is u of `bias`.
@@ -143,10 +160,7 @@ class Router(TokenRouter):
         return all(getattr(type(self), name) is getattr(kind, name) for name in decide)
 
     def score(self, x_TD: Tensor) -> Tensor:
-        if x_TD.dtype == self.weight.dtype and x_TD.element_size() >= 4:
-            logits_TE = F.linear(x_TD, self.weight)
-        else:
-            logits_TE = _ExactLinear.apply(x_TD, self.weight)  # type: ignore[no-untyped-call]
+        logits_TE = exact_linear(x_TD if self.hidden is None else self.hidden(x_TD), self.weight)
         return logits_TE if self.temperature == 1.0 else logits_TE / self.temperature
 
     def choose(self, logits_TE: Tensor, probs_TE: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -171,23 +185,6 @@ class Router(TokenRouter):
             for name in [name for name in state_dict if name.startswith(prefix + steered)]:
                 del state_dict[name]
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-class _ExactLinear(torch.autograd.Function):
-    """`x W^T`, in fp32 at least. Kept for the backward pass is x as it was, half as large."""
-
-    @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, weight_ED: Tensor) -> Tensor:
-        ctx.save_for_backward(x_TD, weight_ED)
-        dtype = torch.promote_types(x_TD.dtype, torch.float32)
-        return F.linear(x_TD.to(dtype), weight_ED.to(dtype))
-
-    @staticmethod
-    def backward(ctx: Any, grad_TE: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        (x_TD, weight_ED), (of_x, of_weight) = ctx.saved_tensors, ctx.needs_input_grad
-        with torch.autocast(grad_TE.device.type, enabled=False):
-            grad_x_TD = (grad_TE @ weight_ED.to(grad_TE)).to(x_TD) if of_x else None
-            return grad_x_TD, (grad_TE.t() @ x_TD.to(grad_TE)).to(weight_ED) if of_weight else None
 
 
 FEW = 1024  # probabilities that are sorted sooner than packed (docs/performance.md, Tried)
