@@ -23,9 +23,10 @@ SPECIAL, MULTIPLE = 4, 8  # fairseq's entries; data-prep fills up to a multiple
 SENTENCE, EPOCH = 32, 1_000_000_000  # tokens of a sentence, of one side of the text: assumed
 # What the arithmetic does not know.
 UNKNOWN = (
-    "adaptive_input", "adaptive_softmax_cutoff", "amp", "character_embeddings", "checkpoint_activations",
-    "cross_self_attention", "decoder_layerdrop", "encoder_layerdrop", "moe_router_hidden_dim", "no_cross_attention",
-    "no_token_positional_embeddings", "offload_activations", "quant_noise_pq",
+    "adaptive_input", "adaptive_softmax_cutoff", "amp", "character_embeddings",
+    "checkpoint_activations", "cross_self_attention", "decoder_layerdrop", "encoder_layerdrop",
+    "moe_router_hidden_dim", "no_cross_attention", "no_token_positional_embeddings",
+    "offload_activations", "quant_noise_pq",
 )  # fmt: skip
 
 

@@ -89,6 +89,7 @@ def test_states_that_differ(monkeypatch: pytest.MonkeyPatch) -> None:
         ("lm paper xmoe --dry-run", "MODEL must be one of dense"),
         ("lm paper dense --dry-run --checkpoint-activations", "--checkpoint-activations True cannot be"),
         ("lm tiny dense --decoder-output-dim 64 --dry-run", "--decoder-output-dim 64 cannot be combined"),
+        ("lm paper topk-s2 --dry-run --moe-router-hidden-dim 8", "-router-hidden-dim 8 cannot be combined"),
         ("lm paper gshard --dry-run", "--moe-router gshard cannot be combined with --dry-run"),
     ],
 )  # fmt: skip
