@@ -130,7 +130,7 @@ def test_kinds_of_tokens(runs: list[Path], tmp_path: Path, monkeypatch: pytest.M
     message = refusal(token_kinds.main, monkeypatch, *runs, "--out", out)
     assert message == "RUNs must be of one model, and differ in the seed, got topk-s4; xmoe-s4-budget"
     message = refusal(token_kinds.main, monkeypatch, runs[0], "--tokens", "200", "--out", out)
-    assert "all tokens take 4 experts in each layer of the decoder" in message
+    assert "all tokens take 2 experts in each layer of the decoder" in message
 
 
 def test_tokens_of_a_translation() -> None:
