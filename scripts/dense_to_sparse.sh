@@ -1,20 +1,31 @@
 #!/usr/bin/env bash
-# Makes a dense model sparse in every way that docs/dense_to_sparse.md compares: trains it by plain fairseq-train
-# (unless it is there), converts it by each grouping of neurons, without and with fine-tuning, and makes a table of
-# validation perplexities and of scores on the test sets (as scripts/{wmt,lm}/score.sh; OUT/dense/scores.*.json).
+# Makes a dense model sparse in every way that docs/dense_to_sparse.md compares, and one table of what each costs and
+# gains: further training, scores on the test sets, FLOPs, and with TIMES how many times as fast it decodes and scores.
 #
-#   bash scripts/dense_to_sparse.sh lm data/docs-lm-small OUT [FLAGS]    # bash data-prep/prepare_docs_lm.sh small
-#   bash scripts/dense_to_sparse.sh mt data/packages-en-de OUT [FLAGS]   # bash data-prep/prepare_packages_mt.sh de
+#   bash scripts/dense_to_sparse.sh lm data/docs-lm-open OUT [FLAGS]         # bash data-prep/prepare_docs_lm.sh open
+#   bash scripts/dense_to_sparse.sh mt data/packages-en-de OUT [FLAGS]       # bash data-prep/prepare_packages_mt.sh de
 #
-# The dense model is that of the presets dense_to_sparse (scripts/experiments/presets: width 128, FFN 1024, 1,000
-# updates of 512 tokens); flags of fairseq-train after OUT overrule them. The conversions: SPLIT=16,
-# GROUPINGS="random clustering coactivation", FINETUNE=150 updates, CALIBRATION=200000 tokens. SEED=1. About half an
-# hour on two cores; expected: docs/dense_to_sparse.md. What is in OUT already is kept.
+# WAYS="mass probability hoyer+probability+distill ...": the parts of a way are joined by +.
+#   mass, probability, relative        the rule of t (default: mass)
+#   hoyer, l1                          of the model whose last tenth was trained with this penalty on its activations
+#   coactivation, clustering, random   the grouping of neurons (default: coactivation)
+#   wide, shared, hidden, layers       half as many experts; 2 shared ones; routers of HIDDEN units; a t for each layer
+#   task, distill                      FINETUNE updates of the MoE layers, with this loss
+#   trained                            the last tenth of the training with experts: of the dense model after 9 tenths
+#   half                               of the FFN's FLOPs, in the place of a quarter
+#   split                              alone: the paper's way, trained in parts with t = 1, that is lowered afterwards
+#
+# The dense model is that of PRESET=claims (scripts/experiments/presets) after UPDATES (default: the preset's) updates;
+# flags of fairseq-train after OUT overrule it. SPLIT=16 experts, HIDDEN=16, FINETUNE=300, CALIBRATION=100000 tokens,
+# HOYER=0.1 and L1=0.1 the penalties' coefficients, FREQ: every how many layers (default: the preset's, as models with
+# experts have it), SEED=1; TIMES="a way ..." are timed on a machine that must be quiet.
+# What is in OUT already is kept, such as a run of the preset as OUT/dense with its checkpoint of 9 tenths as start.pt.
+# Hours: the training's, and some minutes a way; expected: docs/dense_to_sparse.md.
 set -euo pipefail
 task=${1:?lm or mt} data=${2:?folder of data-prep} out=${3:?folder}
 . "$(dirname "${BASH_SOURCE[0]}")/find_environment.sh"
-tuning=${FINETUNE:-150} split=${SPLIT:-16} calibration=${CALIBRATION:-200000} seed=${SEED:-1}
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+split=${SPLIT:-16} tuning=${FINETUNE:-300} preset=${PRESET:-claims}
+export SEED=${SEED:-1} OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 experiment() { python "$root/scripts/run.py" "experiments.$1" "${@:2}"; }
 
 case $task in
@@ -22,24 +33,102 @@ case $task in
   mt) task=wmt search=(--generate="--max-tokens 2000") ;;
   *) echo "dense_to_sparse: the first argument must be lm or mt, got $task" >&2; exit 2 ;;
 esac
-dense=$out/dense/checkpoint_last.pt
-if [[ ! -e $dense || -e $out/dense/unfinished ]]; then
-  mkdir -p "$out/dense" && touch "$out/dense/unfinished"
-  SEED=$seed experiment train "$task" dense_to_sparse dense "$data" "$out/dense" "${@:4}"
-  rm "$out/dense/unfinished"
-fi
-for grouping in ${GROUPINGS:-random clustering coactivation}; do
-  for n in 0 "$tuning"; do
-    sparse=$out/$grouping-$n.pt
-    [[ -e $sparse ]] || xmoe-convert "$dense" "$sparse" --split "$split" --calibration "$data" \
-      --calibration-tokens "$calibration" --grouping "$grouping" --finetune-updates "$n" --seed "$seed"
+setting() { sed -n "s/^$1 = //p" "$root/scripts/experiments/presets/$task/$preset.toml"; }
+ways=${WAYS:-mass probability relative layers shared wide hidden task distill hoyer+probability l1+probability \
+  hoyer+probability+distill probability+trained probability+trained+half split}
+known=" mass probability relative hoyer l1 coactivation clustering random wide shared hidden layers task distill \
+  trained half "
+has() { [[ +$1+ == *+$2+* ]]; } # WAY PART
+refuse() { echo "dense_to_sparse: $1" >&2; exit 2; }
+for way in $ways; do
+  for part in ${way//+/ }; do
+    [[ $known == *" $part "* || $way == split ]] || refuse "WAYS: $part is no part of a way, in $way (see $0)"
   done
+  ! has "$way" trained || { ! has "$way" hoyer && ! has "$way" l1; } ||
+    refuse "WAYS: a penalty cannot be combined with trained, in $way: both are the last tenth"
 done
-splits=$(cd "$data/bin" && for file in test*.idx; do echo "${file%%.*}"; done | sort -u)
-for checkpoint in "$dense" "$out"/*.pt; do
-  tag=$(basename "$checkpoint" .pt)
+updates=${UPDATES:-$(setting max-update)}
+flags=("${@:4}" --total-num-update "$updates")
+dense=$out/dense freq=${FREQ:-$(setting moe-freq)} # of models with experts: 2 is the flag's default
+freq=${freq:-2}
+train() { # MODEL RUN UPDATES [FLAGS], unless it is done
+  [[ ! -e $2/done.$3 ]] || return 0
+  experiment train "$task" "$preset" "$1" "$data" "$2" "${flags[@]}" --max-update "$3" "${@:4}"
+  touch "$2/done.$3"
+}
+source_of() { # the checkpoint that a way converts
+  local run=$dense
+  ! has "$1" hoyer || run=$out/hoyer
+  ! has "$1" l1 || run=$out/l1
+  if has "$1" trained; then echo "$dense/start.pt"; else echo "$run/checkpoint_last.pt"; fi
+}
+convert() { # WAY SPARSE
+  local part experts=$split budget=0.25 words=()
+  for part in ${1//+/ }; do
+    case $part in
+      mass | probability | relative) words+=(--moe-threshold-rule "$part") ;;
+      coactivation | clustering | random) words+=(--grouping "$part") ;;
+      task | distill) words+=(--finetune-loss "$part" --finetune-updates "$tuning") ;;
+      hidden) words+=(--router-hidden-dim "${HIDDEN:-16}") ;;
+      layers) words+=(--per-layer) ;;
+      shared) words+=(--shared 2) ;;
+      wide) experts=$((split / 2)) ;;
+      half) budget=0.5 ;;
+    esac
+  done
+  xmoe-convert "$(source_of "$1")" "$2" --split "$experts" --moe-freq "$freq" --calibration "$data" --seed "$SEED" \
+    --calibration-tokens "${CALIBRATION:-100000}" --budget "$budget" "${words[@]}"
+}
+train_sparse() { # WAY: as fairseq-train goes on with what xmoe-convert has made; t is steered to its budget
+  local run=$out/$1 typed lr last=$((updates - updates * 9 / 10)) budget=$((split / 4))
+  ! has "$1" half || budget=$((budget * 2))
+  ! has "$1" wide || budget=$((budget / 2))
+  mkdir -p "$run"
+  [[ -e $run/begin.pt ]] || convert "$1" "$run/begin.pt"
+  typed=$(sed -n 's/.*"flags of fairseq-train": "\(.*\)".*/\1/p' "$run/begin.json")
+  typed=$(sed -E 's/--moe-(threshold|layer-thresholds) [^ ]+//' <<<"$typed")
+  lr=$(grep -oP -- '--lr[ =]\K\S+' <<<"${flags[*]}" || setting lr)
+  # Where the dense schedule, which falls to 0, was; the routers are not to be balanced.
   # shellcheck disable=SC2086
-  [[ $out/dense/scores.${tag#checkpoint_}.json -nt $checkpoint ]] ||
-    experiment score "$task" "$out/dense" --checkpoint "$checkpoint" --splits $splits --no-page "${search[@]}"
+  train dense "$run" "$last" $typed --moe-freq "$freq" --moe-target-experts-per-token "$budget" --moe-loss-coeff 0 \
+    --finetune-from-model "$run/begin.pt" --lr "$(awk "BEGIN { print $lr / 10 }")" --warmup-updates 0 \
+    --total-num-update "$last"
+  cp "$run/checkpoint_last.pt" "$out/$1.pt"
+}
+score() { # RUN CHECKPOINT TAG
+  # shellcheck disable=SC2086
+  [[ $1/scores.$3.json -nt $2 ]] ||
+    experiment score "$task" "$1" --checkpoint "$2" --splits $splits --no-page ${search[@]+"${search[@]}"}
+}
+
+splits=$(cd "$data/bin" && for file in test*.idx; do echo "${file%%.*}"; done | sort -u)
+if [[ ! -e $dense/start.pt ]]; then
+  train dense "$dense" $((updates * 9 / 10))
+  cp "$dense/checkpoint_last.pt" "$dense/start.pt"
+fi
+train dense "$dense" "$updates"
+score "$dense" "$dense/checkpoint_last.pt" last
+for way in $ways; do
+  for penalty in hoyer l1; do
+    has "$way" "$penalty" || continue
+    coefficient=${penalty^^}
+    mkdir -p "$out/$penalty" && [[ -e $out/$penalty/checkpoint_last.pt ]] ||
+      cp "$dense/start.pt" "$out/$penalty/checkpoint_last.pt"
+    train dense "$out/$penalty" "$updates" --ffn-sparsity "$penalty" --ffn-sparsity-coeff "${!coefficient:-0.1}"
+    score "$out/$penalty" "$out/$penalty/checkpoint_last.pt" last
+  done
+  if [[ $way == split ]]; then
+    train split-s8 "$out/split" "$updates"
+    [[ -e $out/split.pt ]] ||
+      xmoe-threshold "$out/split/checkpoint_last.pt" --data "$data" --budget 2 --output "$out/split.pt"
+  elif [[ ! -e $out/$way.pt ]]; then
+    if has "$way" trained; then train_sparse "$way"; else convert "$way" "$out/$way.pt"; fi
+  fi
+  score "$dense" "$out/$way.pt" "$way"
+  if [[ " ${TIMES:-} " == *" $way "* && ! -e $out/times/$way/benchmark.json ]]; then
+    bash "$root/scripts/benchmark_decoding.sh" --dense "$(source_of "$way")" --sparse "$out/$way.pt" --data "$data" \
+      --threads 1 --rounds 5 --out "$out/times/$way"
+  fi
 done
-experiment compare_conversions "$out"/*.json
+# shellcheck disable=SC2086
+experiment compare_conversions "$out" $ways

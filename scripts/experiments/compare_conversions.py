@@ -1,58 +1,84 @@
-"""One Markdown table of reports of xmoe-convert: perplexity (FFN FLOPs) at each budget, and test scores.
+"""One Markdown table of what scripts/dense_to_sparse.sh has made: a row for each way to a sparse model.
 
-    python scripts/run.py experiments.compare_conversions OUT/*.json
+    python scripts/run.py experiments.compare_conversions OUT WAY ...
 
-The scores are those that scripts/dense_to_sparse.sh has left in OUT/dense, if it has.
+Further training; experts per token, FLOPs of the MoE layers over those of the dense FFNs, and scores, on test
+sets; how many times as fast it is, where that was timed (benchmark_decoding.sh).
 """
 
 import argparse
 from pathlib import Path
-from typing import Any
 
-from experiments.results import read_json
+from experiments.results import publish, read_json
 from xmoe_fairseq.tables import markdown
 
+PENALTIES = ("hoyer", "l1")  # of which a dense model has its
+TENTH = "the last tenth, anew"
 SHOWN = ("perplexity", "bleu", "chrf")
+TIMED = (("decoding", 1), ("scoring", 64))  # what, and at which batch
+Row = dict[str, str]
 
 
-def order(report: tuple[Path, dict[str, Any]]) -> tuple[int, str]:
-    return report[1]["about"]["fine-tuning updates"], report[1]["about"]["grouping"]
+def dense_row(out: Path, run: str) -> Row:
+    name = {"way": "dense"} if run == "dense" else {"way": f"dense after {run}", "trained further": TENTH}
+    return name | scores(out, out / run, "last")
 
 
-def table(reports: dict[Path, dict[str, Any]]) -> str:
-    """Rows in the order of fine-tuning and grouping; columns: the budgets and scores that any has."""
-    rows = []
-    for path, report in sorted(reports.items(), key=order):
-        about = report["about"]
-        updates = about["fine-tuning updates"]
-        tuned = f"{updates} updates of {about['fine-tuned']}" if updates else "none"
-        row = {key: about[key] for key in ("grouping", "experts", "thresholds")} | {"fine-tuning": tuned}
-        budgets = {name: cell(one) for name, one in report["rows"].items() if name != "chosen"}
-        rows.append(row | budgets | scores(path.parent, path.stem))
-    names = dict.fromkeys(name for row in rows for name in row)
-    titles = sorted(names, key=lambda name: name.startswith("test"))
-    return markdown(titles, [[row.get(title, "") for title in titles] for row in rows])
+def way_row(out: Path, way: str) -> Row:
+    splits = read_json(out / "dense" / f"scores.{way}.json")["splits"]
+    sides = next(iter(splits.values()))["routing"].values()  # of the first set; the encoder's comes first
+    return {
+        "way": way,
+        "trained further": training(out, way),
+        "experts": " and ".join(f"{side['experts']:.1f}" for side in sides),
+        "FLOPs": " and ".join(f"{side['flops']:.2f}" for side in sides),
+        **scores(out, out / "dense", way),
+        **times(out / "times" / way / "benchmark.json"),
+    }
 
 
-def cell(row: dict[str, Any]) -> str:
-    return f"{row['perplexity']:.2f} ({row['flops']:.2f})"
+def training(out: Path, way: str) -> str:
+    if way == "split":
+        return "all of it, in parts"
+    parts, report = {*way.split("+")}, out / f"{way}.json"
+    updates = read_json(report)["about"]["fine-tuning updates"] if report.exists() else 0
+    tenth = [TENTH] if parts & {*PENALTIES, "trained"} else []
+    return " + ".join([*tenth, *([f"{updates:,} updates"] if updates else [])])
 
 
-def scores(folder: Path, tag: str) -> dict[str, str]:
-    """On the test sets, as score.py found them; none if it has not."""
-    path = folder / "dense" / f"scores.{tag}.json"
-    splits = read_json(path)["splits"] if path.exists() else {}
-    return {f"{s} {key}": f"{one[key]:.2f}" for s, one in splits.items() for key in SHOWN if key in one}
+def scores(out: Path, run: Path, tag: str) -> Row:
+    """On the test sets, as score.py found them, and how far from the dense model's."""
+    base = read_json(out / "dense" / "scores.last.json")["splits"]
+    found = {}
+    for split, one in read_json(run / f"scores.{tag}.json")["splits"].items():
+        for key in (key for key in SHOWN if key in one):
+            more = one[key] / base[split][key] - 1 if key == "perplexity" else one[key] - base[split][key]
+            change = f" ({more:+.1%})" if key == "perplexity" else f" ({more:+.2f})"
+            found[f"{split} {key}"] = f"{one[key]:.2f}" + change * bool(more)
+    return found
+
+
+def times(path: Path) -> Row:
+    rows = read_json(path)["rows"] if path.exists() else []
+    return {
+        f"{what}, batch {batch}: times as fast": row["times as fast"]
+        for what, batch in TIMED for row in rows if (row["what"], row["batch"]) == (what, batch)
+    }  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("reports", type=Path, nargs="+", help="the .json files beside the checkpoints")
-    reports = {path: read_json(path) for path in parser.parse_args().reports}
-    first, report = next(iter(reports.items()))
-    dense = [f"{name} {score}" for name, score in scores(first.parent, "last").items()]
-    print("; ".join([f"dense: perplexity {report['reference']['perplexity']:.2f}", *dense]))
-    print(f"\n{table(reports)}", end="")
+    parser.add_argument("out", type=Path, help="folder of dense_to_sparse.sh")
+    parser.add_argument("ways", nargs="+")
+    args = parser.parse_args()
+    penalised = [run for run in PENALTIES if any(run in way.split("+") for way in args.ways)]
+    rows = [dense_row(args.out, run) for run in ("dense", *penalised)]
+    rows += [way_row(args.out, way) for way in args.ways]
+    titles = [
+        *dict.fromkeys(name for row in rows for name in ("way", "trained further", "experts", "FLOPs", *row))
+    ]
+    table = markdown(titles, [[row.get(title, "") for title in titles] for row in rows])
+    publish(args.out / "ways", table, rows)
 
 
 if __name__ == "__main__":

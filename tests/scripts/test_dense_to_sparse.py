@@ -13,23 +13,45 @@ SMALLER = [
 ]
 
 
-@pytest.mark.parametrize("task", ["lm", "mt"])
-def test_trains_converts_and_scores(task: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
-    tuning = 1 if task == "lm" else 0  # which is no conversion of its own
+@pytest.mark.parametrize(
+    "task, ways",
+    [
+        ("lm", ["hoyer+probability+shared+hidden+distill+half", "split"]),
+        ("mt", ["relative+half+wide+trained"]),
+    ],
+)
+def test_trains_converts_and_scores(
+    task: str, ways: list[str], request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
     data, out = request.getfixturevalue(f"{task}_data"), tmp_path / "out"
-    said = script(
-        "dense_to_sparse.sh", task, data, out, *(SMALLER if task == "mt" else SMALLER[3:]), "--max-update", 3,
-        SPLIT="8", GROUPINGS="random", FINETUNE=str(tuning),
-    )  # fmt: skip
-    ways = {0: "none", 1: "1 updates of all"}
-    for updates in {0, tuning}:
-        assert f"| random | 8 | one for all layers | {ways[updates]} |" in said
-    scores = {path.name: json.loads(path.read_text()) for path in (out / "dense").glob("scores.*.json")}
-    assert {*scores} == {f"scores.{tag}.json" for tag in ("last", "random-0", f"random-{tuning}")}
+    smaller = SMALLER if task == "mt" else ["--decoder-layers=2", *SMALLER[4:]]  # of which one has experts
+    sizes = {"SPLIT": "8", "HIDDEN": "2", "FINETUNE": "2", "UPDATES": "10", "CALIBRATION": "400"}
+    settings = {**sizes, "WAYS": " ".join(ways)}
+    said = script("dense_to_sparse.sh", task, data, out, *smaller, "--save-interval-updates=5", **settings)
+    table = [line.strip("|").split("|") for line in said.splitlines() if line.startswith("| ")]
+    rows = {cells[0].strip(): cells for cells in table}
+    penalised = ["dense after hoyer"] if task == "lm" else []
+    assert [*rows] == ["way", "dense", *penalised, *ways]
+    further = {
+        "hoyer+probability+shared+hidden+distill+half": "the last tenth, anew + 2 updates",
+        "split": "all of it, in parts", "relative+half+wide+trained": "the last tenth, anew",
+    }  # fmt: skip
+    assert {way: rows[way][1].strip() for way in ways} == {way: further[way] for way in ways}
+    assert (out / "ways.md").read_text() in said
+    for file in (out / "dense").glob("scores.*.json"):
+        (found,) = json.loads(file.read_text())["splits"].values()
+        assert found["perplexity"] > 1 and ("bleu" in found) == (task == "mt")
     assert not [*out.rglob("explain*")]  # a page for each takes longer than its scores
-    for found in scores.values():
-        assert {*found["splits"]} == {"test"}
-        if task == "lm":  # 3 updates are next to nothing: about as many as there are words to choose from
-            assert 1 < found["splits"]["test"]["perplexity"] < 500
-    columns = ("perplexity", "bleu", "chrf") if task == "mt" else ("perplexity",)
-    assert " | ".join(["budget 1", *(f"test {name}" for name in columns)]) + " |\n" in said
+    before = {file: file.stat().st_mtime_ns for file in out.rglob("*.pt")}
+    script("dense_to_sparse.sh", task, data, out, *smaller, **settings)
+    assert {file: file.stat().st_mtime_ns for file in out.rglob("*.pt")} == before
+
+
+@pytest.mark.parametrize(
+    "ways, message",
+    [("mass hoyer+better", "WAYS: better is no part of a way, in hoyer+better"),
+     ("l1+trained", "WAYS: a penalty cannot be combined with trained, in l1+trained")],
+)  # fmt: skip
+def test_ways_are_checked_before_anything_is_trained(ways: str, message: str, tmp_path: Path) -> None:
+    assert message in script("dense_to_sparse.sh", "lm", "data", tmp_path, succeeds=False, WAYS=ways)
+    assert not [*tmp_path.iterdir()]

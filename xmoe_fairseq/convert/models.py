@@ -1,7 +1,7 @@
 """The two models: a dense one, read from a stock checkpoint with the data that it is to be calibrated on, and
 the sparse one, built by the plugin and filled with the parts of the dense one."""
 
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -119,8 +119,11 @@ def sparse_config(
 def as_typed(config: Namespace, task: Any) -> str:
     """As flags of fairseq-train, which makes a model of its command line, not of a checkpoint."""
     plain = vars(complete_namespace(Namespace(), MODEL_DATACLASS_REGISTRY[config._name], task))
-    changed = {name: value for name, value in vars(config).items() if value != plain.get(name, value)}
-    words = (as_flag(n, v) for n, v in changed.items() if n != "_name" and v is not None and v is not False)
+    parser = ArgumentParser()
+    MODEL_REGISTRY[config._name].add_args(parser)  # an architecture also sets what is no flag
+    known = {action.dest for action in parser._actions}
+    changed = {n: v for n, v in vars(config).items() if n in known and v != plain.get(n, v)}
+    words = (as_flag(n, v) for n, v in changed.items() if v is not None and v is not False)
     return " ".join([f"--arch {config.arch}", *words])
 
 
