@@ -43,9 +43,7 @@ def watch(kind: str, model: nn.Module, net_input: dict[str, Any], pad: int) -> I
     calls: list[Activations] = []
     source = net_input["src_tokens"]
     ids = {"encoder": source, "decoder": net_input.get("prev_output_tokens", source)}
-    real = {
-        side: side_ids.ne(pad).t() for side, side_ids in ids.items()
-    }  # (length, batch), as layers have it
+    real = {side: of.ne(pad).t() for side, of in ids.items()}  # (length, batch), as layers have it
 
     def keep(side: str, _: nn.Module, inputs: tuple[Tensor]) -> None:
         hidden, tokens = inputs[0], real[side].sum()
