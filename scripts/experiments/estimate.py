@@ -17,6 +17,7 @@ from typing import Any
 
 from experiments import processes, train
 from experiments.catalogue import LanguageModelPreset
+from experiments.counts import Counts
 from experiments.own_text import tell_shell
 from experiments.plan import Plan
 from experiments.results import lines, parameters, read, read_json, write_json
@@ -70,27 +71,6 @@ def measure(plan: Plan, data: Path, out: Path) -> None:
         write_json(out, timed(words, out.with_suffix(".log")))
 
 
-class Text:
-    """Of a folder of data-prep: what its steps have counted."""
-
-    def __init__(self, task: str, data: Path) -> None:
-        self.counts = {path.stem: read_json(path) for path in (data / "counts").glob("*.json")}
-        self.sides = 2 if task == "wmt" else 1
-        self.pieces: int = self.counts["spm"]["dictionary"]
-
-    def tokens(self, split: str) -> int:
-        """Of one side on average; each line has its end, too."""
-        counted = self.counts[f"bpe-{split}"]
-        return int(counted["pieces"] // self.sides + counted["kept"])
-
-    def about(self) -> str:
-        sizes = []
-        for split in ("train", "valid", "test"):
-            size = f"{self.counts[f'bpe-{split}']['kept']:,} pairs" if self.sides == 2 else ""
-            sizes.append(f"{split} {size or f'{self.tokens(split):,} tokens'}")
-        return f"{', '.join(sizes)}; {self.pieces:,} pieces"
-
-
 def updates_of(plan: Plan, tokens: int, asked: int | None) -> int:
     """As asked for, else PASSES over the text, but at most the preset's."""
     flags, each = plan.size.flags, plan.size.update_tokens
@@ -112,7 +92,7 @@ def flags_for(plan: Plan, updates: int) -> dict[str, int]:
     return length | shorter
 
 
-def seconds_of(plan: Plan, text: Text, timing: dict[str, float], updates: int, interval: int) -> float:
+def seconds_of(plan: Plan, text: Counts, timing: dict[str, float], updates: int, interval: int) -> float:
     size = plan.size
     validations = -(-updates // interval)
     test = timing["validation"] * text.tokens("test") / text.tokens("valid")
@@ -132,7 +112,7 @@ def done(run: Path) -> int:
 
 
 def tell(plan: Plan, data: Path, timing: dict[str, float], run: Path, asked: int | None) -> None:
-    text = Text(plan.task, data)
+    text = Counts(plan.task, data)
     tokens, each = text.tokens("train"), plan.size.update_tokens
     updates = updates_of(plan, tokens, asked)
     flags = flags_for(plan, updates)

@@ -4,6 +4,7 @@ Nothing is computed and no memory is used: tensors there have shapes alone. What
 to be 0 (no padding), and instead of a choice, which depends on numbers, each token takes k experts.
 """
 
+import sys
 import weakref
 from collections import Counter
 from collections.abc import Iterator
@@ -73,6 +74,7 @@ class Live(TorchDispatchMode):
 @contextmanager
 def ranks(number: int) -> Iterator[None]:
     """As the first of so many, which are not there."""
+    hook = sys.excepthook  # torch puts "[rank0]:" before what it prints, and leaves it so
     if number > 1:
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=number)
     try:
@@ -80,6 +82,7 @@ def ranks(number: int) -> Iterator[None]:
     finally:
         if number > 1:
             dist.destroy_process_group()
+        sys.excepthook = hook
 
 
 def build(cfg: Any, task: Any) -> tuple[nn.Module, nn.Module]:

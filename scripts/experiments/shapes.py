@@ -10,8 +10,8 @@ from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from omegaconf import OmegaConf
 
 import xmoe_fairseq  # noqa: F401  (registers the models)
+from experiments.counts import Counts
 from experiments.dimensions import PRECISIONS, Shape, Stack
-from experiments.estimate import Text as Counts
 from experiments.plan import Plan
 from experiments.results import lines
 from xmoe_fairseq.activated import planned_experts

@@ -1,6 +1,7 @@
 """train.sh --dry-run: what is counted on the meta device is what arithmetic says; nothing is left behind."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -144,6 +145,7 @@ def test_nothing_is_drawn_where_there_is_no_memory() -> None:
 
 
 def test_experts_on_several_ranks() -> None:
+    hook = sys.excepthook
     whole, part = (
         found(
             "lm", "small", "xmoe-s4", "--moe-expert-parallel-size", n, "--ddp-backend", "legacy_ddp", gpus=2
@@ -155,6 +157,7 @@ def test_experts_on_several_ranks() -> None:
     assert part.memory["states"] < whole.memory["states"] and part.flops(2) == whole.flops(2)
     with pytest.raises(FlagError, match="--moe-expert-parallel-size must divide"):
         found("lm", "small", "xmoe-s4", "--moe-expert-parallel-size", "3", gpus=2)
+    assert sys.excepthook is hook  # else later errors of this process would begin with "[rank0]:"
 
 
 def test_a_batch_that_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -162,30 +162,30 @@ def test_watch_ends_with_its_processes_and_prints_progress(tmp_path: Path) -> No
 
 
 def test_conversions_side_by_side(tmp_path: Path) -> None:
-    def report(grouping: str, updates: int, rows: dict[str, float]) -> dict[str, object]:
-        about = {
-            "grouping": grouping, "experts": 8, "thresholds": "per layer", "fine-tuned": "all",
-            "fine-tuning updates": updates,
-        }  # fmt: skip
-        measured = {name: {"perplexity": value, "flops": 0.25} for name, value in rows.items()}
-        return {"about": about, "reference": {"perplexity": 20}, "rows": measured}
-
-    reports = {
-        "a": report("random", 9, {"chosen": 1.0, "budget 1": 20.5}),
-        "b": report("random", 0, {"budget 0.5": 30.25, "budget 1": 20.0}),
-    }
-    for name, content in reports.items():
-        (tmp_path / f"{name}.json").write_text(json.dumps(content))
-    (tmp_path / "dense").mkdir()
-    for name, perplexity in (("last", 19.0), ("a", 21.0)):
-        found = {"splits": {"test": {"perplexity": perplexity, "routing": {}}}}
-        (tmp_path / f"dense/scores.{name}.json").write_text(json.dumps(found))
-    said = tool("compare_conversions", *sorted(tmp_path.glob("*.json"))).splitlines()
-    assert said[0] == "dense: perplexity 20.00; test perplexity 19.00"
-    assert said[2].endswith("| fine-tuning | budget 0.5 | budget 1 | test perplexity |")
-    assert said[4:] == [
-        "| random | 8 | per layer | none | 30.25 (0.25) | 20.00 (0.25) |  |",
-        "| random | 8 | per layer | 9 updates of all |  | 20.50 (0.25) | 21.00 |",
+    """Scores beside the dense model's, and what was trained for them."""
+    side = {"decoder": {"experts": 4.0, "flops": 0.26}}
+    for name, perplexity, routing in (
+        ("dense/scores.last", 20.0, {}), ("hoyer/scores.last", 21.0, {}), ("dense/scores.mass", 30.0, side),
+        ("dense/scores.hoyer+task", 22.0, side),
+    ):  # fmt: skip
+        path = tmp_path / f"{name}.json"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps({"splits": {"test": {"perplexity": perplexity, "routing": routing}}}))
+    for way, updates in (("mass", 0), ("hoyer+task", 1500)):
+        (tmp_path / f"{way}.json").write_text(json.dumps({"about": {"fine-tuning updates": updates}}))
+    (tmp_path / "times/mass").mkdir(parents=True)
+    timed = {"rows": [{"what": "decoding", "batch": 1, "times as fast": "1.50"}]}
+    (tmp_path / "times/mass/benchmark.json").write_text(json.dumps(timed))
+    tool("compare_conversions", tmp_path, "mass", "hoyer+task")
+    head, _, *rows = (tmp_path / "ways.md").read_text().strip().splitlines()
+    assert head == (
+        "| way | trained further | experts | FLOPs | test perplexity | decoding, batch 1: times as fast |"
+    )
+    assert rows == [
+        "| dense |  |  |  | 20.00 |  |",
+        "| dense after hoyer | the last tenth, anew |  |  | 21.00 (+5.0%) |  |",
+        "| mass |  | 4.0 | 0.26 | 30.00 (+50.0%) | 1.50 |",
+        "| hoyer+task | the last tenth, anew + 1,500 updates | 4.0 | 0.26 | 22.00 (+10.0%) |  |",
     ]
 
 
