@@ -63,7 +63,7 @@ def test_an_update_has_as_many_tokens_on_any_number_of_gpus(
 @pytest.mark.parametrize("flags", [["--max-update", "100"], ["--lr", "1", "--max-update=100", "--no-save"]])
 def test_the_users_number_of_updates_is_announced(flags: list[str]) -> None:
     plan = Plan("wmt", "claims", "dense")
-    assert plan.lines()[1].endswith("; 5,000 updates") and plan.lines(flags)[1].endswith("; 100 updates")
+    assert plan.lines()[1].endswith("; 2,500 updates") and plan.lines(flags)[1].endswith("; 100 updates")
 
 
 @pytest.mark.parametrize(
