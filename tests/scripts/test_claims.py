@@ -228,7 +228,7 @@ def printed(script: str, **env: str) -> list[str]:
 
 @pytest.mark.parametrize("name, task", [("lm", "lm"), ("mt", "wmt")])
 def test_the_grid_can_be_trained_and_its_runs_are_found(name: str, task: str, tmp_path: Path) -> None:
-    models = printed(beginning(name) + 'printf "%s\\n" "${models[@]}"')
+    models = printed(beginning(name) + 'printf "%s\\n" "${models[@]}" "${once[@]}"')
     assert models[0] == "dense" and len({*models}) == len(models) >= 7
     for model in models:
         words = shlex.split(model)
