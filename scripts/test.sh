@@ -8,9 +8,9 @@ ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 bash "$ROOT/scripts/setup.sh"
 PATH=$(cd "${VENV:-$ROOT/.venv}" && pwd)/bin:$PATH
 cd "$ROOT"
-# A process per core, and two for the while in which others wait; more threads would only fight
+# A process per core, and one for the while in which others wait; more threads would only fight
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 ruff check .
 ruff format --check .
 mypy
-pytest -n "$(python -c 'import os; print(os.cpu_count() + 2)')" --dist worksteal "$@"
+pytest -n "$(python -c 'import os; print(os.cpu_count() + 1)')" --dist worksteal "$@"
