@@ -1,6 +1,8 @@
 """The experts in C++ equal plain autograd: values and every gradient."""
 
+import faulthandler
 import multiprocessing
+import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 
@@ -320,15 +322,17 @@ def sums_in_two_threads(x_SD: Tensor, rows: ExpertRows, stacks: Stacks) -> Tenso
 
 
 def forks_of_a_process_that_has_used_threads() -> list[int | None]:
-    """Exit statuses of three forks that compute what this process has computed; None for one that hangs."""
+    """Exit statuses of three forks that compute what this process has computed; not 0 for one that hangs."""
     assert not missing()
     rows, x_SD = rows_of(LOADS["uneven"], SOURCES), torch.randn(SOURCES, 48, dtype=torch.float64)
     call = x_SD, rows, stacks_of(5, 48, 96)
     expected = sums_in_two_threads(*call)
-    fork = multiprocessing.get_context("fork")
-    children = [
-        fork.Process(target=lambda: assert_same(sums_in_two_threads(*call), expected)) for _ in range(3)
-    ]
+
+    def compute() -> None:
+        faulthandler.dump_traceback_later(30, file=sys.__stderr__)  # where it hangs
+        assert_same(sums_in_two_threads(*call), expected)
+
+    children = [multiprocessing.get_context("fork").Process(target=compute) for _ in range(3)]
     for child in children:
         child.start()
         child.join(60)
