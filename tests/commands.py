@@ -1,14 +1,11 @@
 """Runs the stock console scripts as a user would, on a corpus small enough for tests."""
 
 import contextlib
-import gc
 import io
 import json
-import multiprocessing
 import os
 import random
 import re
-import runpy
 import subprocess
 import sys
 import tempfile
@@ -20,10 +17,10 @@ from typing import Any
 from unittest import mock
 
 import pytest
+from forks import BIN, fork, tools
 
 from xmoe_fairseq_compat.errors import UserError
 
-BIN = Path(sys.executable).parent
 REPO = Path(__file__).parents[1]
 PLUGIN = ("--user-dir", str(REPO / "xmoe_fairseq"))
 TRAIN = (
@@ -50,27 +47,29 @@ ARITHMETIC = {
     if name in os.environ
 }
 DEADLINE = 1200.0  # seconds for one command; only one that hangs comes near it, on a busy machine too
-# Importing torch and fairseq takes 5 s of a core, what optimizers import at their first step 3 s more. One
-# process does it; each command is a fork of it.
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["__main__", "torch", "torch._dynamo", "fairseq"])
 
 
 def run(tool: str, *arguments: object, succeeds: bool = True, stdin: str = "", **env: str) -> str:
-    """stdout and stderr together; asserts the exit status. The script's process is a fork that has
-    imported torch and fairseq, and nothing of this package but its patches."""
+    """stdout and stderr together; asserts the exit status. The process is a fork that has imported torch and
+    fairseq, and nothing of this package but its patches."""
     return _run_forks(tool, arguments, [env], succeeds, stdin)[0]
 
 
+def for_shells() -> dict[str, str]:
+    """The environment of a shell script or of documented commands: the Python processes that they start are
+    forks, too."""
+    return {"PATH": f"{tools()}:{BIN}:/usr/bin:/bin", "VENV": str(tools().parent), **ARITHMETIC}
+
+
 def script(name: str, *arguments: object, succeeds: bool = True, **env: str) -> str:
-    """A shell script of scripts/ in a process of its own; what it printed."""
+    """What a shell script of scripts/ printed, stderr too; asserts the exit status."""
     result = subprocess.run(
         ["bash", str(REPO / "scripts" / name), *map(str, arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         timeout=DEADLINE,
-        env={"PATH": f"{BIN}:/usr/bin:/bin", "VENV": str(BIN.parent), **ARITHMETIC, **env},
+        env=for_shells() | env,
     )
     assert (result.returncode == 0) == succeeds, result.stdout[-3000:]
     return result.stdout
@@ -129,51 +128,30 @@ def _run_forks(
         read = Path(folder, "stdin")
         read.write_text(stdin)
         printed = [Path(folder, f"rank{rank}") for rank in range(len(environments))]
-        forks = [
-            FORKS.Process(target=_script, args=(command, os.environ | env, read, output))
-            for env, output in zip(environments, printed, strict=True)
-        ]
-        hung = _run_all(forks)
+        forks = []
+        for env, output in zip(environments, printed, strict=True):
+            with read.open() as stdin_file, output.open("w") as file:
+                files = {0: stdin_file.fileno(), 1: file.fileno(), 2: file.fileno()}
+                forks.append(fork(command, os.environ | env, files))
+        hung = _hang(forks)
         outputs = [output.read_text() for output in printed]
-        for fork, output in zip(forks, outputs, strict=True):
-            assert (fork.exitcode == 0) == succeeds, output[-4000:]
+        for process, output in zip(forks, outputs, strict=True):
+            assert (process.exitcode == 0) == succeeds, output[-4000:]
         assert not hung, f"{tool} did not end within {DEADLINE:.0f} s"
     return outputs
 
 
-def _run_all(forks: list[BaseProcess]) -> bool:
+def _hang(forks: list[BaseProcess]) -> bool:
     """Whether some had to be killed."""
-    for fork in forks:
-        fork.start()
     end = time.monotonic() + DEADLINE
     try:
-        for fork in forks:
-            fork.join(max(0.0, end - time.monotonic()))
-        return any(fork.is_alive() for fork in forks)
+        for process in forks:
+            process.join(max(0.0, end - time.monotonic()))
+        return any(process.is_alive() for process in forks)
     finally:
-        for fork in forks:
-            fork.kill()
-            fork.join()
-
-
-def _script(command: list[str], environment: dict[str, str], read: Path, printed: Path) -> None:
-    """The fork: what Python does with a script."""
-    import torch
-
-    torch.set_num_threads(THREADS)
-    gc.freeze()  # or a collection would touch, and so copy, all that the parent has imported
-    os.environ.clear()
-    os.environ.update(environment)
-    output = os.open(printed, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    for number in (1, 2):
-        os.dup2(output, number)
-    sys.stdin = read.open()  # multiprocessing closed it
-    sys.argv = command
-    try:
-        runpy.run_path(command[0], run_name="__main__")
-    except Exception:
-        sys.excepthook(*sys.exc_info())
-        sys.exit(1)
+        for process in forks:
+            process.kill()
+            process.join()
 
 
 def logged(output: str, group: str) -> list[dict[str, float]]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from commands import ARITHMETIC, BIN, DEADLINE, REPO, call
+from commands import DEADLINE, REPO, call, for_shells
 from documented import example
 from parallel_runs import EXACT, assert_same_training, train
 from stock import LM, SMALL, Stock, one_by_one, outputs
@@ -159,7 +159,7 @@ def test_the_documented_commands(corpus: tuple[Path, Path], tmp_path: Path) -> N
     block = example("upcycling.md", "## From a dense checkpoint on", "bash")
     block = block.replace("data/lm-sample/bin", str(corpus[1])).replace("runs/", f"{tmp_path}/")
     block = re.sub(r"--max-update \d+", "--max-update 2", block)
-    env = {"PATH": f"{BIN}:/usr/bin:/bin", **ARITHMETIC}
-    subprocess.run(["bash", "-e"], input=block, text=True, check=True, cwd=REPO, env=env, timeout=DEADLINE)
+    shell = ["bash", "-e"]
+    subprocess.run(shell, input=block, text=True, check=True, cwd=REPO, env=for_shells(), timeout=DEADLINE)
     moe = torch.load(tmp_path / "moe" / "checkpoint_last.pt", weights_only=True)
     assert moe["model"]["decoder.layers.1.moe.router.weight"].shape == (16, 128)

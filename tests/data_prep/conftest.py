@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from commands import for_shells
+from forks import tools
 
 sys.path.insert(0, str(Path(__file__).parent))  # for prep_scripts.py and stand_ins.py
 
@@ -22,22 +24,21 @@ def scripts(tmp_path: Path) -> Scripts:
 
 @pytest.fixture(scope="session")
 def environment() -> dict[str, str]:
-    """For the shell scripts: the interpreter that runs the tests."""
-    return {**os.environ, "VENV": sys.prefix, "WORKERS": "1"}
+    return {**os.environ, **for_shells(), "WORKERS": "1"}
 
 
 @pytest.fixture
 def stubbed(tmp_path: Path, environment: dict[str, str]) -> dict[str, str]:
     """An environment whose fairseq-preprocess is instant."""
-    tools = tmp_path / "venv" / "bin"
-    tools.mkdir(parents=True)
+    own = tmp_path / "venv" / "bin"
+    own.mkdir(parents=True)
     for name, text in (
         ("fairseq-preprocess", PREPROCESS),
-        ("python", f'#!/usr/bin/env bash\nexec "{sys.executable}" "$@"\n'),
+        ("python", f'#!/usr/bin/env bash\nexec "{tools() / "python"}" "$@"\n'),
     ):
-        (tools / name).write_text(text)
-        (tools / name).chmod(stat.S_IRWXU)
-    return {**environment, "VENV": str(tools.parent)}
+        (own / name).write_text(text)
+        (own / name).chmod(stat.S_IRWXU)
+    return {**environment, "VENV": str(own.parent)}
 
 
 @pytest.fixture

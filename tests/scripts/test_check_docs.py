@@ -7,8 +7,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from commands import BIN, REPO
+from commands import REPO, for_shells
 from documented import example
+from forks import tools
 from torch.distributed.run import get_args_parser
 
 from experiments.documents import DocumentError, blocks, listing
@@ -92,7 +93,7 @@ def repository(tmp_path: Path) -> Path:
     (made / "scripts/setup.sh").write_text(
         f'mkdir -p "$(dirname "$0")/../.venv/bin" && cd "$(dirname "$0")/../.venv/bin"\n'
         'echo "PATH=$PWD:$PATH" > activate\n'
-        f"""echo 'exec {BIN}/python "$@"' > python && chmod +x python\n"""
+        f"""echo 'exec {tools()}/python "$@"' > python && chmod +x python\n"""
     )
     (made / "README.md").write_text("Type\n\n    ls\n")
     (made / "docs").mkdir()
@@ -108,7 +109,7 @@ def repository(tmp_path: Path) -> Path:
 def check(repository: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         ["bash", repository / "scripts/check_docs.sh", *arguments], capture_output=True, text=True,
-        env=os.environ | {"VENV": str(BIN.parent)} | environment, cwd=repository.parent,
+        env=os.environ | for_shells() | environment, cwd=repository.parent,
     )  # fmt: skip
 
 

@@ -2,13 +2,15 @@
 
 import json
 import random
+import shlex
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from commands import ARITHMETIC, BIN, DEADLINE, REPO, commands_of, refusal, script, wait_until
+from commands import DEADLINE, REPO, commands_of, for_shells, refusal, script, wait_until
+from forks import tools
 
 sys.path.insert(0, str(REPO / "tests/data_prep"))  # prep_scripts
 
@@ -18,38 +20,38 @@ from experiments import estimate, own_report, own_text
 from experiments.plan import Plan
 
 # Stands in for what takes minutes: the timing, the training and the scores. The rest is real.
-PYTHON = f"""#!/usr/bin/env bash
-real="{sys.executable}"
-case "${{2:-}} ${{3:-}}" in
+PYTHON = """#!/usr/bin/env bash
+case "${2:-} ${3:-}" in
   "experiments.estimate time")
-    echo '{{"start": 9, "update": 0.5, "updates": 20, "validation": 4, "parameters": 123456}}' >"${{!#}}" ;;
+    echo '{"start": 9, "update": 0.5, "updates": 20, "validation": 4, "parameters": 123456}' >"${!#}" ;;
   experiments.train*)
     run=$7; mkdir -p "$run"
     about='"task": "%s", "preset": "%s", "model": "%s", "data": "%s", "seed": 1, "flags": [], "command": []'
-    printf "{{$about}}" "$3" "$4" "$5" "$6" >"$run/run.json"
-    echo '| train_inner | {{"num_updates": "3", "ups": "2", "ppl": "9"}}' >>"$run/train.log"
-    if [ -n "${{FAILS:-}}" ]; then echo "out of memory"; exit 1; fi
-    sleep "${{SLOW:-0}}"
+    printf "{$about}" "$3" "$4" "$5" "$6" >"$run/run.json"
+    echo '| train_inner | {"num_updates": "3", "ups": "2", "ppl": "9"}' >>"$run/train.log"
+    if [ -n "${FAILS:-}" ]; then echo "out of memory"; exit 1; fi
+    sleep "${SLOW:-0}"
     echo "$8 $9" >"$run/checkpoint_best.pt"; touch "$run/checkpoint_last.pt" ;;
   experiments.score*)
-    side='"routing": {{"encoder": {{"experts": 1.98, "flops": 0.512}}}}'
+    side='"routing": {"encoder": {"experts": 1.98, "flops": 0.512}}'
     scores='"bleu": 12.34, "chrf++": 45.6, "perplexity": 7.0, "perplexity_per_word": 50.5'
-    echo "{{\\"splits\\": {{\\"test\\": {{$scores, $side}}}}}}" >"$4/scores.best.json"
+    echo "{\\"splits\\": {\\"test\\": {$scores, $side}}}" >"$4/scores.best.json"
     mkdir -p "$4/score.best"
     for i in 0 1 2 3; do printf 'D-%s\\t-0.5\\tnumber %s\\n' $i $i; done >"$4/score.best/test.out" ;;
-  *) exec "$real" "$@" ;;
+  *) exec REAL "$@" ;;
 esac
 """
 
 
 @pytest.fixture
 def environment(tmp_path: Path) -> dict[str, str]:
-    tools = tmp_path / "venv" / "bin"
-    tools.mkdir(parents=True)
-    for name, text in {"python": PYTHON, "fairseq-preprocess": PREPROCESS, "fairseq-train": ""}.items():
-        (tools / name).write_text(text)
-        (tools / name).chmod(0o755)
-    return {"PATH": f"{BIN}:/usr/bin:/bin", "VENV": str(tools.parent), "WORKERS": "1", **ARITHMETIC}
+    own = tmp_path / "venv" / "bin"
+    own.mkdir(parents=True)
+    python = PYTHON.replace("REAL", shlex.quote(str(tools() / "python")))
+    for name, text in {"python": python, "fairseq-preprocess": PREPROCESS, "fairseq-train": ""}.items():
+        (own / name).write_text(text)
+        (own / name).chmod(0o755)
+    return for_shells() | {"VENV": str(own.parent), "WORKERS": "1"}
 
 
 def sentences(count: int, seed: int = 1) -> list[str]:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from commands import DEADLINE
+from forks import tools
 from toy import language_model
 
 from experiments import plot_experts, report, watch
@@ -20,7 +21,7 @@ RUN = Path(__file__).parents[2] / "scripts/run.py"
 
 
 def tool(name: str, *arguments: object) -> str:
-    command = [sys.executable, str(RUN), f"experiments.{name}", *map(str, arguments)]
+    command = [tools() / "python", RUN, f"experiments.{name}", *map(str, arguments)]
     return subprocess.run(command, check=True, capture_output=True, text=True, timeout=DEADLINE).stdout
 
 
