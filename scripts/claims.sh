@@ -32,7 +32,7 @@ case ${1:-} in
     scores=("test ppl") ;;
   mt)
     task=wmt DATA=${DATA:-$root/data/packages-en-de-full} vocabulary=8000 prepare=(prepare_packages_mt.sh de --full)
-    seeds="1 2" scores=("test BLEU" "test chrF++" "test ppl")
+    seeds="1 2" scores=("test BLEU" "test chrF++" "test ppl") seconds=("translated sentence / the first's")
     models=(dense "$topk2" xmoe-s4-budget-probability topk-s4 xmoe-s4-budget
       "xmoe-s4 --moe-capacity-factor 4 --moe-max-experts-per-token 0") # the paper's capacity, no other limit
     once=(split-s8 "dense --dropout 0.1") ;;
@@ -66,7 +66,8 @@ runs_of "$topk2"
 against=()
 [ ${#found[@]} = 0 ] || against=(--against "$topk2")
 run experiments.compare "${runs[@]}" --out "$OUT" ${against[@]+"${against[@]}"} --columns "${scores[@]}" "experts/token" \
-  "MoE FLOPs / dense FFN" "update / the first's" "decoded token / the first's" "parameters (M)"
+  "MoE FLOPs / dense FFN" "update / the first's" "decoded token / the first's" \
+  ${seconds[@]+"${seconds[@]}"} "parameters (M)"
 [ -z "${MODELS:-}" ] || exit 0
 
 routed=("$topk2" xmoe-s4-budget-probability xmoe-s4-budget topk-s4)

@@ -1,9 +1,9 @@
-"""Times whole updates and greedy decoding of the models of runs, all in turn; writes RUN/speed.json.
+"""Times whole updates, greedy decoding and beam search of models of runs, all in turn; writes RUN/speed.json.
 
     python scripts/run.py benchmarks.trained_models RUN ... [--rounds 15]
 
 The first RUN is what the others are compared with. Batches are of validation text, as large as in training;
-one thread.
+beam search is that of score.sh, of translation models. One thread.
 """
 
 import argparse
@@ -16,13 +16,16 @@ from fairseq.logging import metrics
 from fairseq.trainer import Trainer
 
 from benchmarks.decoding import STEPS, decode, inputs_of_data
-from benchmarks.timing import add_rounds, in_turn, machine
+from benchmarks.timing import add_rounds, forward, in_turn, machine
 from benchmarks.updates import BATCHES, updates
+from experiments.catalogue import TranslationPreset
+from experiments.plan import LENGTHS, Plan
 from experiments.results import read_run, write_json
 from xmoe_fairseq.batches import Batches
 from xmoe_fairseq.thresholds.checkpoint import open_model
 
 SENTENCES = 8  # decoded at a time
+SEARCHED = 2  # batches
 Work = dict[str, Callable[[], Any]]
 
 
@@ -40,26 +43,47 @@ def as_trained(model: Any, task: Any, cfg: Any) -> Callable[[], None]:
     return run
 
 
+def search(model: Any, task: Any, plan: Plan) -> tuple[Callable[[], None], int]:
+    """What translates a few batches as score.py does, and how many sentences they are."""
+    assert isinstance(plan.size, TranslationPreset)
+    samples = list(Batches(task, "valid", SEARCHED * plan.batch_tokens, plan.batch_tokens, seed=1))[:SEARCHED]
+    generator = task.build_generator([model], argparse.Namespace(beam=plan.size.beam, **LENGTHS))
+
+    def run() -> None:
+        for sample in samples:
+            task.inference_step(generator, [model], sample)
+
+    return forward(run), sum(len(sample["id"]) for sample in samples)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN")
     add_rounds(parser, default=15)
     args = parser.parse_args()
     torch.set_num_threads(1)
+    about = {str(run): read_run(run) for run in args.runs}
     opened = {
-        str(run): open_model(run / "checkpoint_best.pt", Path(read_run(run)["data"])) for run in args.runs
+        run: open_model(Path(run, "checkpoint_best.pt"), Path(each["data"])) for run, each in about.items()
     }
     decoding: Work = {
         run: decode(model, inputs_of_data(task, SENTENCES), STEPS) for run, (model, task, _) in opened.items()
     }
     found = {"decoding": in_turn(decoding, args.rounds)}
+    counts = {"tokens decoded": SENTENCES * STEPS}
+    if about[str(args.runs[0])]["task"] == "wmt":
+        searches: Work = {}
+        for run, (model, task, _) in opened.items():
+            plan = Plan("wmt", about[run]["preset"], about[run]["model"])
+            searches[run], counts["sentences translated"] = search(model, task, plan)
+        found["translation"] = in_turn(searches, args.rounds)
     training: Work = {run: as_trained(*each) for run, each in opened.items()}
     found["update"] = in_turn(training, args.rounds, calls=BATCHES)
     for run in opened:
         timings = {what: timing[run] for what, timing in found.items()}
         print(f"{Path(run).name}: " + "; ".join(f"{what} {timing}" for what, timing in timings.items()))
-        about = {"tokens decoded": SENTENCES * STEPS, "to": args.runs[0].name, "machine": machine()}
-        write_json(Path(run) / "speed.json", {**timings, **about})
+        more = {"to": args.runs[0].name, "machine": machine()}
+        write_json(Path(run) / "speed.json", {**timings, **counts, **more})
 
 
 if __name__ == "__main__":

@@ -32,7 +32,14 @@ from experiments.runs import (
 from xmoe_fairseq.tables import markdown
 from xmoe_fairseq_compat.errors import FlagError
 
-DIGITS = {"updates": 0, "training seconds": 0, "s/update": 3, "parameters (M)": 1, "ms/decoded token": 3}
+DIGITS = {
+    "updates": 0,
+    "training seconds": 0,
+    "s/update": 3,
+    "parameters (M)": 1,
+    "ms/decoded token": 3,
+    "ms/sentence": 1,
+}
 COMPARED = ("bleu", "chrf++", "perplexity")
 
 

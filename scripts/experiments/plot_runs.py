@@ -8,7 +8,17 @@ from typing import Any
 
 from experiments import plots
 from experiments.catalogue import models
-from experiments.runs import FFN_SECONDS, FLOPS, MS_DECODING, MS_UPDATE, TRAINING_SECONDS, Rows, Run, known
+from experiments.runs import (
+    FFN_SECONDS,
+    FLOPS,
+    MS_DECODING,
+    MS_SENTENCE,
+    MS_UPDATE,
+    TRAINING_SECONDS,
+    Rows,
+    Run,
+    known,
+)
 
 
 def styles_of(rows: Rows) -> dict[str, dict[str, Any]]:
@@ -32,7 +42,7 @@ def mean_and_bar(runs: Sequence[Run], column: str) -> tuple[float, float]:
 def costs_of(rows: Rows) -> list[str]:
     """The columns against which quality is shown."""
     runs = [run for members in rows.values() for run in members]
-    measured = [name for name in (MS_UPDATE, MS_DECODING, FFN_SECONDS) if known(runs, name)]
+    measured = [name for name in (MS_UPDATE, MS_DECODING, MS_SENTENCE, FFN_SECONDS) if known(runs, name)]
     return [FLOPS, *(measured or [TRAINING_SECONDS] * bool(known(runs, TRAINING_SECONDS)))]
 
 

@@ -18,8 +18,9 @@ TITLES = {"bleu": "BLEU", "chrf++": "chrF++", "perplexity": "ppl", "perplexity_p
 EXPERTS, FLOPS = "experts/token", "MoE FLOPs / dense FFN"
 MAX_VIOLATION, DEAD = "max violation", "dead experts, %"
 FFN_SECONDS, UPDATE = "FFN seconds / the first's", "update / the first's"
-DECODING = "decoded token / the first's"
-MS_UPDATE, MS_DECODING, TRAINING_SECONDS = "ms/update", "ms/decoded token", "training seconds"
+DECODING, SENTENCE = "decoded token / the first's", "translated sentence / the first's"
+MS_UPDATE, MS_DECODING, MS_SENTENCE = "ms/update", "ms/decoded token", "ms/sentence"
+TRAINING_SECONDS = "training seconds"
 NAN = math.nan  # what is not known of a run
 
 
@@ -102,14 +103,19 @@ def loads(folder: Path) -> dict[str, float]:
 
 def timings(folder: Path) -> dict[str, float]:
     """What benchmark_checkpoints.sh and benchmarks.trained_models have noted."""
-    values = dict.fromkeys((FFN_SECONDS, UPDATE, DECODING, MS_UPDATE, MS_DECODING), NAN)
+    titles = (FFN_SECONDS, UPDATE, DECODING, SENTENCE, MS_UPDATE, MS_DECODING, MS_SENTENCE)
+    values = dict.fromkeys(titles, NAN)
     if (seconds := folder / "seconds.json").exists():
         values[FFN_SECONDS] = read_json(seconds)["ratio"]
     if (speed := folder / "speed.json").exists():
         found = read_json(speed)
-        update, decoding = found["update"], found["decoding"]
-        values |= {UPDATE: update["ratio"], DECODING: decoding["ratio"], MS_UPDATE: update["milliseconds"]}
-        values[MS_DECODING] = decoding["milliseconds"] / found["tokens decoded"]
+        for what, ratio, milliseconds, count in (
+            ("update", UPDATE, MS_UPDATE, 1),
+            ("decoding", DECODING, MS_DECODING, found["tokens decoded"]),
+            ("translation", SENTENCE, MS_SENTENCE, found.get("sentences translated")),
+        ):
+            if what in found:
+                values |= {ratio: found[what]["ratio"], milliseconds: found[what]["milliseconds"] / count}
     return values
 
 

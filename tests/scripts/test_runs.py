@@ -46,7 +46,12 @@ def test_translation(
     assert "nw:2" in scores["signatures"]["chrf++"]
     assert 1 <= scores["splits"]["test"]["routing"]["encoder"]["experts"] <= 4
     assert '"name":"encoder layer 2"' in (run / "explain.best.html").read_text()
+    monkeypatch.setattr(sys, "argv", ["timing", str(run), str(run), "--rounds", "2"])
+    trained_models.main()
+    speed = json.loads((run / "speed.json").read_text())
+    assert speed["translation"]["ratio"] > 0 and speed["sentences translated"] == 12
     script("compare.sh", run, OUT=str(tmp_path / "out"))
+    assert "translated sentence / the first's | ms/update |" in (tmp_path / "out/compare.md").read_text()
     assert '"name":"encoder layer 2"' in (tmp_path / "out/compare.html").read_text()
     assert "| xmoe-s2 --" in (tmp_path / "out/compare.md").read_text()
 
