@@ -19,12 +19,13 @@
 # flags of fairseq-train after OUT overrule it. SPLIT=16 experts, HIDDEN=16, FINETUNE=300, CALIBRATION=100000 tokens,
 # HOYER=0.1 and L1=0.1 the penalties' coefficients, FREQ: every how many layers (default: the preset's, as models with
 # experts have it), SEED=1; TIMES="a way ..." are timed on a machine that must be quiet.
+# TENTHS=9: 8 makes it the last two tenths, here and of the penalties.
 # What is in OUT already is kept, such as a run of the preset as OUT/dense with its checkpoint of 9 tenths as start.pt.
 # Hours: the training's, and some minutes a way; expected: docs/dense_to_sparse.md.
 set -euo pipefail
 task=${1:?lm or mt} data=${2:?folder of data-prep} out=${3:?folder}
 . "$(dirname "${BASH_SOURCE[0]}")/find_environment.sh"
-split=${SPLIT:-16} tuning=${FINETUNE:-300} preset=${PRESET:-claims}
+split=${SPLIT:-16} tuning=${FINETUNE:-300} preset=${PRESET:-claims} tenths=${TENTHS:-9}
 export SEED=${SEED:-1} OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 experiment() { python "$root/scripts/run.py" "experiments.$1" "${@:2}"; }
 
@@ -45,9 +46,11 @@ for way in $ways; do
     [[ $known == *" $part "* || $way == split ]] || refuse "WAYS: $part is no part of a way, in $way (see $0)"
   done
   ! has "$way" trained || { ! has "$way" hoyer && ! has "$way" l1; } ||
-    refuse "WAYS: a penalty cannot be combined with trained, in $way: both are the last tenth"
+    refuse "WAYS: a penalty cannot be combined with trained, in $way: both are the end of the training"
 done
+[[ $tenths =~ ^[1-9]$ ]] || refuse "TENTHS must be a whole number from 1 to 9, got $tenths"
 updates=${UPDATES:-$(setting max-update)}
+last=$((updates - updates * tenths / 10))
 flags=("${@:4}" --total-num-update "$updates")
 dense=$out/dense freq=${FREQ:-$(setting moe-freq)} # of models with experts: 2 is the flag's default
 freq=${freq:-2}
@@ -80,7 +83,7 @@ convert() { # WAY SPARSE
     --calibration-tokens "${CALIBRATION:-100000}" --budget "$budget" "${words[@]}"
 }
 train_sparse() { # WAY: as fairseq-train goes on with what xmoe-convert has made; t is steered to its budget
-  local run=$out/$1 typed lr last=$((updates - updates * 9 / 10)) budget=$((split / 4))
+  local run=$out/$1 typed lr budget=$((split / 4))
   ! has "$1" half || budget=$((budget * 2))
   ! has "$1" wide || budget=$((budget / 2))
   mkdir -p "$run"
@@ -91,8 +94,8 @@ train_sparse() { # WAY: as fairseq-train goes on with what xmoe-convert has made
   # Where the dense schedule, which falls to 0, was; the routers are not to be balanced.
   # shellcheck disable=SC2086
   train dense "$run" "$last" $typed --moe-freq "$freq" --moe-target-experts-per-token "$budget" --moe-loss-coeff 0 \
-    --finetune-from-model "$run/begin.pt" --lr "$(awk "BEGIN { print $lr / 10 }")" --warmup-updates 0 \
-    --total-num-update "$last"
+    --finetune-from-model "$run/begin.pt" --lr "$(awk "BEGIN { print $lr * (10 - $tenths) / 10 }")" \
+    --warmup-updates 0 --total-num-update "$last"
   cp "$run/checkpoint_last.pt" "$out/$1.pt"
 }
 score() { # RUN CHECKPOINT TAG
@@ -103,7 +106,7 @@ score() { # RUN CHECKPOINT TAG
 
 splits=$(cd "$data/bin" && for file in test*.idx; do echo "${file%%.*}"; done | sort -u)
 if [[ ! -e $dense/start.pt ]]; then
-  train dense "$dense" $((updates * 9 / 10))
+  train dense "$dense" $((updates - last))
   cp "$dense/checkpoint_last.pt" "$dense/start.pt"
 fi
 train dense "$dense" "$updates"
@@ -131,4 +134,4 @@ for way in $ways; do
   fi
 done
 # shellcheck disable=SC2086
-experiment compare_conversions "$out" $ways
+experiment compare_conversions "$out" $ways --last "$last"

@@ -1,6 +1,6 @@
 """One Markdown table of what scripts/dense_to_sparse.sh has made: a row for each way to a sparse model.
 
-    python scripts/run.py experiments.compare_conversions OUT WAY ...
+    python scripts/run.py experiments.compare_conversions OUT WAY ... --last UPDATES
 
 Further training; experts per token, FLOPs of the MoE layers over those of the dense FFNs, and scores, on test
 sets; how many times as fast it is, where that was timed (benchmark_decoding.sh).
@@ -13,23 +13,24 @@ from experiments.results import publish, read_json
 from xmoe_fairseq.tables import markdown
 
 PENALTIES = ("hoyer", "l1")  # of which a dense model has its
-TENTH = "the last tenth, anew"
 SHOWN = ("perplexity", "bleu", "chrf")
 TIMED = (("decoding", 1), ("scoring", 64))  # what, and at which batch
 Row = dict[str, str]
 
 
-def dense_row(out: Path, run: str) -> Row:
-    name = {"way": "dense"} if run == "dense" else {"way": f"dense after {run}", "trained further": TENTH}
+def dense_row(out: Path, run: str, last: int) -> Row:
+    name = (
+        {"way": "dense"} if run == "dense" else {"way": f"dense after {run}", "trained further": anew(last)}
+    )
     return name | scores(out, out / run, "last")
 
 
-def way_row(out: Path, way: str) -> Row:
+def way_row(out: Path, way: str, last: int) -> Row:
     splits = read_json(out / "dense" / f"scores.{way}.json")["splits"]
     sides = next(iter(splits.values()))["routing"].values()  # of the first set; the encoder's comes first
     return {
         "way": way,
-        "trained further": training(out, way),
+        "trained further": training(out, way, last),
         "experts": " and ".join(f"{side['experts']:.1f}" for side in sides),
         "FLOPs": " and ".join(f"{side['flops']:.2f}" for side in sides),
         **scores(out, out / "dense", way),
@@ -37,13 +38,17 @@ def way_row(out: Path, way: str) -> Row:
     }
 
 
-def training(out: Path, way: str) -> str:
+def anew(last: int) -> str:
+    return f"the last {last:,} updates, anew"
+
+
+def training(out: Path, way: str, last: int) -> str:
     if way == "split":
         return "all of it, in parts"
     parts, report = {*way.split("+")}, out / f"{way}.json"
     updates = read_json(report)["about"]["fine-tuning updates"] if report.exists() else 0
-    tenth = [TENTH] if parts & {*PENALTIES, "trained"} else []
-    return " + ".join([*tenth, *([f"{updates:,} updates"] if updates else [])])
+    again = [anew(last)] if parts & {*PENALTIES, "trained"} else []
+    return " + ".join([*again, *([f"{updates:,} updates"] if updates else [])])
 
 
 def scores(out: Path, run: Path, tag: str) -> Row:
@@ -70,10 +75,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path, help="folder of dense_to_sparse.sh")
     parser.add_argument("ways", nargs="+")
+    last = "updates that penalties and `trained` make in the place of the dense model's last"
+    parser.add_argument("--last", type=int, required=True, help=last)
     args = parser.parse_args()
     penalised = [run for run in PENALTIES if any(run in way.split("+") for way in args.ways)]
-    rows = [dense_row(args.out, run) for run in ("dense", *penalised)]
-    rows += [way_row(args.out, way) for way in args.ways]
+    rows = [dense_row(args.out, run, args.last) for run in ("dense", *penalised)]
+    rows += [way_row(args.out, way, args.last) for way in args.ways]
     titles = [
         *dict.fromkeys(name for row in rows for name in ("way", "trained further", "experts", "FLOPs", *row))
     ]

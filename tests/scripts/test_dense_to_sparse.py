@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from commands import script
 
 SMALLER = [
@@ -27,6 +28,8 @@ def test_trains_converts_and_scores(
     smaller = SMALLER if task == "mt" else ["--decoder-layers=2", *SMALLER[4:]]  # of which one has experts
     sizes = {"SPLIT": "8", "HIDDEN": "2", "FINETUNE": "2", "UPDATES": "10", "CALIBRATION": "400"}
     settings = {**sizes, "WAYS": " ".join(ways)}
+    if task == "mt":
+        settings["TENTHS"] = "8"
     said = script("dense_to_sparse.sh", task, data, out, *smaller, "--save-interval-updates=5", **settings)
     report = (out / "ways.md").read_text()
     assert report in said
@@ -35,13 +38,17 @@ def test_trains_converts_and_scores(
     penalised = ["dense after hoyer"] if task == "lm" else []
     assert [*rows] == ["way", "dense", *penalised, *ways]
     further = {
-        "hoyer+probability+shared+hidden+distill+half": "the last tenth, anew + 2 updates",
-        "split": "all of it, in parts", "relative+half+wide+trained": "the last tenth, anew",
+        "hoyer+probability+shared+hidden+distill+half": "the last 1 updates, anew + 2 updates",
+        "split": "all of it, in parts", "relative+half+wide+trained": "the last 2 updates, anew",
     }  # fmt: skip
     assert {way: rows[way][1].strip() for way in ways} == {way: further[way] for way in ways}
     for file in (out / "dense").glob("scores.*.json"):
         (found,) = json.loads(file.read_text())["splits"].values()
         assert found["perplexity"] > 1 and ("bleu" in found) == (task == "mt")
+    trained = [*out.glob("*trained/checkpoint_last.pt")]
+    assert [
+        torch.load(each, weights_only=True)["optimizer_history"][-1]["num_updates"] for each in trained
+    ] == [2] * (task == "mt")
     assert not [*out.rglob("explain*")]  # a page for each takes longer than its scores
     before = {file: file.stat().st_mtime_ns for file in out.rglob("*.pt")}
     script("dense_to_sparse.sh", task, data, out, *smaller, **settings)
@@ -56,3 +63,8 @@ def test_trains_converts_and_scores(
 def test_ways_are_checked_before_anything_is_trained(ways: str, message: str, tmp_path: Path) -> None:
     assert message in script("dense_to_sparse.sh", "lm", "data", tmp_path, succeeds=False, WAYS=ways)
     assert not [*tmp_path.iterdir()]
+
+
+def test_tenths_are_checked(tmp_path: Path) -> None:
+    said = script("dense_to_sparse.sh", "lm", "data", tmp_path, succeeds=False, TENTHS="10")
+    assert "TENTHS must be a whole number from 1 to 9, got 10" in said and not [*tmp_path.iterdir()]
