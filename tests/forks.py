@@ -2,7 +2,7 @@
 
 Importing them takes 4 s of a core, what optimizers import at their first step 3 s more. `fork` runs one
 command; `tools` is a folder like the virtual environment's bin/, for shell scripts: forks do what its tools
-are to do.
+are to do. Variables that are read when fairseq is imported (sacreBLEU's folder) make it a process of its own.
 """
 
 import fcntl
@@ -36,7 +36,7 @@ import json, os, signal, socket, sys
 name, words = os.path.basename(sys.argv[0]), sys.argv[1:]
 if name != "python":
     words.insert(0, f"{BIN}/{{name}}")
-elif not words or (words[0].startswith("-") and words[0] not in ("-c", "-m")):
+elif not words or (words[0][0] == "-" and words[0] not in ("-c", "-m")) or "SACREBLEU" in os.environ:
     os.execv("{sys.executable}", ["{sys.executable}", *words])
 files = [int(name) for name in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{{name}}")]
 files = [*filter(os.get_inheritable, files)]

@@ -177,16 +177,16 @@ def test_conversions_side_by_side(tmp_path: Path) -> None:
     (tmp_path / "times/mass").mkdir(parents=True)
     timed = {"rows": [{"what": "decoding", "batch": 1, "times as fast": "1.50"}]}
     (tmp_path / "times/mass/benchmark.json").write_text(json.dumps(timed))
-    tool("compare_conversions", tmp_path, "mass", "hoyer+task")
+    tool("compare_conversions", tmp_path, "mass", "hoyer+task", "--last", 1200)
     head, _, *rows = (tmp_path / "ways.md").read_text().strip().splitlines()
     assert head == (
         "| way | trained further | experts | FLOPs | test perplexity | decoding, batch 1: times as fast |"
     )
     assert rows == [
         "| dense |  |  |  | 20.00 |  |",
-        "| dense after hoyer | the last tenth, anew |  |  | 21.00 (+5.0%) |  |",
+        "| dense after hoyer | the last 1,200 updates, anew |  |  | 21.00 (+5.0%) |  |",
         "| mass |  | 4.0 | 0.26 | 30.00 (+50.0%) | 1.50 |",
-        "| hoyer+task | the last tenth, anew + 1,500 updates | 4.0 | 0.26 | 22.00 (+10.0%) |  |",
+        "| hoyer+task | the last 1,200 updates, anew + 1,500 updates | 4.0 | 0.26 | 22.00 (+10.0%) |  |",
     ]
 
 
