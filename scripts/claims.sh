@@ -18,6 +18,7 @@ set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/cpu_environment.sh"
 topk2="topk-s4 --moe-topk 2"
 tau="--moe-threshold-rule probability --moe-threshold 0.08"   # what steers to 2 experts in the end
+seconds=()   # further columns
 case ${1:-} in
   lm)
     task=lm DATA=${DATA:-$root/data/docs-lm-open-4k} vocabulary=4000 prepare=(prepare_docs_lm.sh open) seeds="1 2 3"
