@@ -20,7 +20,8 @@
 # HOYER=0.1 and L1=0.1 the penalties' coefficients, FREQ: every how many layers (default: the preset's, as models with
 # experts have it), SEED=1; TIMES="a way ..." are timed on a machine that must be quiet.
 # TENTHS=9: 8 makes it the last two tenths, here and of the penalties.
-# What is in OUT already is kept, such as a run of the preset as OUT/dense with its checkpoint of 9 tenths as start.pt.
+# What is in OUT already is kept, if it was made with these settings, such as a run of the preset as OUT/dense with its
+# checkpoint of 9 tenths as start.pt.
 # Hours: the training's, and some minutes a way; expected: docs/dense_to_sparse.md.
 set -euo pipefail
 task=${1:?lm or mt} data=${2:?folder of data-prep} out=${3:?folder}
@@ -104,6 +105,13 @@ score() { # RUN CHECKPOINT TAG
     experiment score "$task" "$1" --checkpoint "$2" --splits $splits --no-page ${search[@]+"${search[@]}"}
 }
 
+# What is there already must be what the table calls it.
+made="TENTHS=$tenths UPDATES=$updates SPLIT=$split FINETUNE=$tuning HIDDEN=${HIDDEN:-16} \
+CALIBRATION=${CALIBRATION:-100000} HOYER=${HOYER:-0.1} L1=${L1:-0.1} FREQ=$freq SEED=$SEED"
+if [[ -e $out/settings && $(<"$out/settings") != "$made" ]]; then
+  refuse "$out holds what was made with $(<"$out/settings"); name another OUT for $made"
+fi
+mkdir -p "$out" && echo "$made" >"$out/settings"
 splits=$(cd "$data/bin" && for file in test*.idx; do echo "${file%%.*}"; done | sort -u)
 if [[ ! -e $dense/start.pt ]]; then
   train dense "$dense" $((updates - last))

@@ -21,6 +21,7 @@ from benchmarks.updates import BATCHES, updates
 from experiments.catalogue import TranslationPreset
 from experiments.plan import LENGTHS, Plan
 from experiments.results import read_run, write_json
+from experiments.runs import Run, alike
 from xmoe_fairseq.batches import Batches
 from xmoe_fairseq.thresholds.checkpoint import open_model
 
@@ -56,13 +57,22 @@ def search(model: Any, task: Any, plan: Plan) -> tuple[Callable[[], None], int]:
     return forward(run), sum(len(sample["id"]) for sample in samples)
 
 
+def searches(opened: dict[str, Any], about: dict[str, Any]) -> tuple[Work, int]:
+    """Of each model; and the sentences, the same for all."""
+    work: Work = {}
+    for run, (model, task, _) in opened.items():
+        plan = Plan("wmt", about[run]["preset"], about[run]["model"])
+        work[run], sentences = search(model, task, plan)
+    return work, sentences
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN")
     add_rounds(parser, default=15)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    about = {str(run): read_run(run) for run in args.runs}
+    about = {str(run.folder): run.about for run in alike([Run(run, read_run(run), {}) for run in args.runs])}
     opened = {
         run: open_model(Path(run, "checkpoint_best.pt"), Path(each["data"])) for run, each in about.items()
     }
@@ -72,11 +82,8 @@ def main() -> None:
     found = {"decoding": in_turn(decoding, args.rounds)}
     counts = {"tokens decoded": SENTENCES * STEPS}
     if about[str(args.runs[0])]["task"] == "wmt":
-        searches: Work = {}
-        for run, (model, task, _) in opened.items():
-            plan = Plan("wmt", about[run]["preset"], about[run]["model"])
-            searches[run], counts["sentences translated"] = search(model, task, plan)
-        found["translation"] = in_turn(searches, args.rounds)
+        searching, counts["sentences translated"] = searches(opened, about)
+        found["translation"] = in_turn(searching, args.rounds)
     training: Work = {run: as_trained(*each) for run, each in opened.items()}
     found["update"] = in_turn(training, args.rounds, calls=BATCHES)
     for run in opened:

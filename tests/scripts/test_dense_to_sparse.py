@@ -52,7 +52,14 @@ def test_trains_converts_and_scores(
     assert not [*out.rglob("explain*")]  # a page for each takes longer than its scores
     before = {file: file.stat().st_mtime_ns for file in out.rglob("*.pt")}
     script("dense_to_sparse.sh", task, data, out, *smaller, **settings)
+    others = settings | {"TENTHS": "7"}
+    refused = script("dense_to_sparse.sh", task, data, out, *smaller, succeeds=False, **others)
+    assert (
+        "holds what was made with TENTHS=" in refused
+        and "name another OUT for TENTHS=7 UPDATES=10" in refused
+    )
     assert {file: file.stat().st_mtime_ns for file in out.rglob("*.pt")} == before
+    assert (out / "ways.md").read_text() == report
 
 
 @pytest.mark.parametrize(
