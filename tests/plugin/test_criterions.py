@@ -182,6 +182,17 @@ def test_ratios_are_taken_once_for_all_that_are_shown(monkeypatch: pytest.Monkey
             assert len(calls) == 2 * update  # of two sides
 
 
+@pytest.mark.parametrize("other", [{"moe_num_experts": 4}, {"decoder_layers": 4}])
+def test_a_process_evaluates_another_model(other: dict[str, int]) -> None:
+    """fairseq's default meters, which outlast both."""
+    first, second = (criterion()(translation_model(**made).eval(), sample())[2] for made in ({}, other))
+    with metrics.aggregate(new_root=True) as aggregator:
+        MoELabelSmoothedCrossEntropyCriterion.reduce_metrics([first])
+        MoELabelSmoothedCrossEntropyCriterion.reduce_metrics([second])
+    before, alone = (reduce([log])["moe_decoder_load_cv"] for log in (first, second))
+    assert aggregator.get_smoothed_values()["moe_decoder_load_cv"] == alone != before
+
+
 def test_meters_go_through_a_checkpoint() -> None:
     """Sums are saved, and go on; a mean of earlier versions, of which no sum is left, begins anew."""
     model = translation_model().eval()

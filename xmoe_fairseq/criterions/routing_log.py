@@ -54,12 +54,24 @@ def log_side(side: str, logging_outputs: list[dict[str, Any]]) -> None:
     sums = {key.removeprefix(prefix): total for key, total in zip(keys, totals, strict=True)}
     if not sums["tokens"].any():
         return
+    forget_other_models(prefix, sums)
     for name, total in sums.items():
         metrics.log_scalar_sum(f"_{prefix}{name}", total)  # fairseq does not show what begins with _
     shown = Shown(f"_{prefix}", list(sums))
     of_all = [name for name in RATIOS if name != "cheap_per_token" or sums["rows_cheap"].any()]
     for name in (*of_all, *own_of_routers(sums)):
         log_derived(f"{prefix}{name}", partial(shown.ratio, name))
+
+
+def forget_other_models(prefix: str, sums: dict[str, Tensor]) -> None:
+    """fairseq's default meters last as long as the process: to sums of a model with other layers or another
+    number of experts, which was evaluated before in it, nothing can be added."""
+    for meters in metrics.get_active_aggregators():
+        own = {key: meters[key].sum for key in meters if key.startswith(f"_{prefix}")}
+        before = {key: total.shape for key, total in own.items() if torch.is_tensor(total)}
+        if any(before.get(f"_{prefix}{name}", total.shape) != total.shape for name, total in sums.items()):
+            for key in own:
+                meters[key].reset()
 
 
 def on_host(tensors: list[Tensor]) -> list[Tensor]:
