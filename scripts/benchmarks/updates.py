@@ -1,5 +1,6 @@
 """Models of several sizes, batches for them, and fairseq's trainer, as fairseq-train makes them of flags."""
 
+import copy
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -72,6 +73,7 @@ class Setup:
 
     def __init__(self, size: Size, more: list[str]) -> None:
         self.size, self.flags = size, ["no-data", *size.flags(), *more]
+        self.configured: dict[str, Any] = {}
         self.words = Dictionary()
         for i in range(size.vocabulary - len(self.words)):
             self.words.add_symbol(f"word{i}")
@@ -85,8 +87,10 @@ class Setup:
         self.model_cfg = cfg.model
 
     def cfg(self, more: str = "") -> Any:
-        parsed = options.parse_args_and_arch(options.get_training_parser(), [*self.flags, *more.split()])
-        return convert_namespace_to_omegaconf(parsed)
+        if more not in self.configured:  # a third of a second
+            parsed = options.parse_args_and_arch(options.get_training_parser(), [*self.flags, *more.split()])
+            self.configured[more] = convert_namespace_to_omegaconf(parsed)
+        return copy.deepcopy(self.configured[more])
 
     def model(self, more: str = "") -> nn.Module:
         model: nn.Module = self.task.build_model(self.cfg(more).model)
