@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fairseq.logging import metrics
 from fairseq.trainer import Trainer
 
 from benchmarks.decoding import STEPS, decode, inputs_of_data
@@ -35,13 +34,7 @@ def as_trained(model: Any, task: Any, cfg: Any) -> Callable[[], None]:
     tokens = cfg.dataset.max_tokens or cfg.dataset.batch_size * cfg.task.tokens_per_sample
     samples = list(Batches(task, "valid", BATCHES * tokens, tokens, seed=1))
     trainer = Trainer(cfg, task, model, task.build_criterion(cfg.criterion))
-    update = updates(trainer, samples[:BATCHES])
-
-    def run() -> None:
-        metrics.reset()  # of another model, with other numbers of experts
-        update()
-
-    return run
+    return updates(trainer, samples[:BATCHES])
 
 
 def search(model: Any, task: Any, plan: Plan) -> tuple[Callable[[], None], int]:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from fairseq.logging import metrics
 from fairseq.trainer import Trainer
 from rich.progress import track
 from torch import nn
@@ -94,7 +93,6 @@ def subjects(setup: Setup, warm_up: int) -> dict[str, Subject]:
 def measure(name: str, args: argparse.Namespace) -> Iterator[Row]:
     """A row for each number of threads, and the parts of updates."""
     torch.manual_seed(1)
-    metrics.reset()  # of another size
     setup = Setup(SIZES[name], shlex.split(args.flags))
     found = subjects(setup, args.warm_up)
     fastest, rounds = kernels()[0], args.rounds * setup.size.repeats
