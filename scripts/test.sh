@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Set up, then everything that must hold before a change lands: ruff, mypy, pytest.
 #
-#   bash scripts/test.sh                 all; about 13 minutes on 2 cores after set-up
+#   bash scripts/test.sh                 all; about 11 minutes on 2 cores after set-up
 #   bash scripts/test.sh tests/moe -x    the linters, and pytest with these arguments
 set -euo pipefail
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)

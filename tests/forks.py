@@ -7,6 +7,7 @@ are to do. Variables that are read when fairseq is imported (sacreBLEU's folder)
 
 import fcntl
 import gc
+import io
 import json
 import multiprocessing
 import os
@@ -99,6 +100,8 @@ def _become(
         os.dup2(file, number)
         os.close(file)
     sys.stdin = os.fdopen(0)  # multiprocessing closed it
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # what both streams print stays in order in one file
     gc.freeze()  # or a collection would touch, and so copy, all that the parent has imported
     os.environ.clear()
     os.environ.update(environment)
