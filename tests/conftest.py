@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the suite is of CPUs: ranks are forks, which cannot use a GPU
+os.environ.pop("PYTHONUNBUFFERED", None)  # what a test reads of two streams must not depend on it
 
 import hypothesis  # noqa: E402
 import pytest  # noqa: E402

@@ -182,15 +182,23 @@ def test_ratios_are_taken_once_for_all_that_are_shown(monkeypatch: pytest.Monkey
             assert len(calls) == 2 * update  # of two sides
 
 
-@pytest.mark.parametrize("other", [{"moe_num_experts": 4}, {"decoder_layers": 4}])
-def test_a_process_evaluates_another_model(other: dict[str, int]) -> None:
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"moe_num_experts": 4},
+        {"encoder_layers": 2, "decoder_layers": 4},
+        {"moe_num_experts": 4, "moe_router": "topk"},
+    ],
+)
+def test_a_process_evaluates_another_model(other: dict[str, Any]) -> None:
     """fairseq's default meters, which outlast both."""
     first, second = (criterion()(translation_model(**made).eval(), sample())[2] for made in ({}, other))
     with metrics.aggregate(new_root=True) as aggregator:
         MoELabelSmoothedCrossEntropyCriterion.reduce_metrics([first])
         MoELabelSmoothedCrossEntropyCriterion.reduce_metrics([second])
-    before, alone = (reduce([log])["moe_decoder_load_cv"] for log in (first, second))
-    assert aggregator.get_smoothed_values()["moe_decoder_load_cv"] == alone != before
+    of_both, alone, before = aggregator.get_smoothed_values(), reduce([second]), reduce([first])
+    assert {k: v for k, v in of_both.items() if "moe" in k} == {k: v for k, v in alone.items() if "moe" in k}
+    assert all(alone[key] != before[key] for key in ("moe_encoder_load_cv", "moe_decoder_load_cv"))
 
 
 def test_meters_go_through_a_checkpoint() -> None:

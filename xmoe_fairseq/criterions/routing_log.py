@@ -70,8 +70,8 @@ def forget_other_models(prefix: str, sums: dict[str, Tensor]) -> None:
         own = {key: meters[key].sum for key in meters if key.startswith(f"_{prefix}")}
         before = {key: total.shape for key, total in own.items() if torch.is_tensor(total)}
         if any(before.get(f"_{prefix}{name}", total.shape) != total.shape for name, total in sums.items()):
-            for key in own:
-                meters[key].reset()
+            for key in [key for key in meters if key.removeprefix("_").startswith(prefix)]:
+                remove(meters, key)
 
 
 def on_host(tensors: list[Tensor]) -> list[Tensor]:
@@ -84,9 +84,13 @@ def on_host(tensors: list[Tensor]) -> list[Tensor]:
 def log_derived(key: str, value: Callable[[MetersDict], float]) -> None:
     for meters in metrics.get_active_aggregators():
         if isinstance(meters.get(key), AverageMeter):  # of a checkpoint from before these were derived
-            del meters[key]
-            meters.priorities = [entry for entry in meters.priorities if entry[-1] != key]
+            remove(meters, key)
     metrics.log_derived(key, value)
+
+
+def remove(meters: MetersDict, key: str) -> None:
+    del meters[key]
+    meters.priorities = [entry for entry in meters.priorities if entry[-1] != key]
 
 
 class Shown:
