@@ -37,7 +37,7 @@ def places(model: nn.Module, model_cfg: Any, every: int) -> list[nn.Module]:
 def every_of(run: Path) -> int:
     """Of a run's preset."""
     about = read_run(run)
-    return int(Plan(about["task"], about["preset"], about["model"]).size.flags.get("moe-freq", EVERY))
+    return int(Plan.of_run(about).size.flags.get("moe-freq", EVERY))
 
 
 def feed_forward(layer: nn.Module) -> tuple[nn.Module, Callable[..., object]]:

@@ -21,7 +21,7 @@ def between(pair: tuple[float, float], digits: int = 0) -> str:
 def fitting(found: Found) -> str:
     """What to give where a batch does not fit; "" = it does."""
     memory, shape, plan = found.memory, found.shape, found.plan
-    if sum(memory.values()) <= MEMORY or plan.size.cpu:
+    if sum(memory.values()) <= MEMORY or plan.on_cpu:
         return ""
     fixed = memory["states"] + memory["beside"] + memory.get("buckets", 0)
     batch = sum(memory.values()) - fixed
@@ -50,7 +50,7 @@ def lines(found: Found) -> list[str]:
         f"FLOPs, forward, of a token: {all_} G" + (of_moe if found.shape.held else ""),
         f"training: {found.batches * found.tokens / 1e9:,.3f} G tokens; GPU hours, to be divided by the "
         f"number of GPUs, at {utilisation():g} of the peak (assumed): {hours}",
-        f"memory of a {'process' if plan.size.cpu else 'GPU'}, GB: {found.gigabytes:.1f} ({memory})",
+        f"memory of a {'process' if plan.on_cpu else 'GPU'}, GB: {found.gigabytes:.1f} ({memory})",
         *filter(None, [fitting(found)]),
     ]
 

@@ -13,7 +13,6 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 from experiments import processes, train
 from experiments.catalogue import LanguageModelPreset
@@ -58,7 +57,7 @@ def timed(words: list[str], log: Path) -> dict[str, float]:
 def tell_of_gpus(plan: Plan) -> None:
     import torch  # takes two seconds
 
-    if plan.size.cpu and torch.cuda.is_available():
+    if plan.on_cpu and torch.cuda.is_available():
         print(f"[run] preset {plan.preset} leaves the GPU alone; small is for it", flush=True)
 
 
@@ -137,9 +136,7 @@ def tell(plan: Plan, data: Path, timing: dict[str, float], run: Path, asked: int
 
 def main() -> None:
     what, task, preset, model, *paths = sys.argv[1:]
-    plan: Any = Plan(task, preset, model)
-    if not plan.size.cpu:
-        plan = Plan(task, preset, model, train.gpus())
+    plan = train.plan_here(task, preset, model)
     data, timing = Path(paths[0]), Path(paths[1])
     if what == "time":
         measure(plan, data, timing)

@@ -69,7 +69,7 @@ def commands(run: Path, data: Path, plan: Plan) -> str:
         return shlex.join(map(str, each))
 
     best = run / "checkpoint_best.pt"
-    model = (data / "bin", "--user-dir", "xmoe_fairseq", "--path", best, *["--cpu"] * plan.size.cpu)
+    model = (data / "bin", "--user-dir", "xmoe_fairseq", "--path", best, *["--cpu"] * plan.on_cpu)
     pieces = ("--bpe", "sentencepiece", "--sentencepiece-model", data / "spm.model")
     normalize = words("python", ROOT / "data-prep/normalize.py")
     use = ""
@@ -98,7 +98,7 @@ def commands(run: Path, data: Path, plan: Plan) -> str:
 def main() -> None:
     out, run = map(Path, sys.argv[1:])
     about: dict[str, Any] = read_run(run)
-    data, plan = Path(about["data"]), Plan(about["task"], about["preset"], about["model"])
+    data, plan = Path(about["data"]), Plan.of_run(about)
     runs = [path.parent for path in sorted(out.glob("*/scores.best.json"))]
     columns = COLUMNS[plan.task] | COST
     titles, rows = ["model", *columns], [row(each, columns) for each in runs]

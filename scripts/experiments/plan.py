@@ -5,7 +5,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from experiments import catalogue
 from experiments.catalogue import Flags, LanguageModelPreset, Model, Preset, TranslationPreset
@@ -52,6 +52,7 @@ class Plan:
     preset: str
     model: str
     gpus: int = 1  # processes; 1 on the CPU
+    on_gpus: bool = False  # also where the preset is for the CPU; its precision stays, fp32
 
     def __post_init__(self) -> None:
         size, method = self.size, self.method
@@ -69,6 +70,14 @@ class Plan:
             if broken:
                 raise FlagError(rule)
 
+    @classmethod
+    def of_run(cls, about: dict[str, Any]) -> "Plan":
+        """
+        Args:
+            about: what train.py has noted (`results.read_run`).
+        """
+        return cls(about["task"], about["preset"], about["model"], on_gpus=about.get("on_gpus", False))
+
     @cached_property
     def size(self) -> Preset:
         return one_of("PRESET", self.preset, catalogue.presets(self.task))
@@ -76,6 +85,10 @@ class Plan:
     @cached_property
     def method(self) -> Model:
         return one_of("MODEL", self.model, catalogue.models())
+
+    @property
+    def on_cpu(self) -> bool:
+        return self.size.cpu and not self.on_gpus
 
     @property
     def is_dense(self) -> bool:
@@ -109,7 +122,7 @@ class Plan:
         size = self.size
         width = size.ffn_dim // self.method.split
         layer = "dense" if self.is_dense else f"{self.num_experts} experts x {width}"
-        device = "process on the CPU" if size.cpu else "GPU" + "s" * (self.gpus > 1)
+        device = "process on the CPU" if self.on_cpu else "GPU" + "s" * (self.gpus > 1)
         return [
             f"{self.model}: {size.about}, FFN {self.ffn_dim}; {layer}",
             f"{self.gpus} {device} x {self.batch_tokens:,} tokens x update-freq {self.update_freq} = "
@@ -124,7 +137,8 @@ class Plan:
         """
         size, method = self.size, self.method
         flags = catalogue.task_flags(self.task) | size.flags | {"update-freq": self.update_freq}
-        flags |= {"cpu": True, "num-workers": 0} if size.cpu else {"bf16": True}
+        flags |= {"num-workers": 0} if size.cpu else {"bf16": True}
+        flags["cpu"] = self.on_cpu
         if interval := flags.get(
             "save-interval-updates"
         ):  # else fairseq leaves it out at the end of an epoch

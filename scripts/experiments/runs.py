@@ -58,7 +58,7 @@ def load(folder: Path, tag: str = "best", split: str = "test") -> Run:
         for name, result in splits.items()
         for key in SHOWN[about["task"]]
     }
-    plan = Plan(about["task"], about["preset"], about["model"])
+    plan = Plan.of_run(about)
     values |= costs(plan, [*splits[split]["routing"].values()]) | loads(folder) | timings(folder)
     return Run(folder, about, values | training(folder / "train.log"))
 

@@ -39,7 +39,7 @@ class Scorer:
         about = read_run(self.run)
         if about["task"] != self.task:
             raise UserError(f"{self.run} is a run of {about['task']}, not of {self.task}")
-        self.data, self.plan = Path(about["data"]), Plan(self.task, about["preset"], about["model"])
+        self.data, self.plan = Path(about["data"]), Plan.of_run(about)
         self.checkpoint = self.run / f"checkpoint_{args.checkpoint}.pt"
         if args.average:
             self.checkpoint = self.run / f"checkpoint_average{args.average}.pt"
@@ -70,7 +70,7 @@ class Scorer:
 
     def fairseq(self, tool: str, log: str, *flags: object) -> Path:
         common = ("--user-dir", ROOT / "xmoe_fairseq", "--path", self.checkpoint, "--num-workers", 0)
-        device = ["--cpu"] if self.plan.size.cpu else []
+        device = ["--cpu"] if self.plan.on_cpu else []
         return call([tool, self.data / "bin", *common, *device, *flags], self.folder / log)
 
     def validate(self, splits: list[str], *flags: object) -> dict[str, dict[str, Any]]:

@@ -3,9 +3,9 @@
     bash scripts/wmt|lm/train.sh PRESET MODEL DATA RUN [FLAGS OF fairseq-train ...]
 
 DATA is a folder of data-prep (bin/, further shards bin1/ ..., text/). FLAGS take the place of the preset's.
-The same command again resumes. GPUS=n: processes (default: those there are); SEED=1. With --dry-run among
-FLAGS nothing is trained or written: parameters, FLOPs, memory of a GPU and hours are told; DATA need not be
-there.
+The same command again resumes. GPUS=n: processes (default: those there are; presets for the CPU go there
+unless it is given); SEED=1. With --dry-run among FLAGS nothing is trained or written: parameters, FLOPs,
+memory of a GPU and hours are told; DATA need not be there.
 """
 
 import argparse
@@ -59,13 +59,18 @@ def command(
 ) -> list[str]:
     """
     Args:
-        dry_run: DATA need not be there.
+        dry_run: neither DATA nor a GPU need be there.
+
+    Raises:
+        FlagError: one line.
     """
+    if plan.size.cpu and plan.on_gpus and not dry_run:
+        check_gpu_for(plan)
     text = [str(data)] if dry_run and not (data / "bin").exists() else inputs(plan, data)
     trainer = [TRAINER]
     if plan.gpus > 1:
         trainer = [str(BIN / "torchrun"), "--standalone", "--nproc_per_node", str(plan.gpus), *trainer]
-    elif not plan.size.cpu:
+    elif not plan.on_cpu:
         more = ["--distributed-world-size", "1", *more]  # fairseq would take every GPU that it sees
     common = ["--log-format", "json", "--seed", str(seed), "--save-dir", str(run)]
     if plan.size.experts:
@@ -76,7 +81,8 @@ def command(
 def describe(plan: Plan, data: Path, seed: int, flags: list[str], words: list[str]) -> dict[str, Any]:
     return {
         "task": plan.task, "preset": plan.preset, "model": plan.model, "data": str(data), "seed": seed,
-        "gpus": plan.gpus, "flags": flags, "about": plan.lines(flags), "command": words,
+        "gpus": plan.gpus, "on_gpus": plan.on_gpus, "flags": flags, "about": plan.lines(flags),
+        "command": words,
         "versions": {name: version(name) for name in ("torch", "fairseq", "sacrebleu")},
     }  # fmt: skip
 
@@ -118,6 +124,23 @@ def gpus() -> int:
     return integer("GPUS", max(torch.cuda.device_count(), 1))
 
 
+def check_gpu_for(plan: Plan) -> None:
+    import torch  # takes two seconds
+
+    if not torch.cuda.is_available():  # fairseq would take the CPU without a word
+        raise FlagError(
+            f"GPUS={plan.gpus} puts preset {plan.preset} on GPUs, and torch finds none here; leave GPUS out"
+        )
+
+
+def plan_here(task: str, preset: str, model: str) -> Plan:
+    """On this machine's GPUs, but a preset for the CPU there, unless GPUS asks for them."""
+    plan = Plan(task, preset, model)
+    if plan.size.cpu and "GPUS" not in os.environ:
+        return plan
+    return Plan(task, preset, model, gpus(), on_gpus=True)
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="train", description=__doc__.splitlines()[0], epilog=listing(),
@@ -137,9 +160,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     args = parse()
-    plan, seed = Plan(args.task, args.preset, args.model), integer("SEED", 1)
-    if not plan.size.cpu:
-        plan = Plan(args.task, args.preset, args.model, gpus())
+    plan, seed = plan_here(args.task, args.preset, args.model), integer("SEED", 1)
     data, run = args.data.resolve(), args.run.resolve()
     if DRY_RUN in args.flags:
         from experiments.dry_run import tell  # fairseq takes seconds

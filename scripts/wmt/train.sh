@@ -4,7 +4,8 @@
 #   bash scripts/wmt/train.sh PRESET MODEL DATA RUN [further flags of fairseq-train]
 #   bash scripts/wmt/train.sh --help     all presets and models (scripts/experiments: presets, models.toml)
 #   bash scripts/wmt/train.sh PRESET MODEL DATA RUN --dry-run     what it would take: GB, FLOPs, hours; trains nothing
-#   GPUS=n SEED=1        processes (default: the GPUs there are); fewer GPUs take more batches per update
+#   GPUS=n SEED=1        processes (default: the GPUs there are); fewer GPUs take more batches per update. A preset for
+#                        the CPU trains there, unless GPUS is given: then on them, in fp32 as it was
 #
 # DATA is a folder of data-prep, e.g. data/mt-sample; RUN one for checkpoints, run.json, train.log. The
 # best checkpoint is that of the best validation BLEU of detokenised text.

@@ -116,6 +116,16 @@ def test_variables(name: str, value: str, why: str, monkeypatch: pytest.MonkeyPa
     assert why in refusal(train.main, monkeypatch, "lm", "paper", "dense", "data", "run", "--dry-run")
 
 
+def test_a_preset_for_the_cpu_goes_to_gpus_that_are_there(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, lm_data: Path
+) -> None:
+    monkeypatch.setenv("GPUS", "1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    words = ("lm", "tiny", "dense", str(lm_data), str(tmp_path / "run"))
+    assert "GPUS=1 puts preset tiny on GPUs, and torch finds none" in refusal(train.main, monkeypatch, *words)
+    assert not [*tmp_path.iterdir()]
+
+
 def test_the_users_data_and_flags(lm_data: Path) -> None:
     there = found("lm", "tiny", "dense", "--max-update", "5", data=lm_data)
     assert there.text.dictionary == 4 + len((lm_data / "bin/dict.txt").read_text().splitlines())

@@ -51,7 +51,7 @@ class Budget(Steered):
         self.saved_as = "threshold" if rule == "mass" else f"threshold_{rule}"
         self.threshold: Tensor
         self.register_buffer("threshold", torch.tensor(self.start, dtype=torch.float32))
-        self._missed = torch.zeros((), dtype=torch.long)  # updates in a row
+        self._missed: Tensor | None = None  # updates in a row; made on the device of what is counted
 
     def take(self, value_TK: Tensor, counting: bool, costs_TK: Tensor | None = None) -> Tensor:
         """(T, K) bool: the choices that t allows; and count them, taken or not.
@@ -90,7 +90,8 @@ class Budget(Steered):
         """Warn if t is settled and yet misses the target; the host asks once in a while, not in each step."""
         is_off = (taken - self.target).abs() > OFF * self.target
         is_settled = (wanted - self.threshold).abs() < 1 / BINS
-        self._missed = torch.where(is_off & is_settled, self._missed.to(taken.device) + 1, 0)
+        missed = torch.zeros_like(taken) if self._missed is None else self._missed.to(taken.device)
+        self._missed = torch.where(is_off & is_settled, missed + 1, 0.0)
         if self._steps % MANY == 0 and self._missed >= MANY:
             warnings.warn(
                 f"target_experts_per_token={self.target}: for {MANY} updates tokens have taken {taken:.2f} "
