@@ -8,7 +8,7 @@
 #   bash scripts/benchmark_gpu.sh --device cpu --tokens 64 --model-dim 64 --expert-dim 32 --rounds 2 --calls 1
 #
 # bf16, T 16,384, D 768, 64 experts of width 384, 8 experts per token. Aim: 75 % of the dense products' rate.
-# Measured on an H100: docs/performance.md.
+# Measured on an H200: docs/performance.md.
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/cpu_environment.sh"
 exec python "$root/scripts/run.py" benchmarks.gpu --out "$root/runs/benchmark_gpu" "$@"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# On a machine with a GPU: is everything right that only a GPU can show? PASS, FAIL or SKIP a line; about 3 minutes.
+# On a machine with a GPU: is everything right that only a GPU can show? PASS, FAIL or SKIP a line; about 2 minutes.
 #
 #   bash scripts/check_gpu.sh                              exit status 0 if nothing failed, else 1
 #   bash scripts/check_gpu.sh --only layer "train bf16"    checks whose names begin so

@@ -11,7 +11,7 @@ from fairseq.logging import progress_bar
 from fairseq.logging.meters import MetersDict
 from torch import nn
 
-from xmoe_fairseq.criterions.routing_log import layer_stats
+from xmoe_fairseq.criterions.routing_log import SIDES, layer_stats
 from xmoe_fairseq.moe import RoutedLayer, RoutingStats, moe_layers
 from xmoe_fairseq_compat.files import write_atomically
 
@@ -20,6 +20,7 @@ logger = logging.getLogger(__name__)
 FILE = "moe_load.jsonl"  # in --save-dir
 TRAINING = "training"  # the name there of what was trained since the epoch began
 SHOWN = 20  # experts of a layer in a warning: a choice
+DROPPED = 0.1  # a share of choices more than in evaluation, from which on there is a warning: a choice
 
 
 class LoadReport:
@@ -35,6 +36,7 @@ class LoadReport:
         self.tensorboard: str | None = cfg.common.tensorboard_logdir
         self.interval: int = cfg.common.log_interval
         self._dead: list[str] = []  # of which there was a warning
+        self._dropped: set[str] = set()  # sides, likewise
 
     def after_update(self, update: int) -> None:
         """Warn of experts that nothing was sent to in a whole log interval, unless they are as before."""
@@ -48,8 +50,9 @@ class LoadReport:
         self._dead = dead
 
     def after_validation(self, subset: str, meters: MetersDict, update: int) -> None:
-        """Write what was logged of a validated set, and of the epoch's training so far."""
+        """Write what was logged of a validated set, and of the epoch's training so far; compare the two."""
         validated = layer_stats(self.layers, meters)
+        self._compare_dropped(metrics.get_meters("train") or MetersDict(), meters)
         if self.file and validated:
             sets = {TRAINING: record(self.layers, metrics.get_meters("train")),
                     subset: record(self.layers, meters)}  # fmt: skip
@@ -62,6 +65,22 @@ class LoadReport:
             bar = progress_bar.TensorboardProgressBarWrapper(None, self.tensorboard)
             for name, stats in validated.items():
                 draw(bar._writer(subset), f"moe_load/{name}", stats.rows_kept_E.tolist(), update)
+
+    def _compare_dropped(self, trained: MetersDict, validated: MetersDict) -> None:
+        """Warn once of a side whose model never computed so many experts while it learned."""
+        for side in SIDES:
+            keys = [f"moe_{side}_{name}" for name in ("dropped_share", "experts_per_token")]
+            if side in self._dropped or not all(key in of for key in keys for of in (trained, validated)):
+                continue
+            shares, experts = ([of.get_smoothed_value(key) for of in (trained, validated)] for key in keys)
+            if shares[0] - shares[1] > DROPPED:
+                self._dropped.add(side)
+                logger.warning(
+                    f"{side}: --moe-capacity-factor drops {shares[0]:.0%} of what tokens choose while it"
+                    f" trains, and {shares[1]:.0%} in validation: {experts[1]:.1f} experts per token for"
+                    f" {experts[0]:.1f}, which the model has not learned. --moe-eval-capacity-factor limits"
+                    " evaluation, too (results then depend on the batch)"
+                )
 
 
 def without_rows(stats: RoutingStats) -> str:

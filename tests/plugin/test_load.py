@@ -32,10 +32,13 @@ def stats(rows: list[int]) -> RoutingStats:
     )  # fmt: skip
 
 
-def log(*updates: list[list[int]]) -> None:
-    """As a criterion does it: of each update the rows of each decoder layer's experts."""
+def log(*updates: list[list[int]], wanted: int = 1) -> None:
+    """As a criterion does it: of each update the rows of each decoder layer's experts, `wanted` times as many
+    before a capacity."""
     for layers in updates:
         each = [vars(stats(rows)) for rows in layers]
+        for own in each:
+            own["rows_wanted"] = own["rows_wanted"] * wanted
         sums = {f"moe_decoder_{name}": torch.stack([own[name] for own in each]) for name in each[0]}
         flops = {f"moe_decoder_{name}": torch.ones(len(each)) for name in
                  ("flops", "flops_all_experts", "flops_dense_ffn")}  # fmt: skip
@@ -84,6 +87,25 @@ def test_experts_without_tokens_are_named_once(report: LoadReport, caplog: Any) 
     first, second = (record.getMessage() for record in caplog.records)
     assert first == "experts that got no token in the last 2 updates: decoder.layers.1: 2 of 4 (1, 3)"
     assert second == "experts that got no token in the last 2 updates: decoder.layers.3: 1 of 4 (3)"
+
+
+@pytest.mark.parametrize(("wanted", "validated", "is_told"), [(4, 1, True), (4, 4, False), (1, 1, False)])
+def test_a_capacity_in_training_alone_is_told_once(
+    wanted: int, validated: int, is_told: bool, report: LoadReport, caplog: Any
+) -> None:
+    with metrics.aggregate("train"):
+        log([[2, 1, 1, 1], [1, 1, 1, 1]], wanted=wanted)
+    for _ in "twice":
+        with metrics.aggregate(new_root=True) as meters:
+            log([[2, 1, 1, 1], [1, 1, 1, 1]], wanted=validated)
+        report.after_validation("valid", meters, 3)
+    said = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert len(said) == is_told
+    assert all(
+        "decoder: --moe-capacity-factor drops 75% of what tokens choose while it trains, and 0%" in each
+        and "--moe-eval-capacity-factor" in each
+        for each in said
+    )
 
 
 def test_records_of_an_earlier_run_give_way(tmp_path: Path) -> None:
