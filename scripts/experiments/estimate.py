@@ -58,7 +58,7 @@ def tell_of_gpus(plan: Plan) -> None:
     import torch  # takes two seconds
 
     if plan.on_cpu and torch.cuda.is_available():
-        print(f"[run] preset {plan.preset} leaves the GPU alone; small is for it", flush=True)
+        print(f"[run] preset {plan.preset} leaves the GPU alone; small is for it (or GPUS=1)", flush=True)
 
 
 def measure(plan: Plan, data: Path, out: Path) -> None:
