@@ -12,13 +12,14 @@
 #   OUT=runs/claims-lm DATA=data/docs-lm-open-4k
 #
 # One run per core at a time, one thread each; `taskset -c 0` leaves the other cores alone. The same command goes
-# on where it was stopped. Expected on 2 cores: lm 8 hours, mt 6. The data want the package sources of Debian or
+# on where it was stopped. Expected on 2 cores: lm 8 hours, mt 8. The data want the package sources of Debian or
 # Ubuntu; the timings a machine with nothing else to do.
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/cpu_environment.sh"
 topk2="topk-s4 --moe-topk 2"
 tau="--moe-threshold-rule probability --moe-threshold 0.08"   # what steers to 2 experts in the end
 seconds=()   # further columns
+[ -z "${GPUS:-}" ] || { echo "claims: its seconds are of a CPU: leave GPUS out (docs/results.md trains on a GPU)" >&2; exit 2; }
 case ${1:-} in
   lm)
     task=lm DATA=${DATA:-$root/data/docs-lm-open-4k} vocabulary=4000 prepare=(prepare_docs_lm.sh open) seeds="1 2 3"
@@ -33,7 +34,7 @@ case ${1:-} in
     scores=("test ppl") ;;
   mt)
     task=wmt DATA=${DATA:-$root/data/packages-en-de-full} vocabulary=8000 prepare=(prepare_packages_mt.sh de --full)
-    seeds="1 2" scores=("test BLEU" "test chrF++" "test ppl") seconds=("translated sentence / the first's")
+    seeds="1 2 3" scores=("test BLEU" "test chrF++" "test ppl") seconds=("translated sentence / the first's")
     models=(dense "$topk2" xmoe-s4-budget-probability topk-s4 xmoe-s4-budget
       "xmoe-s4 --moe-capacity-factor 4 --moe-max-experts-per-token 0") # the paper's capacity, no other limit
     once=(split-s8 "dense --dropout 0.1") ;;

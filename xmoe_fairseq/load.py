@@ -11,7 +11,7 @@ from fairseq.logging import progress_bar
 from fairseq.logging.meters import MetersDict
 from torch import nn
 
-from xmoe_fairseq.criterions.routing_log import SIDES, layer_stats
+from xmoe_fairseq.criterions.routing_log import layer_stats
 from xmoe_fairseq.moe import RoutedLayer, RoutingStats, moe_layers
 from xmoe_fairseq_compat.files import write_atomically
 
@@ -52,9 +52,10 @@ class LoadReport:
     def after_validation(self, subset: str, meters: MetersDict, update: int) -> None:
         """Write what was logged of a validated set, and of the epoch's training so far; compare the two."""
         validated = layer_stats(self.layers, meters)
-        self._compare_dropped(metrics.get_meters("train") or MetersDict(), meters)
+        trained = metrics.get_meters("train") or MetersDict()
+        self._compare_dropped(trained, meters)
         if self.file and validated:
-            sets = {TRAINING: record(self.layers, metrics.get_meters("train")),
+            sets = {TRAINING: record(self.layers, trained),
                     subset: record(self.layers, meters)}  # fmt: skip
             try:
                 write_records(self.file, update, sets)
@@ -67,8 +68,12 @@ class LoadReport:
                 draw(bar._writer(subset), f"moe_load/{name}", stats.rows_kept_E.tolist(), update)
 
     def _compare_dropped(self, trained: MetersDict, validated: MetersDict) -> None:
-        """Warn once of a side whose model never computed so many experts while it learned."""
-        for side in SIDES:
+        """Warn once of a side with a capacity in training alone: it never computed so many experts there."""
+        limits = {
+            (layer.side, getattr(layer, "capacity_factor", 0), getattr(layer, "eval_capacity_factor", 0))
+            for layer in self.layers
+        }
+        for side in sorted({side for side, limit, in_evaluation in limits if limit and not in_evaluation}):
             keys = [f"moe_{side}_{name}" for name in ("dropped_share", "experts_per_token")]
             if side in self._dropped or not all(key in of for key in keys for of in (trained, validated)):
                 continue
@@ -90,10 +95,9 @@ def without_rows(stats: RoutingStats) -> str:
     return f"{len(dead)} of {int(stats.active_E.sum())} ({listed})"
 
 
-def record(layers: list[RoutedLayer], meters: MetersDict | None) -> dict[str, Any]:
+def record(layers: list[RoutedLayer], meters: MetersDict) -> dict[str, Any]:
     """All numbers that are logged, of each side, and those of each layer."""
-    of = meters or MetersDict()
-    logged = {key: of.get_smoothed_value(key) for key in of if key.startswith("moe_")}
+    logged = {key: meters.get_smoothed_value(key) for key in meters if key.startswith("moe_")}
     shown = {key: value if math.isfinite(value) else None for key, value in logged.items()}  # JSON has no NaN
     return {**shown, "layers": {at: numbers(stats) for at, stats in layer_stats(layers, meters).items()}}
 

@@ -54,8 +54,7 @@ def searches(opened: dict[str, Any], about: dict[str, Any]) -> tuple[Work, int]:
     """Of each model; and the sentences, the same for all."""
     work: Work = {}
     for run, (model, task, _) in opened.items():
-        plan = Plan("wmt", about[run]["preset"], about[run]["model"])
-        work[run], sentences = search(model, task, plan)
+        work[run], sentences = search(model, task, Plan.of_run(about[run]))
     return work, sentences
 
 

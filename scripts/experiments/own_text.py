@@ -11,6 +11,7 @@ from typing import Any
 
 from experiments.catalogue import TASKS, listing
 from experiments.plan import Plan
+from experiments.train import check_gpu_for, plan_here
 from xmoe_fairseq_compat.errors import FlagError
 from xmoe_fairseq_compat.usage import Parser
 
@@ -114,11 +115,13 @@ def check(task: str, args: argparse.Namespace) -> None:
         raise FlagError(f"--updates must be at least 1, got {args.updates}")
     if args.vocab_size != "auto" and not re.fullmatch(r"[1-9]\d*", args.vocab_size):
         raise FlagError(f"--vocab-size must be auto or a number from 1, got {args.vocab_size}")
-    check_device(Plan(task, args.preset, args.model))
+    check_device(plan_here(task, args.preset, args.model))
 
 
 def check_device(plan: Plan) -> None:
-    if not plan.size.cpu:
+    if plan.moved_to_gpus:
+        check_gpu_for(plan)
+    elif not plan.size.cpu:
         import torch  # takes two seconds
 
         if not torch.cuda.is_available():

@@ -52,7 +52,7 @@ class Plan:
     preset: str
     model: str
     gpus: int = 1  # processes; 1 on the CPU
-    on_gpus: bool = False  # also where the preset is for the CPU; its precision stays, fp32
+    moved_to_gpus: bool = False  # a preset for the CPU; its precision stays, fp32
 
     def __post_init__(self) -> None:
         size, method = self.size, self.method
@@ -76,7 +76,8 @@ class Plan:
         Args:
             about: what train.py has noted (`results.read_run`).
         """
-        return cls(about["task"], about["preset"], about["model"], on_gpus=about.get("on_gpus", False))
+        gpus, moved = about.get("gpus", 1), about.get("moved_to_gpus", False)
+        return cls(about["task"], about["preset"], about["model"], gpus, moved)
 
     @cached_property
     def size(self) -> Preset:
@@ -88,7 +89,7 @@ class Plan:
 
     @property
     def on_cpu(self) -> bool:
-        return self.size.cpu and not self.on_gpus
+        return self.size.cpu and not self.moved_to_gpus
 
     @property
     def is_dense(self) -> bool:

@@ -64,7 +64,7 @@ def command(
     Raises:
         FlagError: one line.
     """
-    if plan.size.cpu and plan.on_gpus and not dry_run:
+    if plan.moved_to_gpus and not dry_run:
         check_gpu_for(plan)
     text = [str(data)] if dry_run and not (data / "bin").exists() else inputs(plan, data)
     trainer = [TRAINER]
@@ -81,8 +81,8 @@ def command(
 def describe(plan: Plan, data: Path, seed: int, flags: list[str], words: list[str]) -> dict[str, Any]:
     return {
         "task": plan.task, "preset": plan.preset, "model": plan.model, "data": str(data), "seed": seed,
-        "gpus": plan.gpus, "on_gpus": plan.on_gpus, "flags": flags, "about": plan.lines(flags),
-        "command": words,
+        "gpus": plan.gpus, "moved_to_gpus": plan.moved_to_gpus, "flags": flags,
+        "about": plan.lines(flags), "command": words,
         "versions": {name: version(name) for name in ("torch", "fairseq", "sacrebleu")},
     }  # fmt: skip
 
@@ -92,7 +92,8 @@ def note(run: Path, about: dict[str, Any]) -> None:
     path = run / "run.json"
     if path.exists():
         there = read_run(run)
-        for key in ("task", "preset", "model", "data", "seed"):
+        there.setdefault("moved_to_gpus", False)
+        for key in ("task", "preset", "model", "data", "seed", "moved_to_gpus"):
             if there[key] != about[key]:
                 raise FlagError(
                     f"RUN {run} holds a run with {key} {there[key]}, not {about[key]}; name a new one"
@@ -112,7 +113,7 @@ def run_logged(words: list[str], log: Path) -> int:
 
 
 def integer(name: str, default: int) -> int:
-    value = os.environ.get(name, str(default))
+    value = os.environ.get(name) or str(default)
     if not value.isdigit():
         raise FlagError(f"{name} must be a whole number, got {value}")
     return int(value)
@@ -134,11 +135,11 @@ def check_gpu_for(plan: Plan) -> None:
 
 
 def plan_here(task: str, preset: str, model: str) -> Plan:
-    """On this machine's GPUs, but a preset for the CPU there, unless GPUS asks for them."""
+    """On this machine's GPUs, but a preset for the CPU there, unless GPUS asks for some."""
     plan = Plan(task, preset, model)
-    if plan.size.cpu and "GPUS" not in os.environ:
+    if plan.size.cpu and not integer("GPUS", 0):
         return plan
-    return Plan(task, preset, model, gpus(), on_gpus=True)
+    return Plan(task, preset, model, gpus(), moved_to_gpus=plan.size.cpu)
 
 
 def parse() -> argparse.Namespace:

@@ -89,10 +89,16 @@ def test_experts_without_tokens_are_named_once(report: LoadReport, caplog: Any) 
     assert second == "experts that got no token in the last 2 updates: decoder.layers.3: 1 of 4 (3)"
 
 
-@pytest.mark.parametrize(("wanted", "validated", "is_told"), [(4, 1, True), (4, 4, False), (1, 1, False)])
+@pytest.mark.parametrize(  # a factor below 0: in evaluation, too
+    ("factor", "wanted", "validated", "is_told"),
+    [(2, 4, 1, True), (2, 4, 4, False), (2, 1, 1, False), (0, 4, 1, False), (-2, 4, 1, False)],
+)
 def test_a_capacity_in_training_alone_is_told_once(
-    wanted: int, validated: int, is_told: bool, report: LoadReport, caplog: Any
+    factor: float, wanted: int, validated: int, is_told: bool, report: LoadReport, caplog: Any
 ) -> None:
+    """And where it is the layers', not a router's own, and evaluation has none."""
+    for layer in report.layers:
+        layer.capacity_factor, layer.eval_capacity_factor = abs(factor), max(-factor, 0)
     with metrics.aggregate("train"):
         log([[2, 1, 1, 1], [1, 1, 1, 1]], wanted=wanted)
     for _ in "twice":

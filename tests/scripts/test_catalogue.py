@@ -64,6 +64,8 @@ def test_an_update_has_as_many_tokens_on_any_number_of_gpus(
     ("preset", "asked", "device", "flags"),
     [
         ("claims", None, "1 process on the CPU x ", {"--cpu"}),
+        ("claims", "", "1 process on the CPU x ", {"--cpu"}),
+        ("claims", "0", "1 process on the CPU x ", {"--cpu"}),
         ("claims", "1", "1 GPU x ", set()),
         ("small", "2", "2 GPUs x ", {"--bf16"}),
     ],
@@ -73,7 +75,7 @@ def test_where_it_trains(
 ) -> None:
     """A preset for the CPU there, unless GPUS names GPUs: as it was, in fp32."""
     monkeypatch.delenv("GPUS", raising=False)
-    if asked:
+    if asked is not None:
         monkeypatch.setenv("GPUS", asked)
     plan = train.plan_here("lm", preset, "dense")
     assert plan.lines()[1].startswith(device)
@@ -82,8 +84,8 @@ def test_where_it_trains(
 
 def test_a_run_is_scored_where_it_was_trained() -> None:
     about = {"task": "lm", "preset": "claims", "model": "dense"}
-    assert Plan.of_run(about).on_cpu and Plan.of_run(about | {"on_gpus": False}).on_cpu
-    assert not Plan.of_run(about | {"on_gpus": True}).on_cpu
+    assert Plan.of_run(about).on_cpu and Plan.of_run(about | {"moved_to_gpus": False}).on_cpu
+    assert not Plan.of_run(about | {"moved_to_gpus": True}).on_cpu
 
 
 @pytest.mark.parametrize("flags", [["--max-update", "100"], ["--lr", "1", "--max-update=100", "--no-save"]])

@@ -295,4 +295,6 @@ def test_a_gpu_that_is_left_alone(
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     estimate.tell_of_gpus(Plan(task, preset, "dense"))
-    assert capsys.readouterr().out.count("preset tiny leaves the GPU alone; small is for it (or GPUS=1)") == said
+    assert (
+        capsys.readouterr().out.count("preset tiny leaves the GPU alone; small is for it (or GPUS=1)") == said
+    )

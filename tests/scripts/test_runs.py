@@ -144,6 +144,9 @@ def test_bad_arguments_of_train(lm_data: Path, tmp_path: Path, monkeypatch: pyte
     (run / "run.json").write_text(json.dumps(there))
     message = refusal(train.main, monkeypatch, "lm", "tiny", "dense", lm_data, run)
     assert "holds a run with model switch, not dense; name a new one" in message
+    (run / "run.json").write_text(json.dumps(there | {"model": "dense", "moved_to_gpus": True}))
+    message = refusal(train.main, monkeypatch, "lm", "tiny", "dense", lm_data, run)
+    assert "holds a run with moved_to_gpus True, not False; name a new one" in message
     (run / "run.json").write_text('{"task": "lm"}')
     message = refusal(train.main, monkeypatch, "lm", "tiny", "dense", lm_data, run)
     assert "run.json: must have task, preset, model" in message

@@ -51,7 +51,7 @@ class Budget(Steered):
         self.saved_as = "threshold" if rule == "mass" else f"threshold_{rule}"
         self.threshold: Tensor
         self.register_buffer("threshold", torch.tensor(self.start, dtype=torch.float32))
-        self._missed: Tensor | None = None  # updates in a row; made on the device of what is counted
+        self._missed: Tensor | None = None  # updates in a row, on the device of what is counted
 
     def take(self, value_TK: Tensor, counting: bool, costs_TK: Tensor | None = None) -> Tensor:
         """(T, K) bool: the choices that t allows; and count them, taken or not.
