@@ -36,7 +36,7 @@ case ${1:-} in
     task=wmt DATA=${DATA:-$root/data/packages-en-de-full} vocabulary=8000 prepare=(prepare_packages_mt.sh de --full)
     seeds="1 2 3" scores=("test BLEU" "test chrF++" "test ppl") seconds=("translated sentence / the first's")
     models=(dense "$topk2" xmoe-s4-budget-probability topk-s4 xmoe-s4-budget
-      "xmoe-s4 --moe-capacity-factor 4 --moe-max-experts-per-token 0") # the paper's capacity, no other limit
+      "xmoe-s4 --moe-capacity-factor 4 --moe-eval-capacity-factor 4 --moe-max-experts-per-token 0") # as the paper
     once=(split-s8 "dense --dropout 0.1") ;;
   *) echo "usage: bash scripts/claims.sh lm|mt; got '${1:-}'" >&2; exit 2 ;;
 esac
