@@ -19,7 +19,7 @@ set -euo pipefail
 topk2="topk-s4 --moe-topk 2"
 tau="--moe-threshold-rule probability --moe-threshold 0.08"   # what steers to 2 experts in the end
 seconds=()   # further columns
-[ -z "${GPUS:-}" ] || { echo "claims: its seconds are of a CPU: leave GPUS out (docs/results.md trains on a GPU)" >&2; exit 2; }
+[[ ${GPUS:-0} == 0 ]] || { echo "claims: its seconds are of a CPU: leave GPUS out (docs/results.md trains on a GPU)" >&2; exit 2; }
 case ${1:-} in
   lm)
     task=lm DATA=${DATA:-$root/data/docs-lm-open-4k} vocabulary=4000 prepare=(prepare_docs_lm.sh open) seeds="1 2 3"
