@@ -13,15 +13,16 @@
 #   task, distill                      FINETUNE updates of the MoE layers, with this loss
 #   trained                            the last tenth of the training with experts: of the dense model after 9 tenths
 #   half                               of the FFN's FLOPs, in the place of a quarter
-#   split                              alone: the paper's way, trained in parts with t = 1, that is lowered afterwards
+#   split                              the paper's way, trained in 8 parts with t = 1, that is lowered afterwards; with
+#                                      trained t is steered in its last tenth; goes with a rule and half only
 #
 # The dense model is that of PRESET=claims (scripts/experiments/presets) after UPDATES (default: the preset's) updates;
 # flags of fairseq-train after OUT overrule it. SPLIT=16 experts, HIDDEN=16, FINETUNE=300, CALIBRATION=100000 tokens,
 # HOYER=0.1 and L1=0.1 the penalties' coefficients, FREQ: every how many layers (default: the preset's, as models with
 # experts have it), SEED=1; TIMES="a way ..." are timed on a machine that must be quiet.
 # TENTHS=9: 8 makes it the last two tenths, here and of the penalties.
-# What is in OUT already is kept, if it was made with these settings, such as a run of the preset as OUT/dense with its
-# checkpoint of 9 tenths as start.pt.
+# What is in OUT already is kept, if it was made with these settings, such as runs of the preset as OUT/dense and
+# OUT/split, with their checkpoints of 9 tenths as start.pt.
 # Hours: the training's, and some minutes a way; expected: docs/dense_to_sparse.md.
 set -euo pipefail
 task=${1:?lm or mt} data=${2:?folder of data-prep} out=${3:?folder}
@@ -37,14 +38,17 @@ case $task in
 esac
 setting() { sed -n "s/^$1 = //p" "$root/scripts/experiments/presets/$task/$preset.toml"; }
 ways=${WAYS:-mass probability relative layers shared wide hidden task distill hoyer+probability l1+probability \
-  hoyer+probability+distill probability+trained probability+trained+half split}
+  hoyer+probability+distill probability+trained probability+trained+half \
+  split split+half split+probability+trained split+probability+trained+half}
 known=" mass probability relative hoyer l1 coactivation clustering random wide shared hidden layers task distill \
-  trained half "
+  trained half split "
 has() { [[ +$1+ == *+$2+* ]]; } # WAY PART
 refuse() { echo "dense_to_sparse: $1" >&2; exit 2; }
 for way in $ways; do
   for part in ${way//+/ }; do
-    [[ $known == *" $part "* || $way == split ]] || refuse "WAYS: $part is no part of a way, in $way (see $0)"
+    [[ $known == *" $part "* ]] || refuse "WAYS: $part is no part of a way, in $way (see $0)"
+    ! has "$way" split || [[ " split trained half mass probability relative " == *" $part "* ]] ||
+      refuse "WAYS: split cannot be combined with $part, in $way: it is no conversion"
   done
   ! has "$way" trained || { ! has "$way" hoyer && ! has "$way" l1; } ||
     refuse "WAYS: a penalty cannot be combined with trained, in $way: both are the end of the training"
@@ -59,6 +63,23 @@ train() { # MODEL RUN UPDATES [FLAGS], unless it is done
   [[ ! -e $2/done.$3 ]] || return 0
   experiment train "$task" "$preset" "$1" "$data" "$2" "${flags[@]}" --max-update "$3" "${@:4}"
   touch "$2/done.$3"
+}
+copy() { cp "$1" "$2.part" && mv "$2.part" "$2"; } # whole or not at all
+updates_of() { # CHECKPOINT
+  python -c 'import sys, torch
+print(torch.load(sys.argv[1], map_location="cpu", weights_only=True)["optimizer_history"][-1]["num_updates"])' "$1"
+}
+train_to_the_end() { # MODEL RUN, and keep its checkpoint of 9 tenths as RUN/start.pt
+  local start=$2/start.pt got
+  if [[ ! -e $start ]]; then
+    train "$1" "$2" $((updates - last))
+    start=$2/checkpoint_last.pt
+  fi
+  got=$(updates_of "$start")
+  ((got == updates - last)) ||
+    refuse "$2 wants as start.pt its checkpoint of $((updates - last)) updates, got ${start##*/} of $got"
+  [[ -e $2/start.pt ]] || copy "$start" "$2/start.pt"
+  train "$1" "$2" "$updates"
 }
 source_of() { # the checkpoint that a way converts
   local run=$dense
@@ -83,10 +104,26 @@ convert() { # WAY SPARSE
   xmoe-convert "$(source_of "$1")" "$2" --split "$experts" --moe-freq "$freq" --calibration "$data" --seed "$SEED" \
     --calibration-tokens "${CALIBRATION:-100000}" --budget "$budget" "${words[@]}"
 }
+experts_of() { # WAY: how many a token takes of EXPERTS of the dense FFN's width together
+  if has "$1" half; then echo $(($2 / 2)); else echo $(($2 / 4)); fi
+}
+rule_of() { grep -oE 'mass|probability|relative' <<<"$1" || echo mass; }
+lower() { # WAY: of the model that was trained in parts
+  local run=$out/$1 budget
+  budget=$(experts_of "$1" 8)
+  if ! has "$1" trained; then
+    xmoe-threshold "$out/split/checkpoint_last.pt" --data "$data" --budget "$budget" \
+      --moe-threshold-rule "$(rule_of "$1")" --output "$out/$1.pt"
+    return
+  fi
+  mkdir -p "$run"
+  [[ -e $run/checkpoint_last.pt ]] || copy "$out/split/start.pt" "$run/checkpoint_last.pt"
+  train split-s8 "$run" "$updates" --moe-threshold-rule "$(rule_of "$1")" --moe-target-experts-per-token "$budget"
+  copy "$run/checkpoint_last.pt" "$out/$1.pt"
+}
 train_sparse() { # WAY: as fairseq-train goes on with what xmoe-convert has made; t is steered to its budget
-  local run=$out/$1 typed lr budget=$((split / 4))
-  ! has "$1" half || budget=$((budget * 2))
-  ! has "$1" wide || budget=$((budget / 2))
+  local run=$out/$1 typed lr experts=$split
+  ! has "$1" wide || experts=$((split / 2))
   mkdir -p "$run"
   [[ -e $run/begin.pt ]] || convert "$1" "$run/begin.pt"
   typed=$(sed -n 's/.*"flags of fairseq-train": "\(.*\)".*/\1/p' "$run/begin.json")
@@ -94,10 +131,11 @@ train_sparse() { # WAY: as fairseq-train goes on with what xmoe-convert has made
   lr=$(grep -oP -- '--lr[ =]\K\S+' <<<"${flags[*]}" || setting lr)
   # Where the dense schedule, which falls to 0, was; the routers are not to be balanced.
   # shellcheck disable=SC2086
-  train dense "$run" "$last" $typed --moe-freq "$freq" --moe-target-experts-per-token "$budget" --moe-loss-coeff 0 \
+  train dense "$run" "$last" $typed --moe-freq "$freq" --moe-loss-coeff 0 \
+    --moe-target-experts-per-token "$(experts_of "$1" "$experts")" \
     --finetune-from-model "$run/begin.pt" --lr "$(awk "BEGIN { print $lr * (10 - $tenths) / 10 }")" \
     --warmup-updates 0 --total-num-update "$last"
-  cp "$run/checkpoint_last.pt" "$out/$1.pt"
+  copy "$run/checkpoint_last.pt" "$out/$1.pt"
 }
 score() { # RUN CHECKPOINT TAG
   # shellcheck disable=SC2086
@@ -113,25 +151,20 @@ if [[ -e $out/settings && $(<"$out/settings") != "$made" ]]; then
 fi
 mkdir -p "$out" && echo "$made" >"$out/settings"
 splits=$(cd "$data/bin" && for file in test*.idx; do echo "${file%%.*}"; done | sort -u)
-if [[ ! -e $dense/start.pt ]]; then
-  train dense "$dense" $((updates - last))
-  cp "$dense/checkpoint_last.pt" "$dense/start.pt"
-fi
-train dense "$dense" "$updates"
+train_to_the_end dense "$dense"
 score "$dense" "$dense/checkpoint_last.pt" last
 for way in $ways; do
   for penalty in hoyer l1; do
     has "$way" "$penalty" || continue
     coefficient=${penalty^^}
     mkdir -p "$out/$penalty" && [[ -e $out/$penalty/checkpoint_last.pt ]] ||
-      cp "$dense/start.pt" "$out/$penalty/checkpoint_last.pt"
+      copy "$dense/start.pt" "$out/$penalty/checkpoint_last.pt"
     train dense "$out/$penalty" "$updates" --ffn-sparsity "$penalty" --ffn-sparsity-coeff "${!coefficient:-0.1}"
     score "$out/$penalty" "$out/$penalty/checkpoint_last.pt" last
   done
-  if [[ $way == split ]]; then
-    train split-s8 "$out/split" "$updates"
-    [[ -e $out/split.pt ]] ||
-      xmoe-threshold "$out/split/checkpoint_last.pt" --data "$data" --budget 2 --output "$out/split.pt"
+  if has "$way" split; then
+    train_to_the_end split-s8 "$out/split"
+    [[ -e $out/$way.pt ]] || lower "$way"
   elif [[ ! -e $out/$way.pt ]]; then
     if has "$way" trained; then train_sparse "$way"; else convert "$way" "$out/$way.pt"; fi
   fi

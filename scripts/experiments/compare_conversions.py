@@ -43,9 +43,9 @@ def anew(last: int) -> str:
 
 
 def training(out: Path, way: str, last: int) -> str:
-    if way == "split":
-        return "all of it, in parts"
     parts, report = {*way.split("+")}, out / f"{way}.json"
+    if "split" in parts:
+        return "all of it, in parts" + f"; t steered in the last {last:,} updates" * ("trained" in parts)
     updates = read_json(report)["about"]["fine-tuning updates"] if report.exists() else 0
     again = [anew(last)] if parts & {*PENALTIES, "trained"} else []
     return " + ".join([*again, *([f"{updates:,} updates"] if updates else [])])

@@ -17,7 +17,7 @@ SMALLER = [
 @pytest.mark.parametrize(
     "task, ways",
     [
-        ("lm", ["hoyer+probability+shared+hidden+distill+half", "split"]),
+        ("lm", ["hoyer+probability+shared+hidden+distill+half", "split+half", "split+probability+trained"]),
         ("mt", ["relative+half+wide+trained"]),
     ],
 )
@@ -39,7 +39,9 @@ def test_trains_converts_and_scores(
     assert [*rows] == ["way", "dense", *penalised, *ways]
     further = {
         "hoyer+probability+shared+hidden+distill+half": "the last 1 updates, anew + 2 updates",
-        "split": "all of it, in parts", "relative+half+wide+trained": "the last 2 updates, anew",
+        "split+half": "all of it, in parts",
+        "split+probability+trained": "all of it, in parts; t steered in the last 1 updates",
+        "relative+half+wide+trained": "the last 2 updates, anew",
     }  # fmt: skip
     assert {way: rows[way][1].strip() for way in ways} == {way: further[way] for way in ways}
     for file in (out / "dense").glob("scores.*.json"):
@@ -48,7 +50,7 @@ def test_trains_converts_and_scores(
     trained = [*out.glob("*trained/checkpoint_last.pt")]
     assert [
         torch.load(each, weights_only=True)["optimizer_history"][-1]["num_updates"] for each in trained
-    ] == [2] * (task == "mt")
+    ] == [2 if task == "mt" else 10]  # anew; on the schedule of the model in parts
     assert not [*out.rglob("explain*")]  # a page for each takes longer than its scores
     before = {file: file.stat().st_mtime_ns for file in out.rglob("*.pt")}
     script("dense_to_sparse.sh", task, data, out, *smaller, **settings)
@@ -60,11 +62,17 @@ def test_trains_converts_and_scores(
     )
     assert {file: file.stat().st_mtime_ns for file in out.rglob("*.pt")} == before
     assert (out / "ways.md").read_text() == report
+    (out / "dense/start.pt").unlink()  # as of a run that was trained elsewhere
+    refused = script("dense_to_sparse.sh", task, data, out, *smaller, succeeds=False, **settings)
+    begun = 8 if task == "mt" else 9
+    assert f"wants as start.pt its checkpoint of {begun} updates, got checkpoint_last.pt of 10" in refused
+    assert not (out / "dense/start.pt").exists()
 
 
 @pytest.mark.parametrize(
     "ways, message",
     [("mass hoyer+better", "WAYS: better is no part of a way, in hoyer+better"),
+     ("split+distill", "WAYS: split cannot be combined with distill, in split+distill"),
      ("l1+trained", "WAYS: a penalty cannot be combined with trained, in l1+trained")],
 )  # fmt: skip
 def test_ways_are_checked_before_anything_is_trained(ways: str, message: str, tmp_path: Path) -> None:
