@@ -104,11 +104,11 @@ convert() { # WAY SPARSE
   xmoe-convert "$(source_of "$1")" "$2" --split "$experts" --moe-freq "$freq" --calibration "$data" --seed "$SEED" \
     --calibration-tokens "${CALIBRATION:-100000}" --budget "$budget" "${words[@]}"
 }
-experts_of() { # WAY: how many a token takes of EXPERTS of the dense FFN's width together
+experts_of() { # WAY EXPERTS: how many of so many, together as wide as the dense FFN, a token takes
   if has "$1" half; then echo $(($2 / 2)); else echo $(($2 / 4)); fi
 }
 rule_of() { grep -oE 'mass|probability|relative' <<<"$1" || echo mass; }
-lower() { # WAY: of the model that was trained in parts
+lower() { # WAY: the model that was trained in parts, at its budget afterwards or in the end of its training
   local run=$out/$1 budget
   budget=$(experts_of "$1" 8)
   if ! has "$1" trained; then
