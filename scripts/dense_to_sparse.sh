@@ -44,12 +44,14 @@ known=" mass probability relative hoyer l1 coactivation clustering random wide s
   trained half split "
 has() { [[ +$1+ == *+$2+* ]]; } # WAY PART
 refuse() { echo "dense_to_sparse: $1" >&2; exit 2; }
+rule_of() { grep -oE 'mass|probability|relative' <<<"$1" || echo mass; } # WAY
 for way in $ways; do
   for part in ${way//+/ }; do
     [[ $known == *" $part "* ]] || refuse "WAYS: $part is no part of a way, in $way (see $0)"
     ! has "$way" split || [[ " split trained half mass probability relative " == *" $part "* ]] ||
       refuse "WAYS: split cannot be combined with $part, in $way: it is no conversion"
   done
+  [[ $(rule_of "$way") != *$'\n'* ]] || refuse "WAYS: one rule at most in a way, got $way"
   ! has "$way" trained || { ! has "$way" hoyer && ! has "$way" l1; } ||
     refuse "WAYS: a penalty cannot be combined with trained, in $way: both are the end of the training"
 done
@@ -107,7 +109,6 @@ convert() { # WAY SPARSE
 experts_of() { # WAY EXPERTS: how many of so many, together as wide as the dense FFN, a token takes
   if has "$1" half; then echo $(($2 / 2)); else echo $(($2 / 4)); fi
 }
-rule_of() { grep -oE 'mass|probability|relative' <<<"$1" || echo mass; }
 lower() { # WAY: the model that was trained in parts, at its budget afterwards or in the end of its training
   local run=$out/$1 budget
   budget=$(experts_of "$1" 8)

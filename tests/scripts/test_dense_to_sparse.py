@@ -47,6 +47,11 @@ def test_trains_converts_and_scores(
     for file in (out / "dense").glob("scores.*.json"):
         (found,) = json.loads(file.read_text())["splits"].values()
         assert found["perplexity"] > 1 and ("bleu" in found) == (task == "mt")
+    if task == "lm":  # of 8: half, and a quarter
+        assert float(rows["split+half"][2]) == pytest.approx(4, abs=0.3)
+        about = json.loads((out / "split+probability+trained/run.json").read_text())["command"]
+        assert about[about.index("--moe-target-experts-per-token") + 1] == "2"
+        assert about[about.index("--moe-threshold-rule") + 1] == "probability"
     trained = [*out.glob("*trained/checkpoint_last.pt")]
     assert [
         torch.load(each, weights_only=True)["optimizer_history"][-1]["num_updates"] for each in trained
@@ -73,6 +78,7 @@ def test_trains_converts_and_scores(
     "ways, message",
     [("mass hoyer+better", "WAYS: better is no part of a way, in hoyer+better"),
      ("split+distill", "WAYS: split cannot be combined with distill, in split+distill"),
+     ("split+mass+relative", "WAYS: one rule at most in a way, got split+mass+relative"),
      ("l1+trained", "WAYS: a penalty cannot be combined with trained, in l1+trained")],
 )  # fmt: skip
 def test_ways_are_checked_before_anything_is_trained(ways: str, message: str, tmp_path: Path) -> None:
