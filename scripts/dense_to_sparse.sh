@@ -69,7 +69,8 @@ train() { # MODEL RUN UPDATES [FLAGS], unless it is done
 copy() { cp "$1" "$2.part" && mv "$2.part" "$2"; } # whole or not at all
 updates_of() { # CHECKPOINT
   python -c 'import sys, torch
-print(torch.load(sys.argv[1], map_location="cpu", weights_only=True)["optimizer_history"][-1]["num_updates"])' "$1"
+print(torch.load(sys.argv[1], map_location="cpu", weights_only=True)["optimizer_history"][-1]["num_updates"])' "$1" \
+    2>/dev/null || refuse "$1 is no checkpoint of a training, or is not whole; copy it again"
 }
 train_to_the_end() { # MODEL RUN, and keep its checkpoint of 9 tenths as RUN/start.pt
   local start=$2/start.pt got

@@ -72,6 +72,11 @@ def test_trains_converts_and_scores(
     begun = 8 if task == "mt" else 9
     assert f"wants as start.pt its checkpoint of {begun} updates, got checkpoint_last.pt of 10" in refused
     assert not (out / "dense/start.pt").exists()
+    (out / "dense/start.pt").write_bytes((out / "dense/checkpoint_last.pt").read_bytes()[:1000])
+    refused = script("dense_to_sparse.sh", task, data, out, *smaller, succeeds=False, **settings)
+    assert refused.splitlines()[-1].endswith(
+        "start.pt is no checkpoint of a training, or is not whole; copy it again"
+    )
 
 
 @pytest.mark.parametrize(
