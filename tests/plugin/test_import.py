@@ -2,10 +2,13 @@
 
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from commands import DEADLINE, PLUGIN
+from commands import PLUGIN
+
+Python = Callable[[str], str]
 
 LOAD_USER_DIR = (
     "import fairseq.utils; from argparse import Namespace; "
@@ -24,10 +27,36 @@ REGISTERED = sorted(
 )
 
 
-def python(code: str) -> str:
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=DEADLINE)
-    assert result.returncode == 0, result.stderr
-    return result.stdout
+# Runs a program per line of stdin in a fork that has torch alone, which takes 2 s to import.
+FORKS = """
+import os, sys, torch
+while words := sys.stdin.readline().split():
+    if not (fork := os.fork()):
+        with open(words[1], "w") as printed:
+            os.dup2(printed.fileno(), 1)
+            os.dup2(printed.fileno(), 2)
+        exec(open(words[0]).read(), {"__name__": "__main__"})
+        sys.exit()
+    print(os.waitstatus_to_exitcode(os.waitpid(fork, 0)[1]), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Python]:
+    """What a program prints in a process that has imported nothing but torch; AssertionError if it fails."""
+    folder = tmp_path_factory.mktemp("programs")
+    program, printed = folder / "program", folder / "printed"
+    words = [sys.executable, "-c", FORKS]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as forks:
+
+        def run(code: str) -> str:
+            assert forks.stdin and forks.stdout
+            program.write_text(code)
+            print(program, printed, file=forks.stdin, flush=True)
+            assert int(forks.stdout.readline()) == 0, printed.read_text()
+            return printed.read_text()
+
+        yield run
 
 
 @pytest.mark.parametrize(
@@ -39,13 +68,13 @@ def python(code: str) -> str:
     ],
     ids=["the package first", "reloaded", "fairseq first"],
 )
-def test_models_and_criterions_are_registered(first: str, then: str) -> None:
+def test_models_and_criterions_are_registered(python: Python, first: str, then: str) -> None:
     """By the first of the two ways to load the plugin; the second finds it loaded."""
     output = python(f"{first}\n{PRINT_REGISTERED}{then}\n{PRINT_REGISTERED}")
     assert [line for line in output.splitlines() if line.startswith("[")] == [str(REGISTERED)] * 2
 
 
-def test_the_name_of_the_installed_package_will_do_in_any_folder(tmp_path: Path) -> None:
+def test_the_name_of_the_installed_package_will_do_in_any_folder(python: Python, tmp_path: Path) -> None:
     """user_dir_may_be_installed"""
     by_name = LOAD_USER_DIR.replace(repr(PLUGIN[1]), "'xmoe_fairseq'")
     output = python(f"import os; os.chdir({str(tmp_path)!r})\n{by_name}\n{PRINT_REGISTERED}")
@@ -62,7 +91,7 @@ USE_THE_CORE = (
 )
 
 
-def test_the_core_imports_torch_and_none_of_what_the_plugin_needs() -> None:
+def test_the_core_imports_torch_and_none_of_what_the_plugin_needs(python: Python) -> None:
     output = python(f"{USE_THE_CORE}import sys; print(*{{name.partition('.')[0] for name in sys.modules}})")
     assert {"torch", "xmoe_fairseq"} < {*output.split()}
     assert {*output.split()}.isdisjoint(
@@ -70,7 +99,7 @@ def test_the_core_imports_torch_and_none_of_what_the_plugin_needs() -> None:
     )
 
 
-def test_an_import_neither_loads_nor_builds_the_native_library() -> None:
+def test_an_import_neither_loads_nor_builds_the_native_library(python: Python) -> None:
     """The first call loads it; nothing but its own command builds it."""
     output = python(
         "import sys, torch\n"
@@ -88,7 +117,9 @@ def test_an_import_neither_loads_nor_builds_the_native_library() -> None:
 @pytest.mark.parametrize(
     "module", ["config", "models.translation", "criterions", "build_moe", "parallel.checkpoint_command"]
 )
-def test_whichever_module_is_imported_first_all_is_registered_and_each_module_runs_once(module: str) -> None:
+def test_whichever_module_is_imported_first_all_is_registered_and_each_module_runs_once(
+    python: Python, module: str
+) -> None:
     """Also one that models/ imports, and that imports fairseq."""
     output = python(
         f"import xmoe_fairseq.{module} as module\n"
@@ -108,7 +139,7 @@ WITHOUT_FAIRSEQ = (
 )
 
 
-def test_the_core_works_without_fairseq_and_what_needs_it_says_so_in_one_line() -> None:
+def test_the_core_works_without_fairseq_and_what_needs_it_says_so_in_one_line(python: Python) -> None:
     output = python(
         f"{WITHOUT_FAIRSEQ}{USE_THE_CORE}"
         "for module in ('models', 'criterions', 'config'):\n"
@@ -124,7 +155,7 @@ def test_the_core_works_without_fairseq_and_what_needs_it_says_so_in_one_line() 
 
 
 def test_the_core_works_beside_another_fairseq_and_as_its_user_dir_the_plugin_says_which_it_needs(
-    tmp_path: Path,
+    python: Python, tmp_path: Path
 ) -> None:
     (tmp_path / "fairseq-0.10.2.dist-info").mkdir()
     (tmp_path / "fairseq-0.10.2.dist-info" / "METADATA").write_text("Name: fairseq\nVersion: 0.10.2\n")

@@ -106,9 +106,9 @@ def balanced_table(counts: Sequence[int], num_experts: int) -> Tensor:
         counts: how often each id occurs in the training text.
     """
     loads = [(0, expert) for expert in range(num_experts)]  # a heap; of equals the lower expert
-    table_V = torch.empty(len(counts), dtype=torch.long)
+    table_V = [0] * len(counts)
     for token in sorted(range(len(counts)), key=lambda i: -counts[i]):
         load, expert = loads[0]
         table_V[token] = expert
         heapq.heapreplace(loads, (load + counts[token], expert))
-    return table_V
+    return torch.tensor(table_V, dtype=torch.long)
