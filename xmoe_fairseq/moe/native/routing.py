@@ -57,22 +57,28 @@ def choose_experts(
         rule: of `rules.py`.
     """
     cut, number = float(rule_named(rule).cut(threshold)), list(RULES).index(rule)
-    return Chosen(*_Choose.apply(logits_TE, limit, cut, counts_C, number))  # type: ignore[no-untyped-call]
+    arguments = logits_TE, limit, cut, counts_C, number
+    if not torch.is_grad_enabled():  # for one token a Function takes longer than what it calls
+        return _choose(*arguments)
+    return Chosen(*_Choose.apply(*arguments))  # type: ignore[no-untyped-call]
+
+
+def _choose(logits_TE: Tensor, limit: int, cut: float, counts_C: Tensor | None, rule: int) -> Chosen:
+    probs_TE = torch.softmax(logits_TE, dim=1)
+    token_R, expert_R, rank_R, weight_R, counts_E, first_T = torch.ops.xmoe.route(
+        probs_TE, cut, limit, counts_C, rule
+    )
+    return Chosen(probs_TE, weight_R, token_R, expert_R, rank_R, first_T, counts_E)
 
 
 class _Choose(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, logits_TE: Tensor, limit: int, cut: float, counts_C: Tensor | None, rule: int
-    ) -> tuple[Tensor, ...]:
-        probs_TE = torch.softmax(logits_TE, dim=1)
-        token_R, expert_R, rank_R, weight_R, counts_E, first_T = torch.ops.xmoe.route(
-            probs_TE, cut, limit, counts_C, rule
-        )
-        ctx.save_for_backward(probs_TE, token_R, expert_R)
-        ctx.mark_non_differentiable(token_R, expert_R, rank_R, counts_E, first_T)
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor | None, ...]:
+        chosen = _choose(*arguments)
+        ctx.save_for_backward(chosen.probs_TE, chosen.token_R, chosen.expert_R)
+        ctx.mark_non_differentiable(*chosen[2:])
         ctx.set_materialize_grads(False)
-        return probs_TE, weight_R, token_R, expert_R, rank_R, first_T, counts_E
+        return tuple(chosen)
 
     @staticmethod
     def backward(

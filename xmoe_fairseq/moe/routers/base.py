@@ -7,6 +7,7 @@ mass of the threshold router would be wrong in its second digit.
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, ClassVar
 
@@ -103,7 +104,8 @@ class Router(TokenRouter):
                 `check_finite` tells; nor where a loss scaler will see to it (`may_overflow`).
         """
         may_hold_nan = may_overflow(self, x_TD)  # asks for autocast
-        with torch.autocast(device_type=x_TD.device.type, enabled=False):
+        device = x_TD.device.type
+        with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
             logits_TE = first_scores(self.score(x_TD))
             finite = None if may_hold_nan else check_scores(x_TD, logits_TE)
             chosen = self.chosen(logits_TE)
