@@ -87,6 +87,18 @@ def test_budget(checkpoint: Path, data: Path, pick: Any, capsys: pytest.CaptureF
     assert len(report["curve"]) == len(report["rows"]) > 5
 
 
+def test_part_of_the_validation_set(checkpoint: Path, data: Path, pick: Any, tmp_path: Path) -> None:
+    sizes = ("--max-tokens", 32, "--valid-tokens", 40)
+    pick(checkpoint, "--data", data, "--budget", 1.5, *sizes, "--output", tmp_path / "new.pt")
+    report = json.loads((tmp_path / "new.json").read_text())
+    assert report["about"]["validation tokens"] == 40
+    meter = open_meter(checkpoint, data, max_tokens=32, valid_tokens=40)
+    assert 40 <= sum(sample["ntokens"] for sample in meter.batches) < 40 + 32
+    part, whole = meter.measure(meter.in_use), as_it_is(checkpoint, data)
+    assert_same(report["reference"]["bits_per_token"], part.bits_per_token)
+    assert part.bits_per_token != whole.bits_per_token
+
+
 def test_a_budget_with_a_t_for_each_layer(checkpoint: Path, data: Path, pick: Any, tmp_path: Path) -> None:
     """On average over the layers."""
     output = tmp_path / "new.pt"
@@ -211,6 +223,7 @@ def test_errors(checkpoint: Path, data: Path, tmp_path: Path) -> None:
         ((checkpoint, "--data", data, "--budget", 0.5), "--budget must be from 1 to"),
         ((checkpoint, "--data", data, "--max-loss", -1), "--max-loss must be 0 or more bits per token, got"),
         ((checkpoint, *here, "--max-tokens", 0), "--max-tokens must be at least 1, got 0"),
+        ((checkpoint, *here, "--valid-tokens", 0), "--valid-tokens must be at least 1, got 0"),
     ]  # fmt: skip
     for arguments, message in bad:
         status, said = call(threshold_command.main, "xmoe-threshold", *arguments)

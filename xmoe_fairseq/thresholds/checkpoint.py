@@ -28,11 +28,14 @@ def check_is_file(checkpoint: Path) -> None:
         raise UserError(f"{checkpoint}: {problem}")
 
 
-def open_meter(checkpoint: Path, data: Path, max_tokens: int | None = None) -> Meter:
-    """Of a model on its whole validation set.
+def open_meter(
+    checkpoint: Path, data: Path, max_tokens: int | None = None, valid_tokens: int | None = None
+) -> Meter:
+    """Of a model on its validation set.
 
     Args:
         max_tokens: in a batch; None = as it was validated.
+        valid_tokens: target tokens that are read, of batches drawn at random; None = all.
 
     Raises:
         UserError: it cannot be opened with this data, or its routers have no threshold.
@@ -41,7 +44,9 @@ def open_meter(checkpoint: Path, data: Path, max_tokens: int | None = None) -> M
     routers = [getattr(layer, "router", None) for layer in moe_layers(model)]
     if not routers or not all(isinstance(router, ThresholdRouter) for router in routers):
         raise UserError(f"CHECKPOINT must be of a model with --moe-router threshold, got {checkpoint}")
-    return Meter(model, whole_valid(task, cfg, max_tokens), routers[0].rule)  # type: ignore[union-attr]
+    whole = whole_valid(task, cfg, max_tokens)
+    batches = whole if valid_tokens is None else whole.first(valid_tokens)
+    return Meter(model, batches, routers[0].rule)  # type: ignore[union-attr]
 
 
 def open_model(checkpoint: Path, data: Path, **settings: Any) -> tuple[nn.Module, Any, DictConfig]:

@@ -2,7 +2,7 @@
 
 t is measured on validation data, and a checkpoint written that holds it and that every fairseq command
 opens; by the rule that it was trained with, or by another. Each t that is tried is one pass over the
-validation set; --per-layer first takes three for each layer.
+validation set, or over --valid-tokens of it; --per-layer first takes three for each layer.
 Beside the new checkpoint lie a table of them all (.md, .json) and a plot (.png).
 """
 
@@ -36,6 +36,7 @@ def argument_parser() -> argparse.ArgumentParser:
     add("--moe-threshold-rule", choices=RULES, help="whose t it is (default: the checkpoint's)")
     add("--per-layer", action="store_true", help="a t for each layer, by its effect on the loss")
     add("--output", type=Path, help="checkpoint to write (default: CHECKPOINT with .picked.pt)")
+    add("--valid-tokens", type=int, metavar="N", help="of valid, in batches drawn at random (default: all)")
     add("--max-tokens", type=int, help="tokens in a batch (default: the checkpoint's, or 4096)")
     add("--user-dir", help="of a router of your own, as fairseq's commands have it")
     return parser
@@ -49,7 +50,7 @@ def choose(args: argparse.Namespace) -> None:
     """Raises UserError."""
     output = check(args)
     import_user_module(args)
-    meter = open_meter(args.checkpoint, args.data, args.max_tokens)
+    meter = open_meter(args.checkpoint, args.data, args.max_tokens, args.valid_tokens)
     as_it_is, shared = meter.in_use, meter.shared_experts
     least, most = shared + 1, shared + meter.routers[0].limit
     if args.budget is not None and not least <= args.budget <= most:
@@ -69,6 +70,7 @@ def choose(args: argparse.Namespace) -> None:
         "permitted loss, bits per token": args.max_loss,
         "thresholds": "per layer" if args.per_layer else "one for all layers",
         "threshold rule": tried_by.rule.name, "threshold rule as it is": meter.rule.name,
+        "validation tokens": args.valid_tokens or "all",
     }  # fmt: skip
     report = report_of(search, about, rows, "as it is", start, partial(meter.seconds, as_it_is))
     state = checkpoint_utils.load_checkpoint_to_cpu(str(args.checkpoint))
@@ -81,8 +83,9 @@ def check(args: argparse.Namespace) -> Path:
     """The output. Raises UserError."""
     if args.max_loss is not None and not args.max_loss >= 0:
         raise FlagError(f"--max-loss must be 0 or more bits per token, got {args.max_loss:g}")
-    if args.max_tokens is not None and args.max_tokens < 1:
-        raise FlagError(f"--max-tokens must be at least 1, got {args.max_tokens}")
+    for name, tokens in (("valid", args.valid_tokens), ("max", args.max_tokens)):
+        if tokens is not None and tokens < 1:
+            raise FlagError(f"--{name}-tokens must be at least 1, got {tokens}")
     check_is_file(args.checkpoint)
     output: Path = args.output or args.checkpoint.with_suffix(".picked.pt")
     if output.is_dir():
