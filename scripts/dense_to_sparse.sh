@@ -114,7 +114,7 @@ lower() { # WAY: the model that was trained in parts, at its budget afterwards o
   local run=$out/$1 budget
   budget=$(experts_of "$1" 8)
   if ! has "$1" trained; then
-    xmoe-threshold "$out/split/checkpoint_last.pt" --data "$data" --budget "$budget" \
+    xmoe-threshold "$out/split/checkpoint_last.pt" --data "$data" --valid-tokens 50000 --budget "$budget" \
       --moe-threshold-rule "$(rule_of "$1")" --output "$out/$1.pt"
     return
   fi
