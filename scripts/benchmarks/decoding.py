@@ -1,6 +1,7 @@
 """Times whole models, dense and sparse, decoding and scoring, and FFNs alone. See benchmark_decoding.sh."""
 
 import argparse
+import copy
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -19,11 +20,13 @@ from xmoe_fairseq.convert.models import read_dense, read_sparse
 from xmoe_fairseq.moe import MoELayer, ThresholdRouter, moe_layers, record_routing, use_kernel
 from xmoe_fairseq.moe.records import fix_thresholds
 from xmoe_fairseq.thresholds.search import bisect
+from xmoe_fairseq.transformer_layers import MoEDecoderLayer, MoEEncoderLayer
 
 BATCHES = (1, 8, 64)
 STEPS = 16  # tokens decoded
 FFN_TOKENS = (1, 8, 64, 1024, 4096)
 SHARE = 0.25  # of the experts
+FREE = "no experts"
 Row = dict[str, Any]
 
 
@@ -68,21 +71,32 @@ def score(model: Any, inputs: dict[str, Tensor]) -> Callable[[], None]:
     return forward(lambda: model(**inputs)[0])
 
 
+def without_experts(model: nn.Module) -> nn.Module:
+    """A copy whose MoE layers hand tokens on, and take no time: no router and no experts could be faster."""
+    model = copy.deepcopy(model)
+    for layer in [*model.modules()]:
+        if isinstance(layer, MoEEncoderLayer | MoEDecoderLayer):
+            layer.fc1 = nn.Identity()
+    return model
+
+
 def compared(
     what: str, batch: int, tokens: int, dense: Callable[[], None], model: nn.Module,
-    sparse: Callable[[], None], rounds: int,
+    sparse: Callable[[], None], rounds: int, free: Callable[[], None] | None = None,
 ) -> Row:  # fmt: skip
-    """The sparse model by each kernel, the one that is chosen first."""
+    """The sparse model by each kernel, the one that is chosen first; and with experts that take no time."""
     functions = {"dense": dense} | {kernel: use_kernel(kernel)(sparse) for kernel in kernels()}
-    timings = in_turn(functions, rounds)
+    timings = in_turn(functions | ({FREE: free} if free else {}), rounds)
     return {
         "what": what, "batch": batch, "tokens": tokens, "experts taken": f"{share_taken(model, sparse):.2f}",
-        "times as fast": f"{1 / timings[kernels()[0]].ratio:.2f}", "timings": timings,
+        "times as fast": f"{1 / timings[kernels()[0]].ratio:.2f}",
+        "at most": f"{1 / timings[FREE].ratio:.2f}" if free else "", "timings": timings,
     }  # fmt: skip
 
 
 def whole_models(models: Models, make: Callable[[int], dict[str, Tensor]], rounds: int) -> Iterator[Row]:
     dense, sparse = models
+    free = without_experts(sparse)
     for batch in track(BATCHES, "whole models", transient=True):
         inputs = make(batch)
         tokens = inputs.get("prev_output_tokens", inputs["src_tokens"]).numel()
@@ -90,7 +104,7 @@ def whole_models(models: Models, make: Callable[[int], dict[str, Tensor]], round
             ("decoding", batch * STEPS, partial(decode, inputs=inputs, steps=STEPS)),
             ("scoring", tokens, partial(score, inputs=inputs)),
         ):
-            yield compared(what, batch, count, run(dense), sparse, run(sparse), rounds)
+            yield compared(what, batch, count, run(dense), sparse, run(sparse), rounds, run(free))
 
 
 def ffns(shape: Shape, rounds: int) -> Iterator[Row]:
@@ -158,7 +172,7 @@ def main() -> None:
         found = [*whole_models(models, make, args.rounds)]
         found += ffns(args.shape, args.rounds) if args.shape else []
         rows += ({"threads": threads, **row} for row in found)
-    table = ratios(rows, ("threads", "what", "batch", "tokens", "experts taken", "times as fast"))
+    table = ratios(rows, ("threads", "what", "batch", "tokens", "experts taken", "times as fast", "at most"))
     write_table({"rows": rows}, [*left_out(), table], args.out)
 
 

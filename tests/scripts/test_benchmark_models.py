@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from benchmarks import decoding, parts, training, updates
+from benchmarks.language_model import Shape, inputs_of_shape, random_models
 from benchmarks.subjects import EVERY_SLOT, SlotExperts
+from xmoe_fairseq.moe import record_routing
 
 COMMON = ["--threads", "1", "--rounds", "2"]
 MT = (
@@ -133,5 +135,18 @@ def test_decoding_by_each_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     whats = ["decoding", "scoring"] * 2 + ["FFN alone"] * 2
     assert [row["what"] for row in rows] == whats
     for row in rows:
-        assert [*row["timings"]] == ["dense", "native", "plain"]
-        assert row["times as fast"] == f"{1 / row['timings']['native']['ratio']:.2f}"
+        timings = row["timings"]
+        whole = row["what"] != "FFN alone"
+        assert [*timings] == ["dense", "native", "plain", *(["no experts"] if whole else [])]
+        assert row["times as fast"] == f"{1 / timings['native']['ratio']:.2f}"
+        assert row["at most"] == (f"{1 / timings['no experts']['ratio']:.2f}" if whole else "")
+
+
+def test_without_experts_nothing_is_routed() -> None:
+    _, sparse = random_models(Shape(2, 16, 64, 8))
+    inputs, routings = inputs_of_shape(2), []
+    for model in (sparse, decoding.without_experts(sparse), sparse):
+        with record_routing(model) as records:
+            decoding.decode(model, inputs, 3)()
+        routings.append(len(records))
+    assert routings == [6, 0, 6]
