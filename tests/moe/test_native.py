@@ -14,9 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tolerances import TERMS, assert_same
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from xmoe_fairseq.moe import Experts, MoELayer, ThresholdRouter, use_kernel
+from xmoe_fairseq.moe import Experts, MoELayer, ThresholdRouter, TopKRouter, use_kernel
 from xmoe_fairseq.moe.experts import Call, ExpertRows, Stacks, native
+from xmoe_fairseq.moe.experts.kernels import expert_sums
 from xmoe_fairseq.moe.experts.native import expert_sums_native, refuse
 from xmoe_fairseq.moe.experts.plain import expert_sums_plain
 from xmoe_fairseq.moe.native import missing, routing
@@ -229,6 +231,31 @@ def test_inference_mode() -> None:
         y_SD = expert_sums_native(x_SD, rows, stacks, F.gelu)
         assert y_SD.is_inference()
         assert_same(y_SD, expert_sums_plain(x_SD, rows, stacks, F.gelu))
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+@pytest.mark.parametrize("operator", ["experts", "routing"])
+def test_forward_mode_is_refused_and_not_0(operator: str, enabled: bool) -> None:
+    """Of frozen parameters too. What is computed in Python has the derivative."""
+    stacks, rows = stacks_of(3, 8, 16), rows_of([5, 7, 2], 9)
+    router = TopKRouter(8, 8, 2).double()
+
+    def compute(x_SD: Tensor) -> Tensor:
+        if operator == "routing":
+            return router(x_SD).weight_R
+        return expert_sums(Call(x_SD, rows, stacks, F.gelu))
+
+    x_SD, direction_SD = torch.randn(2, 9, 8, dtype=torch.float64)
+    with torch.set_grad_enabled(enabled):
+        with pytest.raises(RuntimeError, match="autograd.Function"):
+            torch.func.jvp(compute, (x_SD,), (direction_SD,))
+        with forward_ad.dual_level(), pytest.raises(RuntimeError, match="autograd.Function"):
+            compute(forward_ad.make_dual(x_SD, direction_SD))
+        with use_kernel("plain"):
+            _, found = torch.func.jvp(compute, (x_SD,), (direction_SD,))
+            step = 1e-6
+            expected = compute(x_SD + step * direction_SD) - compute(x_SD - step * direction_SD)
+    torch.testing.assert_close(found, expected / (2 * step), atol=1e-8, rtol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])

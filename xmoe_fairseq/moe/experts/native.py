@@ -13,7 +13,7 @@ from torch import Tensor
 from xmoe_fairseq.moe.dispatch.rows import ExpertRows
 from xmoe_fairseq.moe.experts.kernels import Activation, Call, Stacks, register_kernel
 from xmoe_fairseq.moe.experts.plain import differentiable, dropped
-from xmoe_fairseq.moe.native import missing
+from xmoe_fairseq.moe.native import is_differentiated, missing
 from xmoe_fairseq.moe.native.build import COMMAND
 
 ACTIVATIONS: dict[Activation, int] = {F.relu: 0, torch.relu: 0, F.gelu: 1, F.silu: 2}  # as in experts.h
@@ -55,7 +55,7 @@ def expert_sums_native(
         keep_RF = torch.empty(shape, dtype=torch.bool).bernoulli_(1 - dropout)
         scale = 1 / (1 - dropout) if dropout < 1 else 0.0
     options = rows.source_R, rows.counts_E, ACTIVATIONS[activation], keep_RF, scale
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
+    if is_differentiated(*inputs):
         y_SD: Tensor = _ExpertSums.apply(*inputs, *options, activation)  # type: ignore[no-untyped-call]
         return y_SD
     y_SD, _ = _call(inputs, *options, for_backward=False)

@@ -5,6 +5,7 @@ from functools import cache
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 from xmoe_fairseq.moe.native.build import COMMAND, HERE, is_whole, library_name
 
@@ -31,6 +32,15 @@ def missing() -> str:
     torch.library.register_fake("xmoe::expert_sums", _expert_sums_shapes)
     torch.library.register_fake("xmoe::expert_gradients", _expert_gradients_shapes)
     return ""
+
+
+def is_differentiated(*inputs: Tensor | None) -> bool:
+    """Whether autograd has to see a call. Operators have no derivative, forward mode would silently find 0;
+    an autograd.Function takes longer than they do for one token, and refuses forward mode."""
+    given = [tensor for tensor in inputs if tensor is not None]
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given):
+        return True
+    return any(unpack_dual(tensor).tangent is not None for tensor in given)
 
 
 def _expert_sums_shapes(

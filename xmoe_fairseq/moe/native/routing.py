@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from xmoe_fairseq.moe.experts.kernels import PLAIN, forced_kernel
-from xmoe_fairseq.moe.native import missing
+from xmoe_fairseq.moe.native import is_differentiated, missing
 from xmoe_fairseq.moe.rules import RULES, rule_named
 
 
@@ -58,7 +58,7 @@ def choose_experts(
     """
     cut, number = float(rule_named(rule).cut(threshold)), list(RULES).index(rule)
     arguments = logits_TE, limit, cut, counts_C, number
-    if not torch.is_grad_enabled():  # for one token a Function takes longer than what it calls
+    if not is_differentiated(logits_TE):
         return _choose(*arguments)
     return Chosen(*_Choose.apply(*arguments))  # type: ignore[no-untyped-call]
 
