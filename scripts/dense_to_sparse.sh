@@ -44,45 +44,69 @@ known=" mass probability relative hoyer l1 coactivation clustering random wide s
   trained half split "
 has() { [[ +$1+ == *+$2+* ]]; } # WAY PART
 refuse() { echo "dense_to_sparse: $1" >&2; exit 2; }
+split_of() { # WAY: its experts in the place of a dense FFN
+  if has "$1" split; then echo 8; elif has "$1" wide; then echo $((split / 2)); else echo "$split"; fi
+}
+budget_of() { # WAY: how many of them a token takes
+  if has "$1" half; then echo $(($(split_of "$1") / 2)); else echo $(($(split_of "$1") / 4)); fi
+}
 rule_of() { grep -oE 'mass|probability|relative' <<<"$1" || echo mass; } # WAY
+[[ $ways == *[^[:space:]]* ]] || refuse "WAYS names no way (see $0)"
+[[ $split =~ ^[1-9][0-9]*$ ]] || refuse "SPLIT must be a whole number above 0, got $split"
 for way in $ways; do
+  [[ $way == *[^+]* ]] || refuse "WAYS: $way has no parts (see $0)"
   for part in ${way//+/ }; do
     [[ $known == *" $part "* ]] || refuse "WAYS: $part is no part of a way, in $way (see $0)"
     ! has "$way" split || [[ " split trained half mass probability relative " == *" $part "* ]] ||
       refuse "WAYS: split cannot be combined with $part, in $way: it is no conversion"
   done
-  [[ $(rule_of "$way") != *$'\n'* ]] || refuse "WAYS: one rule at most in a way, got $way"
+  for group in "mass probability relative" "coactivation clustering random" "task distill" "hoyer l1"; do
+    found=$(grep -cxE "${group// /|}" <<<"${way//+/$'\n'}" || true)
+    ((found < 2)) || refuse "WAYS: one of $group at most in a way, got $way"
+  done
   ! has "$way" trained || { ! has "$way" hoyer && ! has "$way" l1; } ||
     refuse "WAYS: a penalty cannot be combined with trained, in $way: both are the end of the training"
+  ! has "$way" trained || (($(budget_of "$way"))) ||
+    refuse "SPLIT=$split is too few for $way: a token would take less than one expert"
 done
 [[ $tenths =~ ^[1-9]$ ]] || refuse "TENTHS must be a whole number from 1 to 9, got $tenths"
 updates=${UPDATES:-$(setting max-update)}
+[[ $updates =~ ^[1-9][0-9]*$ ]] && ((updates * tenths >= 10)) ||
+  refuse "UPDATES must be a whole number, and TENTHS=$tenths tenths of it 1 at least, got $updates"
 last=$((updates - updates * tenths / 10))
 flags=("${@:4}" --total-num-update "$updates")
 dense=$out/dense freq=${FREQ:-$(setting moe-freq)} # of models with experts: 2 is the flag's default
 freq=${freq:-2}
+copy() { cp "$1" "$2.part" && mv "$2.part" "$2"; } # whole or not at all
+about() { # CHECKPOINT: what it was trained for, and how long
+  python -c 'import sys, torch
+state = torch.load(sys.argv[1], map_location="cpu", weights_only=True)
+kind = "with experts" if any(".experts." in name for name in state["model"]) else "dense"
+print(state["optimizer_history"][-1]["num_updates"], "updates,", kind)' "$1" 2>/dev/null ||
+    refuse "$1 is no checkpoint of a training, or is not whole; copy it again"
+}
+check_is() { # CHECKPOINT UPDATES MODEL AS
+  local got kind=dense
+  [[ $3 != split-* ]] || kind="with experts"
+  got=$(about "$1")
+  [[ $got == "$2 updates, $kind" ]] || refuse "${1%/*} wants $4 of $2 updates, $kind, got ${1##*/} of $got"
+}
 train() { # MODEL RUN UPDATES [FLAGS], unless it is done
   [[ ! -e $2/done.$3 ]] || return 0
   experiment train "$task" "$preset" "$1" "$data" "$2" "${flags[@]}" --max-update "$3" "${@:4}"
   touch "$2/done.$3"
 }
-copy() { cp "$1" "$2.part" && mv "$2.part" "$2"; } # whole or not at all
-updates_of() { # CHECKPOINT
-  python -c 'import sys, torch
-print(torch.load(sys.argv[1], map_location="cpu", weights_only=True)["optimizer_history"][-1]["num_updates"])' "$1" \
-    2>/dev/null || refuse "$1 is no checkpoint of a training, or is not whole; copy it again"
-}
 train_to_the_end() { # MODEL RUN, and keep its checkpoint of 9 tenths as RUN/start.pt
-  local start=$2/start.pt got
+  local start=$2/start.pt words=()
+  [[ $1 != split-* ]] || words=(--moe-freq "$freq")
   if [[ ! -e $start ]]; then
-    train "$1" "$2" $((updates - last))
+    train "$1" "$2" $((updates - last)) ${words[@]+"${words[@]}"}
     start=$2/checkpoint_last.pt
   fi
-  got=$(updates_of "$start")
-  ((got == updates - last)) ||
-    refuse "$2 wants as start.pt its checkpoint of $((updates - last)) updates, got ${start##*/} of $got"
+  check_is "$start" $((updates - last)) "$1" "as start.pt its checkpoint"
   [[ -e $2/start.pt ]] || copy "$start" "$2/start.pt"
-  train "$1" "$2" "$updates"
+  train "$1" "$2" "$updates" ${words[@]+"${words[@]}"}
+  check_is "$2/checkpoint_last.pt" "$updates" "$1" "its checkpoint"
 }
 source_of() { # the checkpoint that a way converts
   local run=$dense
@@ -91,7 +115,7 @@ source_of() { # the checkpoint that a way converts
   if has "$1" trained; then echo "$dense/start.pt"; else echo "$run/checkpoint_last.pt"; fi
 }
 convert() { # WAY SPARSE
-  local part experts=$split budget=0.25 words=()
+  local part budget=0.25 words=()
   for part in ${1//+/ }; do
     case $part in
       mass | probability | relative) words+=(--moe-threshold-rule "$part") ;;
@@ -100,19 +124,15 @@ convert() { # WAY SPARSE
       hidden) words+=(--router-hidden-dim "${HIDDEN:-16}") ;;
       layers) words+=(--per-layer) ;;
       shared) words+=(--shared 2) ;;
-      wide) experts=$((split / 2)) ;;
       half) budget=0.5 ;;
     esac
   done
-  xmoe-convert "$(source_of "$1")" "$2" --split "$experts" --moe-freq "$freq" --calibration "$data" --seed "$SEED" \
-    --calibration-tokens "${CALIBRATION:-100000}" --budget "$budget" "${words[@]}"
-}
-experts_of() { # WAY EXPERTS: how many of so many, together as wide as the dense FFN, a token takes
-  if has "$1" half; then echo $(($2 / 2)); else echo $(($2 / 4)); fi
+  xmoe-convert "$(source_of "$1")" "$2" --split "$(split_of "$1")" --moe-freq "$freq" --seed "$SEED" \
+    --calibration "$data" --calibration-tokens "${CALIBRATION:-100000}" --budget "$budget" "${words[@]}"
 }
 lower() { # WAY: the model that was trained in parts, at its budget afterwards or in the end of its training
   local run=$out/$1 budget
-  budget=$(experts_of "$1" 8)
+  budget=$(budget_of "$1")
   if ! has "$1" trained; then
     xmoe-threshold "$out/split/checkpoint_last.pt" --data "$data" --valid-tokens 50000 --budget "$budget" \
       --moe-threshold-rule "$(rule_of "$1")" --output "$out/$1.pt"
@@ -120,12 +140,12 @@ lower() { # WAY: the model that was trained in parts, at its budget afterwards o
   fi
   mkdir -p "$run"
   [[ -e $run/checkpoint_last.pt ]] || copy "$out/split/start.pt" "$run/checkpoint_last.pt"
-  train split-s8 "$run" "$updates" --moe-threshold-rule "$(rule_of "$1")" --moe-target-experts-per-token "$budget"
+  train split-s8 "$run" "$updates" --moe-freq "$freq" --moe-threshold-rule "$(rule_of "$1")" \
+    --moe-target-experts-per-token "$budget"
   copy "$run/checkpoint_last.pt" "$out/$1.pt"
 }
 train_sparse() { # WAY: as fairseq-train goes on with what xmoe-convert has made; t is steered to its budget
-  local run=$out/$1 typed lr experts=$split
-  ! has "$1" wide || experts=$((split / 2))
+  local run=$out/$1 typed lr
   mkdir -p "$run"
   [[ -e $run/begin.pt ]] || convert "$1" "$run/begin.pt"
   typed=$(sed -n 's/.*"flags of fairseq-train": "\(.*\)".*/\1/p' "$run/begin.json")
@@ -134,7 +154,7 @@ train_sparse() { # WAY: as fairseq-train goes on with what xmoe-convert has made
   # Where the dense schedule, which falls to 0, was; the routers are not to be balanced.
   # shellcheck disable=SC2086
   train dense "$run" "$last" $typed --moe-freq "$freq" --moe-loss-coeff 0 \
-    --moe-target-experts-per-token "$(experts_of "$1" "$experts")" \
+    --moe-target-experts-per-token "$(budget_of "$1")" \
     --finetune-from-model "$run/begin.pt" --lr "$(awk "BEGIN { print $lr * (10 - $tenths) / 10 }")" \
     --warmup-updates 0 --total-num-update "$last"
   copy "$run/checkpoint_last.pt" "$out/$1.pt"
@@ -147,11 +167,13 @@ score() { # RUN CHECKPOINT TAG
 
 # What is there already must be what the table calls it.
 made="TENTHS=$tenths UPDATES=$updates SPLIT=$split FINETUNE=$tuning HIDDEN=${HIDDEN:-16} \
-CALIBRATION=${CALIBRATION:-100000} HOYER=${HOYER:-0.1} L1=${L1:-0.1} FREQ=$freq SEED=$SEED"
+CALIBRATION=${CALIBRATION:-100000} HOYER=${HOYER:-0.1} L1=${L1:-0.1} FREQ=$freq SEED=$SEED \
+PRESET=$preset, $task, $(realpath -m "$data") and${flags[*]}"
 if [[ -e $out/settings && $(<"$out/settings") != "$made" ]]; then
   refuse "$out holds what was made with $(<"$out/settings"); name another OUT for $made"
 fi
-mkdir -p "$out" && echo "$made" >"$out/settings"
+mkdir -p "$out"
+echo "$made" >"$out/settings"
 splits=$(cd "$data/bin" && for file in test*.idx; do echo "${file%%.*}"; done | sort -u)
 train_to_the_end dense "$dense"
 score "$dense" "$dense/checkpoint_last.pt" last

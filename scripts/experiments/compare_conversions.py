@@ -13,7 +13,7 @@ from experiments.results import publish, read_json
 from xmoe_fairseq.tables import markdown
 
 PENALTIES = ("hoyer", "l1")  # of which a dense model has its
-SHOWN = ("perplexity", "bleu", "chrf")
+SHOWN = ("perplexity", "bleu", "chrf", "chrf++")
 TIMED = (("decoding", 1), ("scoring", 64))  # what, and at which batch
 Row = dict[str, str]
 
@@ -43,7 +43,8 @@ def anew(last: int) -> str:
 
 
 def training(out: Path, way: str, last: int) -> str:
-    parts, report = {*way.split("+")}, out / f"{way}.json"
+    parts = {*way.split("+")}
+    report = out / way / "begin.json" if "trained" in parts else out / f"{way}.json"  # of xmoe-convert
     if "split" in parts:
         return "all of it, in parts" + f"; t steered in the last {last:,} updates" * ("trained" in parts)
     updates = read_json(report)["about"]["fine-tuning updates"] if report.exists() else 0

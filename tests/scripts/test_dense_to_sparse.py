@@ -30,7 +30,8 @@ def test_trains_converts_and_scores(
     settings = {**sizes, "WAYS": " ".join(ways)}
     if task == "mt":
         settings["TENTHS"] = "8"
-    said = script("dense_to_sparse.sh", task, data, out, *smaller, "--save-interval-updates=5", **settings)
+    smaller = [*smaller, "--save-interval-updates=5"]
+    said = script("dense_to_sparse.sh", task, data, out, *smaller, **settings)
     report = (out / "ways.md").read_text()
     assert report in said
     table = [line.strip("|").split("|") for line in report.splitlines() if "---" not in line]
@@ -67,10 +68,27 @@ def test_trains_converts_and_scores(
     )
     assert {file: file.stat().st_mtime_ns for file in out.rglob("*.pt")} == before
     assert (out / "ways.md").read_text() == report
+    broken, other, message = {
+        "lm": (
+            "split/start",
+            "dense/start",
+            "start.pt its checkpoint of 9 updates, with experts, got start.pt",
+        ),
+        "mt": (
+            "dense/checkpoint_last",
+            "dense/start",
+            "its checkpoint of 10 updates, dense, got checkpoint_last",
+        ),
+    }[task]
+    kept = (out / f"{broken}.pt").read_bytes()
+    (out / f"{broken}.pt").write_bytes((out / f"{other}.pt").read_bytes())
+    refused = script("dense_to_sparse.sh", task, data, out, *smaller, succeeds=False, **settings)
+    assert message in refused and "updates, dense" in refused.splitlines()[-1]
+    (out / f"{broken}.pt").write_bytes(kept)
     (out / "dense/start.pt").unlink()  # as of a run that was trained elsewhere
     refused = script("dense_to_sparse.sh", task, data, out, *smaller, succeeds=False, **settings)
     begun = 8 if task == "mt" else 9
-    assert f"wants as start.pt its checkpoint of {begun} updates, got checkpoint_last.pt of 10" in refused
+    assert f"wants as start.pt its checkpoint of {begun} updates, dense, got checkpoint_last.pt" in refused
     assert not (out / "dense/start.pt").exists()
     (out / "dense/start.pt").write_bytes((out / "dense/checkpoint_last.pt").read_bytes()[:1000])
     refused = script("dense_to_sparse.sh", task, data, out, *smaller, succeeds=False, **settings)
@@ -80,17 +98,24 @@ def test_trains_converts_and_scores(
 
 
 @pytest.mark.parametrize(
-    "ways, message",
-    [("mass hoyer+better", "WAYS: better is no part of a way, in hoyer+better"),
-     ("split+distill", "WAYS: split cannot be combined with distill, in split+distill"),
-     ("split+mass+relative", "WAYS: one rule at most in a way, got split+mass+relative"),
-     ("l1+trained", "WAYS: a penalty cannot be combined with trained, in l1+trained")],
+    "settings, message",
+    [({"WAYS": "mass hoyer+better"}, "WAYS: better is no part of a way, in hoyer+better"),
+     ({"WAYS": "split+distill"}, "WAYS: split cannot be combined with distill, in split+distill"),
+     ({"WAYS": "split+mass+relative"}, "WAYS: one of mass probability relative at most in a way, got split+"),
+     ({"WAYS": "random+mass+clustering"}, "WAYS: one of coactivation clustering random at most in a way"),
+     ({"WAYS": "task+distill"}, "WAYS: one of task distill at most in a way, got task+distill"),
+     ({"WAYS": "hoyer+l1"}, "WAYS: one of hoyer l1 at most in a way, got hoyer+l1"),
+     ({"WAYS": "l1+trained"}, "WAYS: a penalty cannot be combined with trained, in l1+trained"),
+     ({"WAYS": " "}, "WAYS names no way"),
+     ({"WAYS": "mass +"}, "WAYS: + has no parts"),
+     ({"SPLIT": "4", "WAYS": "wide+trained"}, "SPLIT=4 is too few for wide+trained: a token would take less"),
+     ({"SPLIT": "all"}, "SPLIT must be a whole number above 0, got all"),
+     ({"TENTHS": "10"}, "TENTHS must be a whole number from 1 to 9, got 10"),
+     ({"UPDATES": "1"}, "UPDATES must be a whole number, and TENTHS=9 tenths of it 1 at least, got 1"),
+     ({"UPDATES": "1e3"}, "UPDATES must be a whole number, and TENTHS=9 tenths of it 1 at least, got 1e3")],
 )  # fmt: skip
-def test_ways_are_checked_before_anything_is_trained(ways: str, message: str, tmp_path: Path) -> None:
-    assert message in script("dense_to_sparse.sh", "lm", "data", tmp_path, succeeds=False, WAYS=ways)
+def test_settings_are_checked_before_anything_is_trained(
+    settings: dict[str, str], message: str, tmp_path: Path
+) -> None:
+    assert message in script("dense_to_sparse.sh", "lm", "data", tmp_path, succeeds=False, **settings)
     assert not [*tmp_path.iterdir()]
-
-
-def test_tenths_are_checked(tmp_path: Path) -> None:
-    said = script("dense_to_sparse.sh", "lm", "data", tmp_path, succeeds=False, TENTHS="10")
-    assert "TENTHS must be a whole number from 1 to 9, got 10" in said and not [*tmp_path.iterdir()]
