@@ -22,10 +22,13 @@
 # experts have it), SEED=1; TIMES="a way ..." are timed on a machine that must be quiet.
 # TENTHS=9: 8 makes it the last two tenths, here and of the penalties.
 # What is in OUT already is kept, if it was made with these settings, such as runs of the preset as OUT/dense and
-# OUT/split, with their checkpoints of 9 tenths as start.pt.
+# OUT/split, with their checkpoints of 9 tenths as start.pt; the table, OUT/ways.md, has the ways of the last call.
 # Hours: the training's, and some minutes a way; expected: docs/dense_to_sparse.md.
 set -euo pipefail
-task=${1:?lm or mt} data=${2:?folder of data-prep} out=${3:?folder}
+refuse() { echo "dense_to_sparse: $1" >&2; exit 2; }
+case ${1:-} in -h | --help) sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//p}' "$0"; exit ;; esac
+(($# >= 3)) || refuse "usage: bash scripts/dense_to_sparse.sh lm|mt DATA OUT [FLAGS]; --help says more"
+task=$1 data=$2 out=$3
 . "$(dirname "${BASH_SOURCE[0]}")/find_environment.sh"
 split=${SPLIT:-16} tuning=${FINETUNE:-300} preset=${PRESET:-claims} tenths=${TENTHS:-9}
 export SEED=${SEED:-1} OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
@@ -34,16 +37,20 @@ experiment() { python "$root/scripts/run.py" "experiments.$1" "${@:2}"; }
 case $task in
   lm) search=() ;;
   mt) task=wmt search=(--generate="--max-tokens 2000") ;;
-  *) echo "dense_to_sparse: the first argument must be lm or mt, got $task" >&2; exit 2 ;;
+  *) refuse "the first argument must be lm or mt, got $task" ;;
 esac
-setting() { sed -n "s/^$1 = //p" "$root/scripts/experiments/presets/$task/$preset.toml"; }
-ways=${WAYS:-mass probability relative layers shared wide hidden task distill hoyer+probability l1+probability \
+presets=$root/scripts/experiments/presets/$task
+setting() { sed -n "s/^$1 = //p" "$presets/$preset.toml"; }
+known=$(cd "$presets" && echo *.toml)
+[[ -f $presets/$preset.toml ]] || refuse "PRESET must be one of ${known//.toml/}, got $preset"
+compgen -G "$data/bin/dict*.txt" >/dev/null || refuse "DATA must be a folder of data-prep with bin/ in it, got $data"
+[[ ! -e $out || -d $out ]] || refuse "OUT must be a folder, got the file $out"
+ways=${WAYS-mass probability relative layers shared wide hidden task distill hoyer+probability l1+probability \
   hoyer+probability+distill probability+trained probability+trained+half \
   split split+half split+probability+trained split+probability+trained+half}
 known=" mass probability relative hoyer l1 coactivation clustering random wide shared hidden layers task distill \
   trained half split "
 has() { [[ +$1+ == *+$2+* ]]; } # WAY PART
-refuse() { echo "dense_to_sparse: $1" >&2; exit 2; }
 split_of() { # WAY: its experts in the place of a dense FFN
   if has "$1" split; then echo 8; elif has "$1" wide; then echo $((split / 2)); else echo "$split"; fi
 }
@@ -52,7 +59,12 @@ budget_of() { # WAY: how many of them a token takes
 }
 rule_of() { grep -oE 'mass|probability|relative' <<<"$1" || echo mass; } # WAY
 [[ $ways == *[^[:space:]]* ]] || refuse "WAYS names no way (see $0)"
-[[ $split =~ ^[1-9][0-9]*$ ]] || refuse "SPLIT must be a whole number above 0, got $split"
+for name in SPLIT FINETUNE HIDDEN CALIBRATION FREQ; do
+  [[ ${!name:-1} =~ ^[1-9][0-9]*$ ]] || refuse "$name must be a whole number above 0, got ${!name}"
+done
+for name in HOYER L1; do
+  [[ ${!name:-1} =~ ^[0-9]*\.?[0-9]+(e-?[0-9]+)?$ ]] || refuse "$name must be a number, got ${!name}"
+done
 for way in $ways; do
   [[ $way == *[^+]* ]] || refuse "WAYS: $way has no parts (see $0)"
   for part in ${way//+/ }; do
@@ -166,11 +178,12 @@ score() { # RUN CHECKPOINT TAG
 }
 
 # What is there already must be what the table calls it.
-made="TENTHS=$tenths UPDATES=$updates SPLIT=$split FINETUNE=$tuning HIDDEN=${HIDDEN:-16} \
-CALIBRATION=${CALIBRATION:-100000} HOYER=${HOYER:-0.1} L1=${L1:-0.1} FREQ=$freq SEED=$SEED \
-PRESET=$preset, $task, $(realpath -m "$data") and${flags[*]}"
+made=$(printf '%s\n' "TENTHS=$tenths" "UPDATES=$updates" "SPLIT=$split" "FINETUNE=$tuning" "HIDDEN=${HIDDEN:-16}" \
+  "CALIBRATION=${CALIBRATION:-100000}" "HOYER=${HOYER:-0.1}" "L1=${L1:-0.1}" "FREQ=$freq" "SEED=$SEED" \
+  "PRESET=$preset" "task=$task" "DATA=$(realpath "$data")" "FLAGS=${*:4}")
 if [[ -e $out/settings && $(<"$out/settings") != "$made" ]]; then
-  refuse "$out holds what was made with $(<"$out/settings"); name another OUT for $made"
+  other=$(grep -vxFf <(echo "$made") "$out/settings" || true) ours=$(grep -vxFf "$out/settings" <<<"$made" || true)
+  refuse "$out was made with ${other//$'\n'/ }, and this is ${ours//$'\n'/ }; name another OUT"
 fi
 mkdir -p "$out"
 echo "$made" >"$out/settings"
@@ -188,6 +201,7 @@ for way in $ways; do
   done
   if has "$way" split; then
     train_to_the_end split-s8 "$out/split"
+    score "$out/split" "$out/split/checkpoint_last.pt" last
     [[ -e $out/$way.pt ]] || lower "$way"
   elif [[ ! -e $out/$way.pt ]]; then
     if has "$way" trained; then train_sparse "$way"; else convert "$way" "$out/$way.pt"; fi

@@ -106,10 +106,15 @@ def kernels() -> list[str]:
     return [kernel for kernel in ("native", "plain") if kernel == "plain" or not missing()]
 
 
-def left_out() -> Iterator[str]:
-    """What would be compared if it were installed, a line each."""
+def kernels_left_out() -> Iterator[str]:
+    """A line if the native kernel is not there."""
     if reason := missing():
         yield f"Without the native kernel: {reason}; run: {COMMAND}"
+
+
+def left_out() -> Iterator[str]:
+    """What would be compared if it were installed, a line each."""
+    yield from kernels_left_out()
     if not find_spec("transformers"):
         yield "Without Hugging Face's block: pip install transformers"
 

@@ -15,26 +15,37 @@ from xmoe_fairseq.tables import markdown
 PENALTIES = ("hoyer", "l1")  # of which a dense model has its
 SHOWN = ("perplexity", "bleu", "chrf", "chrf++")
 TIMED = (("decoding", 1), ("scoring", 64))  # what, and at which batch
+IN_PARTS = "all of it, in parts"
 Row = dict[str, str]
 
 
-def dense_row(out: Path, run: str, last: int) -> Row:
-    name = (
-        {"way": "dense"} if run == "dense" else {"way": f"dense after {run}", "trained further": anew(last)}
-    )
-    return name | scores(out, out / run, "last")
+def run_row(out: Path, run: str, last: int) -> Row:
+    """Of a model that nothing was done to after its training."""
+    if run == "split":
+        about = {"way": "t = 1", "trained further": IN_PARTS, **costs(out / run / "scores.last.json")}
+    elif run == "dense":
+        about = {"way": run}
+    else:
+        about = {"way": f"dense after {run}", "trained further": anew(last)}
+    return about | scores(out, out / run, "last")
 
 
 def way_row(out: Path, way: str, last: int) -> Row:
-    splits = read_json(out / "dense" / f"scores.{way}.json")["splits"]
-    sides = next(iter(splits.values()))["routing"].values()  # of the first set; the encoder's comes first
     return {
         "way": way,
         "trained further": training(out, way, last),
-        "experts": " and ".join(f"{side['experts']:.1f}" for side in sides),
-        "FLOPs": " and ".join(f"{side['flops']:.2f}" for side in sides),
+        **costs(out / "dense" / f"scores.{way}.json"),
         **scores(out, out / "dense", way),
         **times(out / "times" / way / "benchmark.json"),
+    }
+
+
+def costs(path: Path) -> Row:
+    splits = read_json(path)["splits"]
+    sides = next(iter(splits.values()))["routing"].values()  # of the first set; the encoder's comes first
+    return {
+        "experts": " and ".join(f"{side['experts']:.1f}" for side in sides),
+        "FLOPs": " and ".join(f"{side['flops']:.2f}" for side in sides),
     }
 
 
@@ -46,7 +57,7 @@ def training(out: Path, way: str, last: int) -> str:
     parts = {*way.split("+")}
     report = out / way / "begin.json" if "trained" in parts else out / f"{way}.json"  # of xmoe-convert
     if "split" in parts:
-        return "all of it, in parts" + f"; t steered in the last {last:,} updates" * ("trained" in parts)
+        return IN_PARTS + f"; t steered in the last {last:,} updates" * ("trained" in parts)
     updates = read_json(report)["about"]["fine-tuning updates"] if report.exists() else 0
     again = [anew(last)] if parts & {*PENALTIES, "trained"} else []
     return " + ".join([*again, *([f"{updates:,} updates"] if updates else [])])
@@ -79,8 +90,9 @@ def main() -> None:
     last = "updates that penalties and `trained` make in the place of the dense model's last"
     parser.add_argument("--last", type=int, required=True, help=last)
     args = parser.parse_args()
-    penalised = [run for run in PENALTIES if any(run in way.split("+") for way in args.ways)]
-    rows = [dense_row(args.out, run, args.last) for run in ("dense", *penalised)]
+    parts = {part for way in args.ways for part in way.split("+")}
+    runs = ("dense", *(run for run in (*PENALTIES, "split") if run in parts))
+    rows = [run_row(args.out, run, args.last) for run in runs]
     rows += [way_row(args.out, way, args.last) for way in args.ways]
     titles = [
         *dict.fromkeys(name for row in rows for name in ("way", "trained further", "experts", "FLOPs", *row))

@@ -36,8 +36,8 @@ def test_trains_converts_and_scores(
     assert report in said
     table = [line.strip("|").split("|") for line in report.splitlines() if "---" not in line]
     rows = {cells[0].strip(): cells for cells in table}
-    penalised = ["dense after hoyer"] if task == "lm" else []
-    assert [*rows] == ["way", "dense", *penalised, *ways]
+    others = ["dense after hoyer", "t = 1"] if task == "lm" else []
+    assert [*rows] == ["way", "dense", *others, *ways]
     further = {
         "hoyer+probability+shared+hidden+distill+half": "the last 1 updates, anew + 2 updates",
         "split+half": "all of it, in parts",
@@ -49,6 +49,7 @@ def test_trains_converts_and_scores(
         (found,) = json.loads(file.read_text())["splits"].values()
         assert found["perplexity"] > 1 and ("bleu" in found) == (task == "mt")
     if task == "lm":  # of 8: half, and a quarter
+        assert float(rows["t = 1"][2]) == 8
         assert float(rows["split+half"][2]) == pytest.approx(4, abs=0.3)
         about = json.loads((out / "split+probability+trained/run.json").read_text())["command"]
         assert about[about.index("--moe-target-experts-per-token") + 1] == "2"
@@ -62,10 +63,8 @@ def test_trains_converts_and_scores(
     script("dense_to_sparse.sh", task, data, out, *smaller, **settings)
     others = settings | {"TENTHS": "7"}
     refused = script("dense_to_sparse.sh", task, data, out, *smaller, succeeds=False, **others)
-    assert (
-        "holds what was made with TENTHS=" in refused
-        and "name another OUT for TENTHS=7 UPDATES=10" in refused
-    )
+    made = f"made with TENTHS={settings.get('TENTHS', 9)}, and this is TENTHS=7; name another OUT"
+    assert made in refused
     assert {file: file.stat().st_mtime_ns for file in out.rglob("*.pt")} == before
     assert (out / "ways.md").read_text() == report
     broken, other, message = {
@@ -110,12 +109,34 @@ def test_trains_converts_and_scores(
      ({"WAYS": "mass +"}, "WAYS: + has no parts"),
      ({"SPLIT": "4", "WAYS": "wide+trained"}, "SPLIT=4 is too few for wide+trained: a token would take less"),
      ({"SPLIT": "all"}, "SPLIT must be a whole number above 0, got all"),
+     ({"FINETUNE": "abc"}, "FINETUNE must be a whole number above 0, got abc"),
+     ({"L1": "x"}, "L1 must be a number, got x"),
+     ({"WAYS": ""}, "WAYS names no way"),
+     ({"PRESET": "nope"}, "PRESET must be one of claims demo dense_to_sparse "),
      ({"TENTHS": "10"}, "TENTHS must be a whole number from 1 to 9, got 10"),
      ({"UPDATES": "1"}, "UPDATES must be a whole number, and TENTHS=9 tenths of it 1 at least, got 1"),
      ({"UPDATES": "1e3"}, "UPDATES must be a whole number, and TENTHS=9 tenths of it 1 at least, got 1e3")],
 )  # fmt: skip
 def test_settings_are_checked_before_anything_is_trained(
-    settings: dict[str, str], message: str, tmp_path: Path
+    settings: dict[str, str], message: str, lm_data: Path, tmp_path: Path
 ) -> None:
-    assert message in script("dense_to_sparse.sh", "lm", "data", tmp_path, succeeds=False, **settings)
+    said = script("dense_to_sparse.sh", "lm", lm_data, tmp_path, succeeds=False, **settings)
+    assert message in said and said.count("\n") == 1
     assert not [*tmp_path.iterdir()]
+
+
+def test_arguments_are_checked(lm_data: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for words, message in (
+        (("lm", lm_data), "usage: bash scripts/dense_to_sparse.sh lm|mt DATA OUT [FLAGS]; --help says more"),
+        (("de", lm_data, tmp_path), "the first argument must be lm or mt, got de"),
+        (
+            ("lm", tmp_path, tmp_path / "out"),
+            f"DATA must be a folder of data-prep with bin/ in it, got {tmp_path}",
+        ),
+        (("lm", lm_data, tmp_path / "file"), f"OUT must be a folder, got the file {tmp_path}/file"),
+    ):
+        said = script("dense_to_sparse.sh", *words, succeeds=False)
+        assert said == f"dense_to_sparse: {message}\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert "WAYS=" in script("dense_to_sparse.sh", "--help")
