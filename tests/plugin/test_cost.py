@@ -177,6 +177,6 @@ def test_the_time_that_was_measured(tmp_path: Path) -> None:
         report.write_text(json.dumps({"reference": {"name": name, "ffn_seconds": 2.0}, "rows": rows}))
         assert measured_time(checkpoint) == expected
     seconds.write_text(json.dumps(record))
-    later = checkpoint.stat().st_mtime_ns + 10**9  # trained on since
+    later = seconds.stat().st_mtime_ns + 10**9  # trained on since
     os.utime(checkpoint, ns=(later, later))
     assert measured_time(checkpoint) == ""
