@@ -54,6 +54,9 @@ def test_trains_converts_and_scores(
         about = json.loads((out / "split+probability+trained/run.json").read_text())["command"]
         assert about[about.index("--moe-target-experts-per-token") + 1] == "2"
         assert about[about.index("--moe-threshold-rule") + 1] == "probability"
+        for run in ("split", "split+probability+trained"):  # the layers that conversions have
+            about = json.loads((out / run / "run.json").read_text())["command"]
+            assert about[about.index("--moe-freq") + 1] == "2"
     trained = [*out.glob("*trained/checkpoint_last.pt")]
     assert [
         torch.load(each, weights_only=True)["optimizer_history"][-1]["num_updates"] for each in trained

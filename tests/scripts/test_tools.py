@@ -167,17 +167,18 @@ def test_conversions_side_by_side(tmp_path: Path) -> None:
     side = {"decoder": {"experts": 4.0, "flops": 0.26}}
     for name, perplexity, routing in (
         ("dense/scores.last", 20.0, {}), ("hoyer/scores.last", 21.0, {}), ("dense/scores.mass", 30.0, side),
-        ("dense/scores.hoyer+task", 22.0, side),
+        ("dense/scores.hoyer+task", 22.0, side), ("dense/scores.task+trained", 24.0, side),
     ):  # fmt: skip
         path = tmp_path / f"{name}.json"
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps({"splits": {"test": {"perplexity": perplexity, "routing": routing}}}))
-    for way, updates in (("mass", 0), ("hoyer+task", 1500)):
-        (tmp_path / f"{way}.json").write_text(json.dumps({"about": {"fine-tuning updates": updates}}))
+    (tmp_path / "task+trained").mkdir()
+    for name, updates in (("mass", 0), ("hoyer+task", 1500), ("task+trained/begin", 300)):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"about": {"fine-tuning updates": updates}}))
     (tmp_path / "times/mass").mkdir(parents=True)
     timed = {"rows": [{"what": "decoding", "batch": 1, "times as fast": "1.50"}]}
     (tmp_path / "times/mass/benchmark.json").write_text(json.dumps(timed))
-    tool("compare_conversions", tmp_path, "mass", "hoyer+task", "--last", 1200)
+    tool("compare_conversions", tmp_path, "mass", "hoyer+task", "task+trained", "--last", 1200)
     head, _, *rows = (tmp_path / "ways.md").read_text().strip().splitlines()
     assert head == (
         "| way | trained further | experts | FLOPs | test perplexity | decoding, batch 1: times as fast |"
@@ -187,6 +188,7 @@ def test_conversions_side_by_side(tmp_path: Path) -> None:
         "| dense after hoyer | the last 1,200 updates, anew |  |  | 21.00 (+5.0%) |  |",
         "| mass |  | 4.0 | 0.26 | 30.00 (+50.0%) | 1.50 |",
         "| hoyer+task | the last 1,200 updates, anew + 1,500 updates | 4.0 | 0.26 | 22.00 (+10.0%) |  |",
+        "| task+trained | the last 1,200 updates, anew + 300 updates | 4.0 | 0.26 | 24.00 (+20.0%) |  |",
     ]
 
 
